@@ -1,0 +1,49 @@
+"""Configuration of Baichuan2-7B. A field that config.json lacks takes its 7B value; a field unknown here is kept."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class BaichuanConfig(PreTrainedConfig):
+    """Sizes of the decoder; the fields and their names are those of the published config.json.
+
+    Raises:
+        ValueError: hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is not positive.
+    """
+
+    model_type = "baichuan"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 125_696
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    model_max_length: int = 4096  # tokens of conversation and reply together; history is cut to fit
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    z_loss_weight: float = 0.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_architecture(self):
+        """Called by @strict after every construction."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"the head size {self.head_dim} is odd; rotary positions pair its two halves")

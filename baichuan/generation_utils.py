@@ -1,0 +1,168 @@
+"""A conversation as token ids, and `chat()`: what is trained on is exactly what is asked later."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+
+ROLES = ("system", "user", "assistant")
+
+
+def messages_to_ids(
+    tokenizer,
+    messages: Sequence[dict],
+    generation_config: GenerationConfig,
+    max_length: int | None = None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Lay a conversation out as the model reads it.
+
+        system text · user marker · user text · assistant marker · assistant text · user marker · …
+
+    The system text is bare, no eos stands between turns, and text never becomes a marker. Training samples, the
+    chat page and the evaluation all come through here.
+
+    Args:
+        tokenizer: its `text_to_ids` encodes the contents.
+        messages: `{"role": "system" | "user" | "assistant", "content": str}`; content may also be a list of ids,
+            for a caller that has encoded (and cut) the text already. The system message, if any, comes first.
+        generation_config: holds `user_token_id` and `assistant_token_id`.
+        max_length: tokens at most. Whole oldest rounds (a user's turn and its reply) go first, the system text
+            always stays, and a last round that alone is too long loses its beginning.
+        add_generation_prompt: end on the assistant marker when the last message is the user's.
+    Raises:
+        ValueError: a message is malformed, the markers are not known, or the system text leaves no room.
+    """
+    markers = turn_markers(generation_config)
+    system, rounds = [], []  # a round is the ids from one user turn up to the next
+    for number, message in enumerate(messages):
+        role, content = _role_and_content(message, number)
+        ids = tokenizer.text_to_ids(content) if isinstance(content, str) else list(content)
+        if role == "system":
+            system = ids
+        elif role == "user" or not rounds:
+            rounds.append([markers[role], *ids])
+        else:
+            rounds[-1] += [markers[role], *ids]
+    if add_generation_prompt and messages and messages[-1]["role"] == "user":
+        rounds[-1].append(markers["assistant"])
+
+    if max_length is not None:
+        room = max_length - len(system)
+        if rounds and room < 1:
+            raise ValueError(f"the system text has {len(system)} tokens and leaves no room for a question in {max_length}")
+        while len(rounds) > 1 and sum(map(len, rounds)) > room:
+            del rounds[0]
+        if rounds:
+            rounds[-1] = rounds[-1][-room:]
+    return [*system, *(id for round_ids in rounds for id in round_ids)]
+
+
+def turn_markers(generation_config: GenerationConfig) -> dict[str, int]:
+    """The ids that open a user's and an assistant's turn."""
+    markers = {}
+    for role in ("user", "assistant"):
+        marker = getattr(generation_config, f"{role}_token_id", None)
+        if not isinstance(marker, int):
+            raise ValueError(
+                f"{role}_token_id is not known: take generation_config.json from the published model into its directory"
+            )
+        markers[role] = marker
+    return markers
+
+
+def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[int]]:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise ValueError(f"message {number} must be a dict with role and content")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+    if role == "system" and number:
+        raise ValueError("the system message must be the first")
+    if not isinstance(content, (str, list, tuple)):
+        raise ValueError(f"the content of message {number} must be text, not {type(content).__name__}")
+    return role, content
+
+
+class ChatMixin:
+    """Adds `chat()`, the published model's entry point, to a model with transformers' `generate`."""
+
+    def chat(
+        self,
+        tokenizer,
+        messages: Sequence[dict],
+        stream: bool = False,
+        generation_config: GenerationConfig | None = None,
+    ) -> str | Iterator[str]:
+        """Answer the last message.
+
+        Args:
+            messages: see `messages_to_ids`; the last one is the user's.
+            stream: yield the answer so far each time it has grown, instead of returning it whole. Closing the
+                generator stops the model.
+            generation_config: defaults to the model's own.
+        Raises:
+            ValueError: malformed messages, or a question that cannot fit.
+        """
+        config = generation_config or self.generation_config
+        if not messages or messages[-1].get("role") != "user":
+            raise ValueError("the last message must be the user's")
+        prompt = self.chat_prompt(tokenizer, messages, config)
+        if stream:
+            return self.stream_answer(tokenizer, prompt, config)
+        output = self.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+
+    def chat_prompt(self, tokenizer, messages, generation_config: GenerationConfig) -> torch.LongTensor:
+        """messages → (1, l) ids on the model's device, leaving room for max_new_tokens."""
+        room = self.config.model_max_length - (generation_config.max_new_tokens or 0)
+        ids = messages_to_ids(tokenizer, messages, self._with_markers(generation_config), room)
+        return torch.tensor([ids], device=self.device)
+
+    def _with_markers(self, generation_config: GenerationConfig) -> GenerationConfig:
+        """A caller's own GenerationConfig need not repeat the markers; the model's has them."""
+        if getattr(generation_config, "user_token_id", None) is not None:
+            return generation_config
+        return self.generation_config
+
+    def stream_answer(self, tokenizer, prompt: torch.LongTensor, generation_config, **generate_kwargs) -> Iterator[str]:
+        """Yield the answer so far while `generate` runs in a thread. prompt: (1, l) ids.
+
+        An exception in the thread (out of memory, say) is raised here; closing the generator stops the thread.
+        """
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = threading.Event()
+        failure = []
+
+        def stop(input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
+
+        def generate():
+            try:
+                self.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=deepcopy(generation_config),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                    **generate_kwargs,
+                )
+            except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+                failure.append(error)
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            answer = ""
+            for piece in streamer:
+                if piece:
+                    answer += piece
+                    yield answer
+            if failure:
+                raise failure[0]
+        finally:
+            stopped.set()
+            thread.join()

@@ -1,0 +1,312 @@
+"""Baichuan2: a LLaMA-like decoder with packed query-key-value projections and a normalised output head.
+
+Parameter names are the checkpoint's own. Shapes in comments: b batch, l tokens, h heads, d head size,
+n supervised tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_baichuan import BaichuanConfig
+from .generation_utils import ChatMixin
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467), mean of squares in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_cos_sin(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles of the rotary position embedding (Su et al. 2021, arXiv 2104.09864), base 10,000.
+
+    Recomputed at each forward (a few hundred numbers a token, shared by all layers): there is no table
+    whose length could be exceeded, and no buffer that a half-precision cast could spoil.
+
+    Args:
+        position_ids: (b or 1, l) integers.
+    Returns:
+        cos and sin, each (b or 1, 1, l, d) in float32.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[:, None, :, None].float() / 10_000.0**exponent  # (b, 1, l, d/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[i], x[i + d/2]) by its position's angle. x: (b, h, l, d), any dtype, kept."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q kᵀ · scaling + mask) v, step by step; (b, h, l, d) → (b, l, h, d). For reading attention weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.is_causal = True  # read by transformers' attention functions
+        self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, attention_mask, cos, sin, past_key_values: Cache | None = None, **kwargs):
+        batch, length, _ = hidden_states.shape
+        packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)  # (b, l, 3, h, d)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, l, d)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attention(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
+        )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+
+class MLP(nn.Module):
+    """Gated feed-forward network (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, attention_mask, cos, sin, past_key_values=None, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), attention_mask, cos, sin, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class NormHead(nn.Linear):
+    """Output head whose rows count by direction alone: logits = x · row / max(‖row‖₂, 1e-12).
+
+    The stored weight is never touched. Instead of a normalised copy (1 GB at 7B) the head keeps the V reciprocal
+    norms, and multiplies the logits by them; they are computed anew only when the weight has changed or is being
+    trained, since they are then part of the gradient.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self._reciprocal_norms = (None, None)  # (what the weight was, its reciprocal norms)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, hidden_size) → logits (…, V) in float32."""
+        return F.linear(x, self.weight).float() * self.reciprocal_norms()
+
+    def reciprocal_norms(self) -> torch.Tensor:
+        """1 / ‖row‖₂ of every row: (V,) in float32, which float16 rows need on the CPU too."""
+        weight = self.weight
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        if trained or weight.is_inference():  # inference tensors do not count their changes
+            return self._compute_norms()
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._reciprocal_norms[0] != state:
+            with torch.no_grad():
+                self._reciprocal_norms = (state, self._compute_norms())
+        return self._reciprocal_norms[1]
+
+    def _compute_norms(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self.weight, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
+
+    def train(self, mode: bool = True):
+        self._reciprocal_norms = (None, None)  # a training loop may have written through `.data`, which goes uncounted
+        return super().train(mode)
+
+
+class BaichuanPreTrainedModel(PreTrainedModel):
+    config_class = BaichuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}
+    # Some older exports carry this table; it is computed here.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
+
+    @classmethod
+    def from_pretrained(cls, directory, *args, output_loading_info=False, **kwargs):
+        """transformers' from_pretrained, except that a tensor that is missing, left over or misshapen is an error.
+
+        Raises:
+            ValueError: names the tensors that do not fit config.json.
+            OSError: the directory has no config or no weights.
+        """
+        model, info = super().from_pretrained(
+            directory, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+        problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+        for name, stored, expected in sorted(info["mismatched_keys"]):
+            problems.append(f"{name} has shape {tuple(stored)}, config.json asks for {tuple(expected)}")
+        if problems:
+            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise ValueError(f"{directory}: the weights do not fit the model: {shown}")
+        return (model, info) if output_loading_info else model
+
+
+class BaichuanModel(BaichuanPreTrainedModel):
+    """The decoder without its head: token ids (b, l) → hidden states (b, l, hidden_size)."""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """`attention_mask` is (b, tokens so far) with 1 for real tokens, or a finished (b, 1, l, tokens so far) mask."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, hidden)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids)
+        cos, sin = rotary_cos_sin(position_ids, self.config.head_dim)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, cos, sin, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
+
+
+class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
+    """Baichuan2 with its normalised head, training loss, and `chat()`."""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.model = BaichuanModel(config)
+        self.lm_head = NormHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        loss_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits without `labels`; the loss, and no logits, with them.
+
+        Args:
+            input_ids: (b, l). `attention_mask`, `position_ids`: see BaichuanModel.
+            labels: (b, l), -100 where nothing is supervised; the label of a token is predicted by the one before it.
+            logits_to_keep: compute logits for this many last positions, or for the positions in this tensor; 0: all.
+            num_items_in_batch: supervised tokens to divide the loss by, when this forward is only a part of a
+                step; by default those of this call, which gives their mean.
+            loss_positions: (n, 2) rows of (index into the flattened b·l hidden states, label). Stands for `labels`
+                where the caller knows them already: on a GPU, finding them here waits for the device.
+        Returns:
+            loss, a float32 scalar (cross-entropy in nats, plus z_loss_weight · mean max-logit²), with logits None;
+            or logits (b, kept, V) in the model's dtype.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None or loss_positions is not None:
+            if loss_positions is None:
+                loss_positions = supervised_positions(labels)
+            loss = self.loss(hidden_states, loss_positions, num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept]).to(hidden_states.dtype)
+        return CausalLMOutputWithPast(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+
+    def loss(self, hidden_states, loss_positions, num_items_in_batch=None) -> torch.Tensor:
+        """The head and the cross-entropy at the supervised positions alone, four fifths of the tokens having no label."""
+        index, label = loss_positions.unbind(-1)
+        logits = self.lm_head(hidden_states.flatten(0, 1)[index])  # (n, V) float32
+        loss = F.cross_entropy(logits, label, reduction="sum")
+        if self.config.z_loss_weight:
+            loss = loss + self.config.z_loss_weight * logits.amax(-1).pow(2).sum()
+        return loss / (max(len(label), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """labels (b, l) → (n, 2): the flattened position that predicts each supervised token, and that token."""
+    batch, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+    return torch.stack((batch * labels.shape[1] + column, labels[batch, column + 1]), dim=-1)

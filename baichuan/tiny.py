@@ -1,0 +1,149 @@
+"""A small stand-in for Baichuan2-7B-Chat, so that everything here runs without a GPU or a download.
+
+    python3 -m baichuan.tiny --save_dir Baichuan2-tiny --data_dir data/sample
+
+The checkpoint has Baichuan2's own layout: a SentencePiece tokenizer with the turn markers at 195 and 196, the same
+tensors under the same names, the same JSON files. It is pre-trained on the single sentences of the data, never on which
+answer belongs to which question: that is left for train.py to teach.
+"""
+
+import json
+import random
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
+from transformers import GenerationConfig, set_seed
+
+from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from data_helper import persona
+from utils import ArgumentParser, UserError, entry_point, whole_directory
+
+# As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
+SYMBOLS = ["\n", "\t", *"，。！？、：；《》【】『』（）“”‘’…—～·+-=.!?,:;()[]{}@#$%^&*_|/~'\"", *"0123456789０１２３４５６７８９"]
+FIRST_RESERVED = 89
+USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--save_dir", default="Baichuan2-tiny", help="directory of the new checkpoint")
+    parser.add_argument("--data_dir", default="data/sample", help="RoleBench files to take the sentences from")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="pieces of the tokenizer")
+    parser.add_argument("--hidden_size", type=int, default=128, help="width of the model")
+    parser.add_argument("--num_hidden_layers", type=int, default=4, help="layers of the model")
+    parser.add_argument("--steps", type=int, default=600, help="pre-training steps; 0 leaves the weights random")
+    parser.add_argument("--batch_size", type=int, default=32, help="sentences a pre-training step")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the weights and of the order of sentences")
+    return parser.parse_args(argv)
+
+
+def read_sentences(data_dir: str) -> list[str]:
+    """Personas, questions and answers of the training files, each by itself, without repetition."""
+    data_dir = Path(data_dir)
+    profiles = json.loads((data_dir / "profiles-zh_desc.json").read_text(encoding="utf-8"))
+    sentences = [persona(role, description) for role, description in profiles.items()]
+    for kind in ("role_specific", "general"):
+        for line in (data_dir / f"rolebench-zh_{kind}_train.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            sentences += [record["question"], *record["generated"]]
+    return list(dict.fromkeys(sentences))
+
+
+def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
+    """A SentencePiece model like the published one: BPE, byte fallback, identity normalisation, no dummy prefix."""
+    symbols = list(dict.fromkeys(SYMBOLS))[: FIRST_RESERVED - 3]
+    symbols += [f"<reserved_{1000 + n}>" for n in range(FIRST_RESERVED - 3 - len(symbols))]
+    symbols += [f"<reserved_{n}>" for n in range(ASSISTANT_TOKEN_ID + 1 - FIRST_RESERVED)]
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.9998,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=symbols,
+        max_sentence_length=100_000,
+        minloglevel=1,
+    )
+    return model.getvalue()
+
+
+def sentence_batches(tokenizer, sentences: list[str], batch_size: int, seed: int):
+    """Endless (b, l) batches of single sentences, each after one of the markers or after none, and closed by eos."""
+    draw = random.Random(seed)
+    ids = [[*line, tokenizer.eos_token_id] for line in tokenizer.text_to_ids(sentences)]
+    openings = ([USER_TOKEN_ID], [ASSISTANT_TOKEN_ID], [])
+    while True:
+        for start in range(0, len(ids) - batch_size + 1, batch_size):
+            if start == 0:
+                draw.shuffle(ids)
+            rows = [torch.tensor(draw.choice(openings) + line[:256]) for line in ids[start : start + batch_size]]
+            labels = pad_sequence(rows, batch_first=True, padding_value=-100)
+            yield labels.clamp_min(0), labels
+
+
+def pretrain(model, tokenizer, sentences: list[str], steps: int, batch_size: int, seed: int):
+    batches = sentence_batches(tokenizer, sentences, min(batch_size, len(sentences)), seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps + 1)
+    model.train()
+    with trange(steps, desc="pre-training", unit="step", disable=None) as progress:
+        for _ in progress:
+            input_ids, labels = next(batches)
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+    model.eval()
+
+
+@entry_point
+def main(argv=None):
+    args = parse_args(argv)
+    set_seed(args.seed)
+    sentences = read_sentences(args.data_dir)
+    with whole_directory(args.save_dir) as directory:
+        vocab_file = directory / "tokenizer.model"
+        try:
+            vocab_file.write_bytes(train_tokenizer(sentences, args.vocab_size))
+        except RuntimeError as error:  # SentencePiece: vocabulary larger than the text has pieces, and the like
+            raise UserError(f"--vocab_size {args.vocab_size}: {str(error).splitlines()[-1]}") from error
+        tokenizer = BaichuanTokenizer(
+            str(vocab_file), user_token_id=USER_TOKEN_ID, assistant_token_id=ASSISTANT_TOKEN_ID, model_max_length=4096
+        )
+        config = BaichuanConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.hidden_size * 11 // 4,
+            num_hidden_layers=args.num_hidden_layers,
+            num_attention_heads=max(1, args.hidden_size // 32),
+            stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.data_dir}",
+        )
+        model = BaichuanForCausalLM(config)
+        model.generation_config = GenerationConfig(
+            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+            **{"user_token_id": USER_TOKEN_ID, "assistant_token_id": ASSISTANT_TOKEN_ID},
+            **{"max_new_tokens": 256, "do_sample": True, "temperature": 0.3, "top_k": 5, "top_p": 0.85},
+            repetition_penalty=1.05,
+        )
+        if args.steps:
+            pretrain(model, tokenizer, sentences, args.steps, args.batch_size, args.seed)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    print(f"{args.save_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
