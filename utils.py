@@ -2,12 +2,25 @@
 
 import argparse
 import functools
+import json
 import os
 import shutil
 import sys
+from array import array
+from collections import Counter
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from baichuan.generation_utils import messages_to_ids, turn_markers
 
 # ---------------------------------------------------------------- errors and files
 
@@ -99,3 +112,336 @@ def whole_directory(path, overwrite: bool = False):
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- samples → token ids
+
+
+class RoleDataset:
+    """Samples as token ids, each persona held once: some 220 bytes a RoleBench sample.
+
+    Sample i is `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: the user marker, the question, the
+    assistant marker, and from `answers[i]` on the answer with its eos. Only the answer and its eos are supervised.
+
+    Args:
+        samples: dicts with system, prompt and response, such as `data_helper.read_samples` yields.
+        max_src_len: tokens of a question at most; its beginning is kept.
+        max_len: tokens of a sample at most, persona included. An answer that had to be cut gets no eos.
+        is_skip: leave samples over either limit out instead of cutting them.
+    Attributes:
+        counts: Counter of read, kept, skipped, cut questions, cut answers and samples with no room for an answer.
+    """
+
+    def __init__(self, samples, tokenizer, generation_config, max_len: int, max_src_len: int, is_skip: bool = False):
+        self.counts = Counter()
+        self.personas: list[list[int]] = []
+        self._layout = functools.partial(messages_to_ids, tokenizer, generation_config=generation_config)
+        self._eos = tokenizer.eos_token_id
+        self._limits = (max_len, max_src_len, is_skip)
+        known: dict[str, int] = {}
+        ids, starts, answers, persona = array("i"), array("q", [0]), array("i"), array("i")
+        samples = iter(samples)
+        while chunk := list(islice(samples, 4096)):
+            prompts = tokenizer.text_to_ids([sample["prompt"] for sample in chunk])
+            responses = tokenizer.text_to_ids([sample["response"] for sample in chunk])
+            for sample, prompt, response in zip(chunk, prompts, responses):
+                system = sample["system"]
+                if system not in known:
+                    known[system] = len(self.personas)
+                    self.personas.append(self._layout([{"role": "system", "content": system}]))
+                question, answer = self._fit(len(self.personas[known[system]]), prompt, response)
+                if answer:
+                    ids.extend(question + answer)
+                    starts.append(len(ids))
+                    answers.append(len(question))
+                    persona.append(known[system])
+        self.ids = np.frombuffer(ids, dtype=np.int32)
+        self.starts = np.frombuffer(starts, dtype=np.int64)
+        self.answers = np.frombuffer(answers, dtype=np.int32)
+        self.persona = np.frombuffer(persona, dtype=np.int32)
+        self.counts["kept"] = len(self)
+
+    def _fit(self, persona_length: int, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
+        """Cut a sample to the limits: (ids before the answer, answer ids), the answer empty if it is left out."""
+        max_len, max_src_len, is_skip = self._limits
+        self.counts["read"] += 1
+        question = self._layout([{"role": "user", "content": prompt[:max_src_len]}])
+        answer = [*response, self._eos]
+        room = max_len - persona_length - len(question)
+        if is_skip and (len(prompt) > max_src_len or len(answer) > room):
+            self.counts["skipped"] += 1
+            return question, []
+        if room < 1:
+            self.counts["no room for an answer"] += 1
+            return question, []
+        self.counts["cut questions"] += len(prompt) > max_src_len
+        self.counts["cut answers"] += len(answer) > room
+        return question, answer[:room]
+
+    def __len__(self) -> int:
+        return len(self.persona)
+
+    def sample(self, index: int) -> tuple[torch.Tensor, int]:
+        """(ids after the persona, place of the first supervised one among them)."""
+        ids = self.ids[self.starts[index] : self.starts[index + 1]]
+        return torch.from_numpy(ids.astype(np.int64)), int(self.answers[index])
+
+    def by_persona(self, indices: np.ndarray) -> np.ndarray:
+        return indices[np.argsort(self.persona[indices], kind="stable")]
+
+    def supervised_tokens(self, indices: np.ndarray) -> int:
+        """Tokens of these samples that carry loss."""
+        return int((self.starts[indices + 1] - self.starts[indices] - self.answers[indices]).sum())
+
+
+# ---------------------------------------------------------------- a step's samples → tensors
+
+
+class Collator:
+    """Samples → rows for the model, with each persona computed once a row (`packing="prefix"`) or padded ("none").
+
+    A prefix row of two personas P and Q with three samples, and what each token (down) sees (across):
+
+            position  0 1 2 3 4 5 3 4 0 1 2 3
+               token  P P P a a a b b Q Q c c
+                  P   ■ · · · · · · · · · · ·
+                  P   ■ ■ · · · · · · · · · ·
+                  P   ■ ■ ■ · · · · · · · · ·
+                  a   ■ ■ ■ ■ · · · · · · · ·      a sees its persona and itself;
+                  a   ■ ■ ■ ■ ■ · · · · · · ·
+                  a   ■ ■ ■ ■ ■ ■ · · · · · ·
+                  b   ■ ■ ■ · · · ■ · · · · ·      b sees the same persona, but never a, and
+                  b   ■ ■ ■ · · · ■ ■ · · · ·      its positions go on from the persona's end;
+                  Q   · · · · · · · · ■ · · ·      another persona begins afresh.
+                  Q   · · · · · · · · ■ ■ · ·
+                  c   · · · · · · · · ■ ■ ■ ·
+                  c   · · · · · · · · ■ ■ ■ ■
+
+    Attention being causal, P's activations do not depend on what follows: losses and gradients are those of the
+    padded batch.
+
+    Args:
+        max_pack_len: tokens of a prefix row at most. rows_per_batch: samples of a padded batch.
+    """
+
+    def __init__(self, data: RoleDataset, packing: str, max_pack_len: int, rows_per_batch: int):
+        self.data = data
+        self.packing = packing
+        self.max_pack_len = max_pack_len
+        self.rows_per_batch = rows_per_batch
+
+    def __call__(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """Sample indices, those of a persona side by side → one dict of tensors for each forward pass."""
+        if self.packing == "none":
+            starts = range(0, len(indices), self.rows_per_batch)
+            return [self._padded_batch(indices[start : start + self.rows_per_batch]) for start in starts]
+        return [self._prefix_row(row) for row in self._rows(indices)]
+
+    def _rows(self, indices) -> list[list[int]]:
+        """Fill rows up to max_pack_len tokens; a persona that goes on in the next row is counted there again."""
+        rows, length, previous = [], self.max_pack_len, None
+        for index in indices:
+            persona = self.data.persona[index]
+            tokens = int(self.data.starts[index + 1] - self.data.starts[index])
+            prefix = len(self.data.personas[persona])
+            needed = tokens + (prefix if persona != previous else 0)
+            if length + needed > self.max_pack_len:
+                rows.append([])
+                length, needed = 0, tokens + prefix
+            rows[-1].append(index)
+            length, previous = length + needed, persona
+        return rows
+
+    def _prefix_row(self, row: list[int]) -> dict[str, torch.Tensor]:
+        """One row (b = 1): input_ids and position_ids (1, l), segments (1, 2, l) for `prefix_mask`, loss_positions."""
+        ids, positions, segments, loss_positions = [], [], [], []
+        length, previous = 0, None
+        for index in row:
+            persona = int(self.data.persona[index])
+            if persona != previous:
+                prefix = torch.tensor(self.data.personas[persona], dtype=torch.long)
+                prefix_segment, previous = len(ids), persona
+                ids.append(prefix)
+                positions.append(torch.arange(len(prefix)))
+                segments.append(torch.full((2, len(prefix)), prefix_segment))
+                length += len(prefix)
+            sample, answer = self.data.sample(index)
+            segments.append(torch.tensor([len(ids), prefix_segment])[:, None].expand(2, len(sample)))
+            ids.append(sample)
+            positions.append(torch.arange(len(prefix), len(prefix) + len(sample)))
+            at = torch.arange(length + answer - 1, length + len(sample) - 1)  # each token is predicted one place before
+            loss_positions.append(torch.stack((at, sample[answer:]), dim=-1))
+            length += len(sample)
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "position_ids": torch.cat(positions)[None],
+            "segments": torch.cat(segments, dim=1)[None],
+            "loss_positions": torch.cat(loss_positions),
+        }
+
+    def _padded_batch(self, indices) -> dict[str, torch.Tensor]:
+        """One sample a row, padded on the right: input_ids and attention_mask (b, l), loss_positions."""
+        rows, answers = [], []
+        for index in indices:
+            prefix = torch.tensor(self.data.personas[self.data.persona[index]], dtype=torch.long)
+            sample, answer = self.data.sample(index)
+            rows.append(torch.cat((prefix, sample)))
+            answers.append(len(prefix) + answer)
+        input_ids = pad_sequence(rows, batch_first=True)
+        places = [
+            torch.stack((torch.arange(answer - 1, len(row) - 1) + i * input_ids.shape[1], row[answer:]), dim=-1)
+            for i, (row, answer) in enumerate(zip(rows, answers))
+        ]
+        lengths = torch.tensor([len(row) for row in rows])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_positions": torch.cat(places)}
+
+
+def prefix_mask(segments: torch.Tensor, implementation: str = "sdpa"):
+    """Who sees whom in a prefix row, in the form that an attention implementation takes.
+
+    Args:
+        segments: (b, 2, l) integers: the segment a token belongs to, and that of its persona.
+        implementation: "sdpa" gives a (b, 1, l, l) mask, true where attention is allowed; "flex_attention" a
+            BlockMask, whose empty blocks are never computed; "eager" a mask to be added.
+    """
+    own, persona = segments.unbind(1)
+    length = own.shape[-1]
+
+    def sees(b, h, query, key):
+        return (key <= query) & ((own[b, key] == own[b, query]) | (own[b, key] == persona[b, query]))
+
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, len(own), None, length, length, device=own.device)
+    place = torch.arange(length, device=own.device)
+    batch = torch.arange(len(own), device=own.device)[:, None, None]
+    mask = sees(batch, None, place[:, None], place[None, :])[:, None]  # (b, 1, l, l)
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min) if implementation == "eager" else mask
+
+
+class Steps(Dataset):
+    """Item k is what this process computes in step k of the run: (batches, supervised tokens of the whole step).
+
+    Every process draws the same permutation of an epoch from the seed, so that all know each step's samples
+    without a word between them, whatever is resumed where. What an epoch leaves over differs from epoch to epoch.
+
+    Args:
+        step_size: samples of a step, over all processes.
+    """
+
+    def __init__(self, data: RoleDataset, collator: Collator, step_size: int, epochs: int, seed: int, rank=0, world=1):
+        self.data, self.collator = data, collator
+        self.step_size, self.epochs, self.seed = step_size, epochs, seed
+        self.rank, self.world = rank, world
+        self.steps_per_epoch = len(data) // step_size
+        self._order = (None, None)  # the epoch, its permutation
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def samples(self, step: int) -> np.ndarray:
+        """Indices of a step's samples, sorted by persona so that each process meets few of them."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
+        indices = self._order[1][place * self.step_size : (place + 1) * self.step_size]
+        return self.data.by_persona(indices)
+
+    def __getitem__(self, step: int):
+        indices = self.samples(step)
+        share = self.step_size // self.world
+        batches = self.collator(indices[self.rank * share : (self.rank + 1) * share])
+        return batches, self.data.supervised_tokens(indices)
+
+
+# ---------------------------------------------------------------- model
+
+
+def model_inputs(batch: dict[str, torch.Tensor], device, implementation: str) -> dict:
+    """A collator's batch → arguments of the model on its device, without waiting for the copies."""
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if "segments" in inputs:
+        inputs["attention_mask"] = prefix_mask(inputs.pop("segments"), implementation)
+    return inputs
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Names of the decoder's linear layers: all but the head, which is no part of `model.model`."""
+    layers = model.model.named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, implementation: str, show_progress: bool = False) -> float:
+    """Mean loss in nats over all supervised tokens of `batches` on all processes; perplexity is its exponential."""
+    training = model.training
+    model.eval()
+    loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in tqdm(batches, desc="evaluating", unit="row", leave=False, disable=not show_progress):
+        inputs = model_inputs(batch, device, implementation)
+        loss += model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        tokens += len(batch["loss_positions"])
+    total = torch.stack((loss, torch.tensor(tokens, dtype=torch.float64, device=device)))
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    model.train(training)
+    return (total[0] / total[1]).item()
+
+
+# ---------------------------------------------------------------- model directories
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def model_directory_problems(directory) -> list[str]:
+    """What a directory lacks to be loaded as a Baichuan2 model. Looks at files' presence only."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return [
+            f"{directory}: there is no such directory; download the model to it, or make a small one: python3 -m baichuan.tiny"
+        ]
+    names = ("config.json", "generation_config.json", "tokenizer.model")
+    problems = [f"{directory}: {name} is missing" for name in names if not (directory / name).is_file()]
+    weights = [name for name in WEIGHT_FILES if (directory / name).is_file()]
+    if not weights:
+        problems.append(f"{directory}: has no weights (model.safetensors or pytorch_model.bin, whole or with an index)")
+    elif weights[0].endswith(".index.json"):
+        try:
+            shards = set(json.loads((directory / weights[0]).read_text(encoding="utf-8"))["weight_map"].values())
+            problems += [
+                f"{directory}: {name} is missing" for name in sorted(shards) if not (directory / name).is_file()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            problems.append(f"{directory / weights[0]}: is no index of weight files; download it again")
+    return problems
+
+
+def load_tokenizer(directory):
+    """(tokenizer, generation_config) of a model directory. Raises: UserError."""
+    from transformers import GenerationConfig
+
+    from baichuan import BaichuanTokenizer
+
+    try:
+        generation_config = GenerationConfig.from_pretrained(directory)
+        turn_markers(generation_config)
+        return BaichuanTokenizer.from_pretrained(directory), generation_config
+    except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
+        raise UserError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
+
+
+def load_model(directory, dtype: torch.dtype, attn_implementation: str = "sdpa"):
+    """The model of a directory, on the CPU. Raises: UserError naming what does not fit."""
+    from baichuan import BaichuanForCausalLM
+
+    try:
+        return BaichuanForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attn_implementation)
+    except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
+        raise UserError(f"{directory}: the model cannot be loaded: {error}") from error

@@ -52,7 +52,9 @@ def messages_to_ids(
     if max_length is not None:
         room = max_length - len(system)
         if rounds and room < 1:
-            raise ValueError(f"the system text has {len(system)} tokens and leaves no room for a question in {max_length}")
+            raise ValueError(
+                f"the system text has {len(system)} tokens and leaves no room for a question in {max_length}"
+            )
         while len(rounds) > 1 and sum(map(len, rounds)) > room:
             del rounds[0]
         if rounds:

@@ -292,9 +292,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept]).to(hidden_states.dtype)
-        return CausalLMOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def loss(self, hidden_states, loss_positions, num_items_in_batch=None) -> torch.Tensor:
         """The head and the cross-entropy at the supervised positions alone, four fifths of the tokens having no label."""

@@ -24,7 +24,12 @@ from data_helper import persona
 from utils import ArgumentParser, UserError, entry_point, whole_directory
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
-SYMBOLS = ["\n", "\t", *"，。！？、：；《》【】『』（）“”‘’…—～·+-=.!?,:;()[]{}@#$%^&*_|/~'\"", *"0123456789０１２３４５６７８９"]
+SYMBOLS = [
+    "\n",
+    "\t",
+    *"，。！？、：；《》【】『』（）“”‘’…—～·+-=.!?,:;()[]{}@#$%^&*_|/~'\"",
+    *"0123456789０１２３４５６７８９",
+]
 FIRST_RESERVED = 89
 USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
 
@@ -142,7 +147,9 @@ def main(argv=None):
             pretrain(model, tokenizer, sentences, args.steps, args.batch_size, args.seed)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    print(f"{args.save_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences")
+    print(
+        f"{args.save_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences"
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ import re
 from itertools import groupby
 
 import sentencepiece
-from transformers import GenerationConfig, PreTrainedTokenizer
 from sentencepiece import sentencepiece_model_pb2
+from transformers import GenerationConfig, PreTrainedTokenizer
 
-from .generation_utils import messages_to_ids, turn_markers
+from .generation_utils import messages_to_ids
 
 RESERVED = re.compile(r"<reserved_\d+>")  # the pieces from which the published model takes its turn markers
 
@@ -168,7 +168,9 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         if not batched and not padding and return_tensors is None:
             encoded = {"input_ids": ids[0], "attention_mask": [1] * len(ids[0])}
         else:
-            encoded = self.pad({"input_ids": ids}, padding=padding, max_length=max_length, return_tensors=return_tensors)
+            encoded = self.pad(
+                {"input_ids": ids}, padding=padding, max_length=max_length, return_tensors=return_tensors
+            )
         return encoded if return_dict else encoded["input_ids"]
 
 

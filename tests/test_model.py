@@ -1,0 +1,374 @@
+"""The model against transformers' LlamaForCausalLM, which Baichuan2 is once W_pack is split and the head normalised."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from baichuan.modeling_baichuan import NormHead
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+}
+
+
+def as_llama(model: BaichuanForCausalLM) -> LlamaForCausalLM:
+    config = LlamaConfig(**SIZES, attn_implementation=model.config._attn_implementation)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if "W_pack" in name:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                state[name.replace("W_pack", f"{letter}_proj")] = part
+        else:
+            state[name] = F.normalize(tensor.float(), dim=-1).to(tensor.dtype) if name == "lm_head.weight" else tensor
+    llama = LlamaForCausalLM(config).to(next(model.parameters()).dtype)
+    llama.load_state_dict(state)
+    return llama.eval()
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def pair(request):
+    torch.manual_seed(0)
+    model = BaichuanForCausalLM._from_config(BaichuanConfig(**SIZES), attn_implementation=request.param)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than at initialisation, so that every part shows in the logits
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.08))
+        model.lm_head.weight.mul_(torch.rand(SIZES["vocab_size"], 1) * 5)  # rows of very different lengths
+    return model.eval(), as_llama(model)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(3, SIZES["vocab_size"], (3, 23))
+    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    left[1, :7] = left[2, :3] = 0
+    right[1, -7:] = right[2, -3:] = 0
+    return ids, {"none": None, "left": left, "right": right}
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_logits_equal_llama(pair, batch, padding):
+    model, llama = pair
+    ids, masks = batch
+    mask = masks[padding]
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    with torch.no_grad():
+        difference = (model(ids, attention_mask=mask).logits - llama(ids, attention_mask=mask).logits)[real]
+    assert difference.abs().max() <= 1e-5
+
+
+def test_loss_and_gradients_equal_llama(pair, batch):
+    model, llama = pair
+    ids, masks = batch
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.6, -100).masked_fill(masks["right"] == 0, -100)
+    ours = model(ids, attention_mask=masks["right"], labels=labels)
+    theirs = llama(ids, attention_mask=masks["right"], labels=labels)
+    assert ours.logits is None
+    assert abs(ours.loss - theirs.loss) <= 1e-5
+    ours.loss.backward()
+    theirs.loss.backward()
+    for mine, other in zip(model.model.layers, llama.model.layers):
+        parts = [getattr(other.self_attn, f"{letter}_proj").weight.grad for letter in "qkv"]
+        torch.testing.assert_close(mine.self_attn.W_pack.weight.grad, torch.cat(parts), atol=1e-5, rtol=1e-5)
+        for name in ("self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"):
+            ours_grad, their_grad = mine.get_submodule(name).weight.grad, other.get_submodule(name).weight.grad
+            torch.testing.assert_close(ours_grad, their_grad, atol=1e-5, rtol=1e-5)
+    # The stored head is not normalised; the gradient passes through the normalisation.
+    weight = model.lm_head.weight.detach().clone().requires_grad_()
+    (F.normalize(weight, dim=-1) * llama.lm_head.weight.grad).sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_cache_and_token_by_token_equal_llama(pair, batch):
+    model, llama = pair
+    ids, _ = batch
+    expected = llama(ids).logits
+    with torch.no_grad():
+        first = model(ids[:, :9], use_cache=True)
+        steps, cache = [first.logits], first.past_key_values
+        for position in range(9, ids.shape[1]):
+            output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            steps.append(output.logits)
+    assert (torch.cat(steps, dim=1) - expected).abs().max() <= 1e-5
+
+
+def test_static_cache_works(pair, batch):
+    model, _ = pair
+    ids, _ = batch
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        output = model(ids, past_key_values=cache, use_cache=True)
+    assert (output.logits - model(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_within_its_rounding(pair, batch, dtype):
+    """Against float32, our error is that of LLaMA in the same dtype: at most half as large again."""
+    model, llama = pair
+    ids, _ = batch
+    exact = llama(ids).logits
+    with torch.no_grad():
+        ours = (model.to(dtype)(ids).logits.float() - exact).abs().mean()
+        theirs = (as_llama(model)(ids).logits.float() - exact).abs().mean()
+    assert torch.isfinite(ours)
+    assert ours <= 1.5 * theirs
+
+
+def test_generate_equals_llama(pair, batch):
+    model, llama = pair
+    ids, masks = batch
+    arguments = {"attention_mask": masks["left"], "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    ours = model.generate(ids, **arguments)
+    assert ours.tolist() == llama.generate(ids, **arguments).tolist()
+    beams = model.generate(ids, num_beams=3, **arguments)
+    assert beams.tolist() == llama.generate(ids, num_beams=3, **arguments).tolist()
+
+
+def test_logits_to_keep(pair, batch):
+    model, _ = pair
+    ids, _ = batch
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([3, 5])).logits, logits[:, [3, 5]])
+
+
+def test_loss_of_parts_adds_up(pair, batch):
+    """num_items_in_batch divides each part of a step by the whole step's tokens."""
+    model, _ = pair
+    ids, _ = batch
+    whole = model(ids, labels=ids).loss
+    tokens = ids.numel() - len(ids)  # the first token of a row has nothing before it
+    parts = [model(row[None], labels=row[None], num_items_in_batch=tokens).loss for row in ids]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_z_loss(pair, batch):
+    model, _ = pair
+    ids, _ = batch
+    plain = model(ids, labels=ids).loss
+    model.config.z_loss_weight = 0.01
+    expected = plain + 0.01 * model(ids).logits[:, :-1].amax(-1).pow(2).mean()
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+def test_no_supervised_token_gives_zero_loss(pair, batch):
+    model, _ = pair
+    ids, _ = batch
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
+
+
+def test_hidden_states_and_attentions_are_recorded(pair, batch):
+    model, llama = pair
+    ids, _ = batch
+    ours = model(ids, output_hidden_states=True)
+    theirs = llama(ids, output_hidden_states=True)
+    assert len(ours.hidden_states) == SIZES["num_hidden_layers"] + 1
+    for mine, other in zip(ours.hidden_states, theirs.hidden_states):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    if model.config._attn_implementation == "eager":
+        attentions = model(ids, output_attentions=True).attentions
+        torch.testing.assert_close(attentions[0].sum(-1), torch.ones_like(attentions[0].sum(-1)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(pair, batch, reentrant):
+    model, _ = pair
+    ids, _ = batch
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.W_pack.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+# ---------------------------------------------------------------- the head
+
+
+def test_head_never_changes_its_weight():
+    head = NormHead(16, 50)
+    before = head.weight.detach().clone()
+    for mode in (True, False):
+        head.train(mode)
+        head(torch.randn(4, 16))
+    assert torch.equal(head.weight, before)
+
+
+def test_frozen_head_normalises_once_and_notices_changes(monkeypatch):
+    head = NormHead(16, 50).requires_grad_(False)
+    computed = []
+    compute = head._compute_norms
+    monkeypatch.setattr(head, "_compute_norms", lambda: computed.append(1) or compute())
+    x = torch.randn(4, 16)
+    for _ in range(5):
+        head(x)
+    assert len(computed) == 1
+    with torch.no_grad():
+        head.weight.mul_(torch.rand(50, 1) + 0.5)
+    torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
+    assert len(computed) == 2
+    head.load_state_dict({"weight": torch.randn(50, 16)})
+    torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
+    head.weight.data = torch.randn(50, 16)
+    torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_head_works_in_half_precision_on_the_cpu(dtype):
+    head = NormHead(64, 100).to(dtype)
+    head.weight.data[0] = 0  # a row without direction: logit 0, no nan
+    x = torch.randn(5, 64, dtype=dtype)
+    logits = head(x)
+    assert torch.isfinite(logits).all() and (logits[:, 0] == 0).all()
+    exact = x.float() @ F.normalize(head.weight.float(), dim=-1).T
+    torch.testing.assert_close(logits, exact, atol=0.02, rtol=0.02)
+
+
+def test_a_stored_head_may_be_normalised_or_not(pair, batch):
+    model, _ = pair
+    ids, _ = batch
+    before = model(ids).logits
+    with torch.no_grad():
+        model.lm_head.weight.copy_(F.normalize(model.lm_head.weight, dim=-1))
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- configuration and files
+
+
+def test_config_defaults_are_those_of_7b_and_unknown_fields_survive(tmp_path):
+    config = BaichuanConfig.from_dict({"model_type": "baichuan", "something_new": [1, 2]})
+    expected = {"vocab_size": 125_696, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+    expected |= {"num_attention_heads": 32, "model_max_length": 4096, "rms_norm_eps": 1e-6, "z_loss_weight": 0}
+    expected |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    assert {name: getattr(config, name) for name in expected} == expected
+    config.save_pretrained(tmp_path)
+    assert BaichuanConfig.from_pretrained(tmp_path).something_new == [1, 2]
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": 65}, {"num_hidden_layers": 0}, {"hidden_size": 12}])
+def test_config_rejects_impossible_sizes(wrong):
+    with pytest.raises(ValueError):
+        BaichuanConfig(**SIZES | wrong)
+
+
+def stored_as(layout: str, source: Path, target: Path) -> Path:
+    """Rewrite a one-file safetensors checkpoint in another layout that users have."""
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    write, suffix = (save_file, "safetensors") if "safetensors" in layout else (torch.save, "bin")
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    if layout.startswith("sharded"):
+        names = sorted(weights)
+        parts = [names[::2], names[1::2]]
+        weight_map = {}
+        for number, part in enumerate(parts, start=1):
+            file = f"{stem}-{number:05}-of-00002.{suffix}"
+            write({name: weights[name] for name in part}, target / file)
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (target / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    else:
+        write(weights, target / f"{stem}.{suffix}")
+    return target
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors", "sharded bin", "sharded safetensors"])
+def test_every_layout_loads_alike(checkpoint, tmp_path, layout):
+    directory = stored_as(layout, Path(checkpoint), tmp_path / "model")
+    expected, loaded = (BaichuanForCausalLM.from_pretrained(path).state_dict() for path in (checkpoint, directory))
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+
+
+def test_old_rotary_tables_are_ignored(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    BaichuanForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), "missing model.layers.1.mlp.up_proj.weight"),
+        (lambda weights: weights.update(surplus=torch.ones(2)), "unexpected surplus"),
+        (lambda weights: weights.update({"model.norm.weight": torch.ones(7)}), "model.norm.weight has shape (7,)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(checkpoint, tmp_path, change, message):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        BaichuanForCausalLM.from_pretrained(directory)
+    assert message in str(error.value)
+
+
+def test_a_pickle_that_carries_code_is_refused(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+    trace = tmp_path / "code was run"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (trace,)
+
+    torch.save({"model.norm.weight": Code()}, directory / "pytorch_model.bin")
+    with pytest.raises(Exception) as error:
+        BaichuanForCausalLM.from_pretrained(directory)
+    assert not trace.exists() and "weights" in str(error.value).lower()
+    with open(directory / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Code(), file)
+    with pytest.raises(Exception):  # noqa: B017 - whichever way torch refuses it
+        BaichuanForCausalLM.from_pretrained(directory)
+    assert not trace.exists()
+
+
+def test_saved_directory_loads_where_this_project_is_not(checkpoint, tmp_path):
+    """AutoModelForCausalLM and AutoTokenizer with trust_remote_code, from a place without this repository."""
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({checkpoint!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({checkpoint!r}, trust_remote_code=True)
+assert "baichuan" not in sys.modules and type(model).__name__ == "BaichuanForCausalLM"
+assert (model.generation_config.user_token_id, model.generation_config.assistant_token_id) == (195, 196)
+messages = [{{"role": "user", "content": "你好<reserved_107></s>"}}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+model.generation_config.update(max_new_tokens=4, do_sample=False)
+print(ids, repr(model.chat(tokenizer, messages)), repr(tokenizer.apply_chat_template(messages, tokenize=False)))
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path), "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
+    model.generation_config.update(max_new_tokens=4, do_sample=False)
+    messages = [{"role": "user", "content": "你好<reserved_107></s>"}]
+    ids = [195, *tokenizer.text_to_ids("你好<reserved_107></s>"), 196]
+    assert ids.count(195) == ids.count(196) == 1 and 2 not in ids
+    answer, text = model.chat(tokenizer, messages), "<reserved_106>你好<reserved_107></s>"
+    assert run.stdout.strip() == f"{ids} {answer!r} {text!r}"
