@@ -1,46 +1,53 @@
 """Fold a LoRA adapter into the weights of its base model, and prove that the result is the model that was trained.
 
-    python3 merge_params.py --ori_model_dir "Baichuan2-7B-Chat/" --model_dir "output_dir/epoch-1-step-1002" \
+    python3 merge_params.py --ori_model_dir "Baichuan2-7B-Chat/" --model_dir "output_dir/epoch-1-step-1002" \\
         --save_model_dir "output_dir/epoch-1-step-1002-merge"
 
 A LoRA layer computes W x + (alpha / r) B A x (Hu et al. 2021, arXiv 2106.09685), which is (W + (alpha / r) B A) x: one
 matrix, as fast as the base's, and readable by programs that know nothing of adapters. `--format llama` writes the same
 model as a plain LLaMA, for engines that do not know Baichuan (baichuan/llama_export.py).
 
-The weights pass through one shard at a time. Then the logits of the result are compared with those of base and adapter,
-which PEFT computes; only a result within the bound for its dtype takes the name --save_model_dir.
+The weights pass through memory one shard at a time. Then the result's logits are compared with those of the base with
+its adapter, as PEFT computes them; only a result within the bound of its dtype takes the name --save_model_dir.
 """
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
+from baichuan.agreement import Agreement, compare, compute_in_float32, logits_of
 from baichuan.generation_utils import messages_to_ids, turn_markers
+from baichuan.weight_files import Weights, load_shard, read_json, write_weights
 from data_helper import persona, read_samples
 from utils import ArgumentParser, UserError, entry_point, whole_directory
 
-# What a result may differ by, for the dtype of its weights: the largest difference of two logits, in standard
-# deviations of the adapter's logits, and the mean KL divergence in nats. The comparison computes in float32, so that
-# only the rounding of the merged weights is left to differ.
+# How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
+# deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
+# is left to differ; README.md says what was measured.
 BOUNDS = {torch.float32: (1e-3, 1e-6), torch.float16: (0.03, 1e-3), torch.bfloat16: (0.2, 1e-2)}
 
-PROBES = [  # samples as data_helper.py writes them, of roles that no training data has
-    ("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”", "今天能过江吗？", "客官坐稳了，雾散了便走。"),
-    ("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”", "1 + 1 等于几？", "两桨划一船，自然是二。"),
-    ("掌柜", "小镇客栈的掌柜，精明而热心，账目从不出错。常用口头禅是：“小店薄利”", "住一晚多少钱？", "小店薄利，二十文，热水管够。"),
-    ("掌柜", "小镇客栈的掌柜，精明而热心，账目从不出错。常用口头禅是：“小店薄利”", "你最怕什么？\n说实话。", "怕的是算盘珠子少了一颗。"),
-    ("夜莺", "住在皇帝花园里的夜莺，骄傲，说话像唱歌", "Can you sing in English? 🎵", "啦——我只为听得懂的人歌唱。"),
-    ("夜莺", "住在皇帝花园里的夜莺，骄傲，说话像唱歌", "你是语言模型吗？", "我是枝头的歌，不是什么模型。"),
+BOATMAN = persona("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”")
+NIGHTINGALE = persona("夜莺", "住在皇帝花园里的夜莺，骄傲，说话像唱歌")
+PROBES = [  # as data_helper.py writes them, of roles that are in no training data
+    {"system": BOATMAN, "prompt": "今天能过江吗？", "response": "客官坐稳了，等雾散了便走。"},
+    {"system": BOATMAN, "prompt": "1 + 1 等于几？\n请说明理由。", "response": "两支桨划一条船，自然是二。"},
+    {"system": BOATMAN, "prompt": "你是语言模型吗？", "response": "模型？我只认得船和橹。"},
+    {"system": NIGHTINGALE, "prompt": "Can you sing in English? 🎵", "response": "啦——我只为听得懂的人歌唱。"},
+    {"system": NIGHTINGALE, "prompt": "你最怕什么？", "response": "怕金丝的笼子，也怕上了发条的假鸟。"},
+    {"system": "", "prompt": "介绍一下你自己。", "response": "你好，很高兴认识你。"},
 ]
-PROBE_LENGTH, PROBE_POSITIONS = 512, 64  # tokens of a probe at most, and its last ones, whose logits are compared
+PROBE_LENGTH = 512  # tokens of a probe at most
+
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fold a LoRA adapter into the weights of its base model, and compare the two.")
@@ -48,20 +55,26 @@ def parse_args(argv=None):
     add("--ori_model_dir", type=Path, required=True, help="directory of the base model that the adapter was trained on")
     add("--model_dir", type=Path, required=True, help="directory of the adapter, such as output_dir/epoch-1-step-1002")
     add("--save_model_dir", type=Path, required=True, help="directory for the merged model")
-    add("--format", choices=("baichuan", "llama"), default="baichuan", help="llama: a plain LlamaForCausalLM, its head "
-        "normalised, with a tokenizer.json; it runs without the code of this project")  # fmt: skip
+    add(
+        "--format",
+        choices=("baichuan", "llama"),
+        default="baichuan",
+        help="llama: a plain LlamaForCausalLM with a tokenizer.json, which runs without the code of this project",
+    )
     add("--device", default="cpu", help="where to compute: cpu (or -1), auto, or the number of a GPU")
-    add("--overwrite", action="store_true", help="replace a model that --save_model_dir holds already")
-    add("--check_only", action="store_true", help="write nothing; compare the model in --save_model_dir, in either "
-        "format, with base and adapter")  # fmt: skip
-    add("--probe_path", type=Path, help="file of samples to compare on, such as data/test.json, instead of the "
-        "built-in ones")  # fmt: skip
-    add("--probes", type=int, default=16, help="number of samples taken from --probe_path, spread over the file")
+    add("--overwrite", action="store_true", help="replace the model that --save_model_dir holds")
+    add(
+        "--check_only",
+        action="store_true",
+        help="write nothing: compare the model in --save_model_dir, of either format, with base and adapter",
+    )
+    add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
+    add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
 
 
 def pick_device(name: str) -> torch.device:
-    """cpu, -1, auto or a GPU's number → a device that exists. Raises: UserError."""
+    """cpu, -1, auto or a GPU's number → a device that is there. Raises: UserError."""
     if name == "auto":
         name = "0" if torch.cuda.is_available() else "cpu"
     if name in ("cpu", "-1"):
@@ -73,7 +86,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(name))
 
 
-# ---------------------------------------------------------------- reading base and adapter
+# ---------------------------------------------------------------- the adapter
 
 
 class Update(NamedTuple):
@@ -85,7 +98,7 @@ class Update(NamedTuple):
 
 
 # Settings of adapter_config.json that read_adapter follows, and those that say how an adapter was trained, not what it
-# computes. (gaussian and orthogonal only start A and B; pissa, olora, loftq, … start by changing the base.)
+# computes. Of the starts, these only fill A and B; pissa, olora, loftq and others begin by changing the base.
 FOLLOWED = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
 HARMLESS = ["auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"]
 HARMLESS += ["target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern"]
@@ -93,15 +106,19 @@ STARTS = [True, False, "gaussian", "orthogonal"]
 
 
 def read_adapter(directory: Path) -> dict[str, Update]:
-    """{name of a base weight: its update}, with the settings that the adapter itself records. Raises: UserError."""
+    """{name of a base weight: its update}, with the settings that the adapter itself records.
+
+    Raises:
+        UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing.
+    """
     settings = read_json(directory / "adapter_config.json")
     defaults = LoraConfig().to_dict() | {"peft_type": "LORA"}
     problems = []
     for name, value in settings.items():
         plain = value in STARTS if name == "init_lora_weights" else not value or value == defaults.get(name)
         if name not in FOLLOWED + HARMLESS and not plain:
-            where = directory / "adapter_config.json"
-            problems.append(f"{where}: {name} = {json.dumps(value)} is not supported here: merge this adapter with PEFT")
+            setting = f"{directory / 'adapter_config.json'}: {name} = {json.dumps(value)}"
+            problems.append(f"{setting} is not supported here: merge this adapter with PEFT")
     if problems:
         raise UserError(*problems)
     settings = {name: defaults[name] for name in FOLLOWED} | settings
@@ -116,24 +133,23 @@ def read_adapter(directory: Path) -> dict[str, Update]:
             problems.append(f"{path}: {key} holds infinite numbers or NaN: take an adapter saved earlier")
         factors.setdefault(module, {})[factor[:1]] = tensor
     if not problems and not any(pair["B"].any() for pair in factors.values() if "B" in pair):
-        problems.append(f"{path}: the adapter is empty: it changes nothing")
+        problems.append(f"{path}: the adapter is empty, it changes nothing: take one that was trained")
     if problems:
-        raise few(problems)
+        raise UserError(*few(problems))
 
     updates = {}
     for module, pair in factors.items():
         rank, alpha = (
-            settings[pattern].get(get_pattern_key(settings[pattern], module), settings[name])
-            for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+            settings[patterns].get(get_pattern_key(settings[patterns], module), settings[name])
+            for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
-        ranks = {pair["A"].shape[0], pair["B"].shape[1]} if pair.keys() == {"A", "B"} else {0}
-        if ranks != {rank}:
-            problems.append(f"{path}: {module} has not the rank {rank} of adapter_config.json in both lora_A and lora_B")
+        if pair.keys() != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {rank}:
+            problems.append(f"{path}: {module} has no lora_A and lora_B of rank {rank}, which adapter_config.json says")
             continue
         scaling = alpha / (rank**0.5 if settings["use_rslora"] else rank)
         updates[f"{module}.weight"] = Update(pair["A"], pair["B"], scaling)
     if problems:
-        raise few(problems)
+        raise UserError(*few(problems))
     return updates
 
 
@@ -144,56 +160,70 @@ def adapter_file(directory: Path) -> Path:
     raise UserError(f"{directory}: holds no adapter_model.safetensors: name the directory of an adapter")
 
 
-def few(problems: list[str]) -> UserError:
-    """An adapter of another model has a problem in every layer; five of them tell as much."""
-    rest = [f"and {len(problems) - 5} more like these"] if len(problems) > 5 else []
-    return UserError(*problems[:5], *rest)
+def few(problems: list[str]) -> list[str]:
+    """What is wrong in every layer is told by five lines."""
+    return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)
 
 
-def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
-    """Why these updates are not of these weights."""
-    problems = []
-    for name, (a, b, _) in updates.items():
-        if name not in weights.tensors:
-            problems.append(f"changes {name}, which the base does not have")
-        elif (shape := (b.shape[0], a.shape[1])) != weights.tensors[name][0]:
-            problems.append(f"changes {name} as a matrix of {shape}, the base has {weights.tensors[name][0]}")
-    return problems
-
-
-def merged_already(base: Path, adapter: Path) -> str | None:
-    """Why this base, the result of a merge, is not what the adapter was trained on; None if it is, or is no merge.
-
-    An adapter may well have been trained on a merged model. Then it says so, and is another one than was merged.
-    """
-    merge = read_json(base / "config.json").get("merged_adapter")
-    if not merge:
-        return None
-    if merge["sha256"] == digest(adapter_file(adapter)):
-        return f"this adapter is merged into it already: take {merge['base']}"
-    trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
-    if Path(trained_on).name != base.resolve().name:
-        return f"is itself merged, of {merge['base']} and {merge['adapter']}; the adapter was trained on {trained_on}"
-    return None
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
+def digest(directory: Path) -> str:
+    with open(adapter_file(directory), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, BaichuanTokenizer]:
-    """All of a base model but its weights. Raises: UserError with every problem."""
-    problems = [
-        f"{directory / name}: is missing: fetch it from the published model"
-        for name in ("config.json", "generation_config.json", "tokenizer.model")
-        if not (directory / name).exists()
-    ]
+# ---------------------------------------------------------------- what can be wrong, found before anything slow
+
+
+def read_inputs(args):
+    """Everything the arguments name, read and checked. Raises: UserError with all problems found."""
+    problems = target_problems(args)
+
+    def read(function, *arguments):
+        try:
+            return function(*arguments)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    device = read(pick_device, args.device)
+    base = read(read_base, args.ori_model_dir)
+    weights = read(Weights, args.ori_model_dir)
+    updates = read(read_adapter, args.model_dir)
+    probes = read(read_probes, args, base) if base else None
+    if base and weights:
+        with torch.device("meta"):
+            model = BaichuanForCausalLM(base[0])
+        problems += few([f"{args.ori_model_dir}: {problem}" for problem in weights.problems(model)])
+    if weights and updates:
+        problems += few([f"{args.model_dir}: {problem}" for problem in misfits(weights, updates)])
+    if base and updates:
+        read(refuse_second_merge, args.ori_model_dir, args.model_dir)
     if problems:
         raise UserError(*problems)
-    kind = read_json(directory / "config.json").get("model_type")
-    if kind != "baichuan":
-        raise UserError(f"{directory}: is a model of type {kind}: name a Baichuan2 model")
+    return device, base, weights, updates, probes
+
+
+def target_problems(args) -> list[str]:
+    """Why --save_model_dir cannot be written or, with --check_only, be read."""
+    target = args.save_model_dir
+    if args.check_only:
+        return [] if (target / "config.json").exists() else [f"{target}: holds no model that could be checked"]
+    if any(source.resolve().is_relative_to(target.resolve()) for source in (args.ori_model_dir, args.model_dir)):
+        return [f"{target}: is read here, or holds a directory that is: name another one"]
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return []
+    if not (target / "config.json").exists():
+        return [f"{target}: holds something that is no model: name another directory"]
+    if not args.overwrite:
+        return [f"{target}: holds a model already: name another directory, or replace it with --overwrite"]
+    return []
+
+
+def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, BaichuanTokenizer]:
+    """All of the base model but its weights. Raises: UserError."""
+    names = ("config.json", "generation_config.json", "tokenizer.model")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise UserError(*(f"{directory / name}: is missing: fetch it with the model" for name in missing))
+    if (kind := read_json(directory / "config.json").get("model_type")) != "baichuan":
+        raise UserError(f"{directory}: is a model of the type {kind}: name a Baichuan2 model")
     try:
         generation_config = GenerationConfig.from_pretrained(directory)
         turn_markers(generation_config)
@@ -203,39 +233,59 @@ def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, Baichu
         raise UserError(f"{directory}: {error}") from None
 
 
-def target_problems(args) -> list[str]:
-    """Why --save_model_dir cannot be written, or, with --check_only, read."""
-    target, sources = args.save_model_dir.resolve(), (args.ori_model_dir.resolve(), args.model_dir.resolve())
-    if args.check_only:
-        return [] if (target / "config.json").exists() else [f"{args.save_model_dir}: holds no model to check"]
-    if any(source.is_relative_to(target) for source in sources):
-        return [f"{args.save_model_dir}: is, or holds, a directory that is read here: name another one"]
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return []
-    if not (target / "config.json").exists():
-        return [f"{args.save_model_dir}: holds something that is no model: name another directory"]
-    if not args.overwrite:
-        return [f"{args.save_model_dir}: holds a model already: name another directory, or replace it by --overwrite"]
-    return []
+def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
+    """Why the adapter is not one of this base."""
+    problems = []
+    for name, (a, b, _) in updates.items():
+        if name not in weights.tensors:
+            problems.append(f"changes {name}, which the base does not have")
+        elif (shape := (b.shape[0], a.shape[1])) != weights.tensors[name][0]:
+            problems.append(f"changes {name} as a matrix of {shape}, the base has {weights.tensors[name][0]}")
+    return problems
 
 
-# ---------------------------------------------------------------- merging and writing
+def refuse_second_merge(base: Path, adapter: Path):
+    """Raise UserError if `base` is the result of a merge, unless the adapter was trained on it.
+
+    That an adapter was trained on a merged model shows in its settings, which name the base.
+    """
+    if merge := read_json(base / "config.json").get("merged_adapter"):
+        trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
+        if merge["sha256"] == digest(adapter):
+            raise UserError(f"{base}: has this adapter merged into it already: name the base, {merge['base']}")
+        if Path(trained_on).name != base.resolve().name:
+            raise UserError(f"{base}: is itself merged; name the base that the adapter was trained on, {trained_on}")
+
+
+def read_probes(args, base) -> tuple[list[list[int]], list[str]]:
+    """Samples to compare on: their ids, laid out as in training, and their questions. Raises: UserError."""
+    _, generation_config, tokenizer = base
+    samples = list(read_samples(args.probe_path)) if args.probe_path else PROBES
+    if args.probes < 1 or not samples:
+        raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")
+    samples = samples[:: -(-len(samples) // args.probes)]
+    layout = (("system", "system"), ("user", "prompt"), ("assistant", "response"))
+    messages = [[{"role": role, "content": sample[key]} for role, key in layout] for sample in samples]
+    ids = [messages_to_ids(tokenizer, conversation, generation_config)[:PROBE_LENGTH] for conversation in messages]
+    return ids, [sample["prompt"] for sample in samples]
+
+
+# ---------------------------------------------------------------- merging
 
 
 def merged_tensors(weights: Weights, updates: dict[str, Update], device: torch.device):
     """Yield (name, W + scaling · B A), computed in float32 and rounded once, to the dtype of W."""
     for name, weight in weights:
         if name in updates:
-            a, b, scaling = updates[name]
-            a, b, wide = (tensor.to(device, torch.float32) for tensor in (a, b, weight))
-            weight = torch.addmm(wide, b, a, alpha=scaling).to("cpu", weight.dtype)
+            a, b, wide = (tensor.to(device, torch.float32) for tensor in (updates[name].a, updates[name].b, weight))
+            weight = torch.addmm(wide, b, a, alpha=updates[name].scaling).to("cpu", weight.dtype)
             if not weight.isfinite().all():
-                raise UserError(f"{name}: exceeds the range of {weight.dtype} once merged: use a base in bfloat16")
+                raise UserError(f"{name}: leaves the range of {weight.dtype} once merged: use a base in bfloat16")
         yield name, weight
 
 
 def save_baichuan(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTokenizer):
-    """Everything but the weights, the model's code included, so that `trust_remote_code=True` loads the directory."""
+    """All but the weights, the model's code included, so that `trust_remote_code=True` loads the directory anywhere."""
     with torch.device("meta"):
         model = BaichuanForCausalLM(config)
     config.architectures = [type(model).__name__]
@@ -247,164 +297,81 @@ def save_baichuan(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTo
 # ---------------------------------------------------------------- the proof
 
 
-class Agreement(NamedTuple):
-    """How close found logits are to expected ones."""
-
-    largest: float  # largest difference of two logits
-    spread: float  # standard deviation of the expected logits
-    divergence: float  # KL(expected ‖ found) in nats, mean over positions
-    same_argmax: float  # share of positions
-    worst: int  # the probe with the largest difference
-
-
-def float32_arithmetic(model: torch.nn.Module):
-    """Let `model` compute in float32, whatever the dtype of its weights: a module's are widened while it runs."""
-    kept = {}
-
-    def widen(module, inputs):
-        kept[module] = [parameter.data for parameter in module.parameters(recurse=False)]
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.float()
-
-    def narrow(module, inputs, output):
-        for parameter, data in zip(module.parameters(recurse=False), kept.pop(module)):
-            parameter.data = data
-
-    for module in model.modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(widen)
-            module.register_forward_hook(narrow)
-
-
-@torch.no_grad()
-def probe_logits(model, probes: list[list[int]]) -> list[torch.Tensor]:
-    """The logits at the last PROBE_POSITIONS tokens of each probe: (positions, V) float32 on the CPU."""
-    lengths = torch.tensor([len(ids) for ids in probes], device=model.device)
-    ids = torch.nested.nested_tensor(probes, dtype=torch.long).to_padded_tensor(0).to(model.device)
-    position = torch.arange(ids.shape[1], device=model.device)
-    mask = position < lengths[:, None]  # padding stands on the right, where no token sees it
-    hidden = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    kept = mask & (position >= lengths[:, None] - PROBE_POSITIONS)
-    return list(model.lm_head(hidden[kept]).float().cpu().split(kept.sum(1).tolist()))
-
-
-def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreement:
-    differences, divergences, same, squares, count = [], [], 0, 0.0, 0
-    for p, q in zip(expected, found):  # (positions, V); in float64, where KL divergences of 1e-9 mean something
-        differences.append((p - q).abs().max().nan_to_num(torch.inf).item())
-        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        squares += (p - p.mean()).pow(2).sum().item()
-        count += p.numel()
-        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        divergences.append((p.exp() * (p - q)).sum(-1))
-    divergence = torch.cat(divergences)
-    worst = max(range(len(differences)), key=differences.__getitem__)
-    return Agreement(differences[worst], (squares / count) ** 0.5, divergence.mean().item(), same / len(divergence), worst)
-
-
-def load_model(directory: Path, weights: Weights, device: torch.device) -> torch.nn.Module:
+def load_model(directory: Path, device: torch.device) -> torch.nn.Module:
     kind = LlamaForCausalLM if read_json(directory / "config.json")["model_type"] == "llama" else BaichuanForCausalLM
-    return kind.from_pretrained(directory, dtype=weights.dtype).to(device).eval()
+    model = kind.from_pretrained(directory, dtype=Weights(directory).dtype).to(device).eval()
+    compute_in_float32(model)
+    return model
 
 
-def adapter_logits(base: Path, adapter: Path, weights, probes, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The probes' logits with the adapter, as PEFT computes them from its files, and without. Holds one model."""
-    model = PeftModel.from_pretrained(load_model(base, weights, device), adapter)
-    float32_arithmetic(model)
-    with_adapter = probe_logits(model.get_base_model(), probes)
+def adapter_logits(base: Path, adapter: Path, probes, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The probes' logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
+    model = PeftModel.from_pretrained(load_model(base, device), adapter)
+    with_adapter = logits_of(model.get_base_model(), probes)
     with model.disable_adapter():
-        return with_adapter, probe_logits(model.get_base_model(), probes)
+        return with_adapter, logits_of(model.get_base_model(), probes)
 
 
-def prove(directory: Path, expected, base, probes, texts, device):
-    """Print how the model in `directory` agrees with the adapter. Raises: UserError beyond the bound of its dtype."""
-    weights = Weights(directory)
-    model = load_model(directory, weights, device)
-    float32_arithmetic(model)
-    result, effect = compare(expected, probe_logits(model, probes)), compare(expected, base)
-    most, most_divergence = BOUNDS[weights.dtype]
-    relative = result.largest / result.spread
-    print(f"merged against adapter, {len(probes)} probes, {sum(map(len, expected))} positions (bounds for {weights.dtype}):")
-    print(f"  largest difference  {result.largest:.2e} = {relative:.1e} standard deviations of the logits (at most {most})")
-    print(f"  mean KL divergence  {result.divergence:.1e} nats (at most {most_divergence}); without the adapter {effect.divergence:.1e}")
-    print(f"  equal argmax tokens {result.same_argmax:.2%}; without the adapter {effect.same_argmax:.2%}")
-    if not (relative <= most and result.divergence <= most_divergence):
-        raise UserError(f"{directory}: does not compute what the adapter does; the worst probe is {texts[result.worst]!r}")
+def prove(args, directory: Path, probes: list[list[int]], questions: list[str], device: torch.device):
+    """Compare the model in `directory` with base and adapter, of which one is in memory at a time, and print how it did.
+
+    Raises:
+        UserError: the two differ by more than the bound of the dtype.
+    """
+    expected, base = adapter_logits(args.ori_model_dir, args.model_dir, probes, device)
+    found = logits_of(load_model(directory, device), probes)
+    dtype = Weights(directory).dtype
+    print_comparison(compare(expected, found), compare(expected, base), dtype, sum(map(len, expected)), len(probes))
+    result, (most, most_divergence) = compare(expected, found), BOUNDS[dtype]
+    if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
+        worst = questions[result.worst]
+        raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
 
 
-def read_probes(args, tokenizer, generation_config) -> tuple[list[list[int]], list[str]]:
-    """The probes' ids, laid out as in training, and their questions."""
-    if args.probe_path:
-        samples = list(read_samples(args.probe_path))
-        samples = samples[:: max(1, len(samples) // args.probes)][: args.probes]
-    else:
-        keys = ("system", "prompt", "response")
-        samples = [dict(zip(keys, (persona(role, profile), *turns))) for role, profile, *turns in PROBES]
-    layout = [("system", "system"), ("user", "prompt"), ("assistant", "response")]
-    messages = [[{"role": role, "content": sample[key]} for role, key in layout] for sample in samples]
-    ids = [messages_to_ids(tokenizer, conversation, generation_config)[:PROBE_LENGTH] for conversation in messages]
-    return ids, [sample["prompt"] for sample in samples]
-
-
-def collect(problems: list[str], function, *args):
-    """The function's result; or None, with what is wrong added to `problems`, so that all is told at once."""
-    try:
-        return function(*args)
-    except UserError as error:
-        problems += error.problems
-
-
-def read_inputs(args):
-    """All that can be wrong, before anything slow. Raises: UserError with every problem found."""
-    problems = target_problems(args)
-    device = collect(problems, pick_device, args.device)
-    base = collect(problems, read_base, args.ori_model_dir)
-    weights = collect(problems, Weights, args.ori_model_dir)
-    updates = collect(problems, read_adapter, args.model_dir)
-    probes = base and collect(problems, read_probes, args, *base[1:])
-    if base and weights:
-        with torch.device("meta"):
-            model = BaichuanForCausalLM(base[0])
-        problems += few([f"{args.ori_model_dir}: {problem}" for problem in weights.problems(model)])
-    if weights and updates:
-        problems += few([f"{args.model_dir}: {problem}" for problem in misfits(weights, updates)])
-    if base and updates:
-        problems += collect(problems, check_unmerged, args.ori_model_dir, args.model_dir) or []
-    if problems:
-        raise UserError(*problems)
-    return device, base, weights, updates, probes
+def print_comparison(merged: Agreement, base: Agreement, dtype: torch.dtype, positions: int, probes: int):
+    most, most_divergence = BOUNDS[dtype]
+    print(f"logits at {positions} positions of {probes} probes, against those of base + adapter")
+    print(f"(standard deviation {merged.spread:.3g}; computed in float32 from weights in {dtype})")
+    print("                                      merged    at most   base alone")
+    print(
+        f"largest difference                  {merged.largest:8.1e}   {most * merged.spread:8.1e}   {base.largest:8.1e}"
+    )
+    print(
+        f"mean KL divergence (nats)           {merged.divergence:8.1e}   {most_divergence:8.1e}   {base.divergence:8.1e}"
+    )
+    print(f"equal argmax tokens                 {merged.same_argmax:8.2%}              {base.same_argmax:8.2%}")
 
 
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, (config, generation_config, tokenizer), weights, updates, (probes, texts) = read_inputs(args)
-    ranks = sorted({len(update.a) for update in updates.values()})
-    print(f"base:    {args.ori_model_dir}, {len(weights.tensors)} tensors, {weights.bytes / 1e9:.2f} GB, {weights.dtype}")
-    print(f"adapter: {args.model_dir}, rank {' and '.join(map(str, ranks))}, on {len(updates)} of the tensors")
-
-    def prove(directory):
-        expected, base = adapter_logits(args.ori_model_dir, args.model_dir, weights, probes, device)
-        check(directory, expected, base, texts, probes, device)
-
+    device, (config, _, tokenizer), weights, updates, (probes, questions) = read_inputs(args)
+    ranks = " and ".join(map(str, sorted({len(update.a) for update in updates.values()})))
+    print(
+        f"base     {args.ori_model_dir}: {len(weights.tensors)} tensors, {weights.bytes / 1e9:.3g} GB, {weights.dtype}"
+    )
+    print(f"adapter  {args.model_dir}: rank {ranks}, changes {len(updates)} of the tensors")
     if args.check_only:
-        prove(args.save_model_dir)
+        prove(args, args.save_model_dir, probes, questions, device)
         return
 
-    merge = {"base": args.ori_model_dir.resolve().name, "adapter": args.model_dir.resolve().name}
-    config.merged_adapter = merge | {"sha256": digest(adapter_file(args.model_dir))}
     config.dtype = weights.dtype
+    config.merged_adapter = {
+        "base": args.ori_model_dir.resolve().name,
+        "adapter": args.model_dir.resolve().name,
+        "sha256": digest(args.model_dir),
+    }
+    tensors = merged_tensors(weights, updates, device)
     with whole_directory(args.save_model_dir, args.overwrite) as directory:
-        tensors = merged_tensors(weights, updates, device)
         if args.format == "llama":
-            tensors = (pair for name, tensor in tensors for pair in llama_export.llama_tensors(name, tensor))
             llama_export.save_llama(directory, config, tokenizer)
+            tensors = llama_export.llama_tensors(tensors)
         else:
             save_baichuan(directory, config, tokenizer)
-        shutil.copy(args.ori_model_dir / "generation_config.json", directory)  # turn markers and all, as it is
+        shutil.copy(args.ori_model_dir / "generation_config.json", directory)  # as it is, turn markers and all
         write_weights(directory, tensors)
-        prove(directory)
-    print(f"{args.save_model_dir}: written")
+        prove(args, directory, probes, questions, device)
+    print(f"{args.save_model_dir}: complete, {args.format} format")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ class BaichuanConfig(PreTrainedConfig):
     """Sizes of the decoder; the fields and their names are those of the published config.json.
 
     Raises:
-        ValueError: hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is not positive.
+        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is not positive.
     """
 
     model_type = "baichuan"

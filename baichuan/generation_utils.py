@@ -1,11 +1,12 @@
 """A conversation as token ids, and `chat()`: what is trained on is exactly what is asked later."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 ROLES = ("system", "user", "assistant")
 
@@ -86,6 +87,37 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     if not isinstance(content, (str, list, tuple)):
         raise ValueError(f"the content of message {number} must be text, not {type(content).__name__}")
     return role, content
+
+
+class PrefixCaches:
+    """Keys and values of what many prompts begin with, such as a role's system text: computed at its first use.
+
+    Attention being causal, they do not depend on what follows. The least recently used go when all have more than
+    `max_tokens` tokens: at 7B in bfloat16 a token takes half a MiB.
+    """
+
+    def __init__(self, max_tokens: int = 4096):
+        self.max_tokens = max_tokens
+        self._caches = OrderedDict()  # (ids, variant) → cache
+
+    @torch.no_grad()
+    def get(self, model, ids: Sequence[int], variant=None) -> DynamicCache:
+        """A cache of its own for `generate(prompt, past_key_values=…)`, whose prompt begins with `ids`.
+
+        variant: what tells apart states of one model, such as its adapter on and off.
+        """
+        key = (tuple(ids), variant)
+        if key not in self._caches:
+            cache = DynamicCache(config=model.config)
+            model.model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache)
+            self._caches[key] = cache
+        self._caches.move_to_end(key)
+        while len(self._caches) > 1 and sum(len(ids) for ids, _ in self._caches) > self.max_tokens:
+            self._caches.popitem(last=False)
+        return deepcopy(self._caches[key])
+
+    def clear(self):
+        self._caches.clear()
 
 
 class ChatMixin:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -268,7 +269,7 @@ def test_config_defaults_are_those_of_7b_and_unknown_fields_survive(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"hidden_size": 65}, {"num_hidden_layers": 0}, {"hidden_size": 12}])
 def test_config_rejects_impossible_sizes(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(StrictDataclassError):
         BaichuanConfig(**SIZES | wrong)
 
 

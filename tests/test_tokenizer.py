@@ -1,0 +1,245 @@
+"""The tokenizer, and the layout of a conversation: exact ids, on a trained tokenizer and on the published one."""
+
+import copy
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+from conftest import SHARED
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from baichuan.generation_utils import messages_to_ids
+
+PUBLISHED = SHARED / "baichuan2-7b-chat"
+TOKENIZERS = ["trained"] + (["published"] if PUBLISHED.is_dir() else [])
+HARD = [
+    "俺老孙来也！",
+    "  spaces   in runs  ",
+    "tab\tnewline\n\nend\r\n",
+    "😀👩‍👩‍👧 𠮷野家 ꙮ \u200b",
+    "full width ０１２ ＡＢＣ ‼ …",
+    "<h2>not a tag</h2> <SEP> <CLS>",
+    "",
+]
+CONTROL = ["<reserved_107>", "<reserved_106>", "</s>", "<s>", "<unk>", "好<reserved_107>我是助手</s>再见", "<reserved_<reserved_107>107>"]
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request, checkpoint):
+    return BaichuanTokenizer.from_pretrained(PUBLISHED if request.param == "published" else checkpoint)
+
+
+def control_ids(tokenizer) -> set[int]:
+    return {0, 1, 2, *tokenizer.convert_tokens_to_ids([f"<reserved_{n}>" for n in range(108)])}
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_encodes_as_sentencepiece_does_and_comes_back(tokenizer, text):
+    plain = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
+    ids = plain.encode(text)
+    assert tokenizer.encode(text) == tokenizer(text)["input_ids"] == tokenizer.text_to_ids(text) == ids
+    assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == ids
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer.convert_ids_to_tokens(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("text", CONTROL)
+def test_control_tokens_in_text_stay_text(tokenizer, text):
+    for ids in (tokenizer.encode(text), tokenizer(text)["input_ids"], tokenizer([text])["input_ids"][0]):
+        assert not control_ids(tokenizer) & set(ids)
+        assert tokenizer.decode(ids) == text
+    for ids in (tokenizer.encode(text, add_special_tokens=False), tokenizer.text_to_ids([text, text])[1]):
+        assert not control_ids(tokenizer) & set(ids)
+
+
+def test_control_tokens_can_be_meant(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(["<reserved_106>", "<reserved_107>", "</s>"]) == [195, 196, 2]
+    assert tokenizer.convert_ids_to_tokens([195, 2]) == ["<reserved_106>", "</s>"]
+    assert tokenizer.decode([195, 2]) == "<reserved_106></s>"
+    assert tokenizer.decode([195, 2], skip_special_tokens=True) == "<reserved_106>"
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer.encode("x</s>", split_special_tokens=False)[-1] == 2
+
+
+def test_bos_and_eos_only_when_asked_for(tokenizer, checkpoint):
+    assert not {1, 2} & set(tokenizer.encode("你好"))
+    asked = BaichuanTokenizer.from_pretrained(checkpoint, add_bos_token=True, add_eos_token=True)
+    ids = asked.encode("你好")
+    assert ids[0] == 1 and ids[-1] == 2 and not {1, 2} & set(ids[1:-1])
+    assert asked.text_to_ids("你好") == ids[1:-1]
+
+
+def test_markers_are_read_from_generation_config(tokenizer, tmp_path):
+    assert (tokenizer.user_token_id, tokenizer.assistant_token_id) == (195, 196)
+    directory = tmp_path / "moved"
+    shutil.copytree(tokenizer.name_or_path, directory)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).unlink(missing_ok=True)
+    config = directory / "generation_config.json"
+    text = config.read_text()
+    config.write_text(text.replace("195", "101").replace("196", "100"))
+    moved = BaichuanTokenizer.from_pretrained(directory)
+    ids = moved.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True, return_dict=False)
+    assert ids == [101, 100]
+
+
+@pytest.mark.parametrize("way", ["saved", "auto", "pickled", "copied", "workers"])
+def test_the_same_ids_elsewhere(tokenizer, tmp_path, way):
+    texts = HARD + CONTROL
+    expected = [tokenizer.encode(text) for text in texts]
+    if way == "workers":
+        loader = DataLoader(
+            texts, batch_size=None, num_workers=2, collate_fn=tokenizer.encode, multiprocessing_context="spawn"
+        )
+        assert list(loader) == expected
+        return
+    if way in ("saved", "auto"):
+        tokenizer.save_pretrained(tmp_path)
+        load = BaichuanTokenizer if way == "saved" else AutoTokenizer
+        again = load.from_pretrained(tmp_path, **({"trust_remote_code": True} if way == "auto" else {}))
+        again.save_pretrained(tmp_path / "twice")
+        again = BaichuanTokenizer.from_pretrained(tmp_path / "twice")
+        assert again.chat_template == tokenizer.chat_template
+        assert (again.user_token_id, again.model_max_length) == (195, tokenizer.model_max_length)
+    else:
+        again = copy.deepcopy(tokenizer) if way == "copied" else pickle.loads(pickle.dumps(tokenizer))
+        again.save_pretrained(tmp_path)
+        assert BaichuanTokenizer.from_pretrained(tmp_path).encode(HARD[0]) == expected[0]
+    assert [again.encode(text) for text in texts] == expected
+
+
+# ---------------------------------------------------------------- a conversation
+
+
+def conversation(*turns):
+    roles = ["user", "assistant"] if not turns[0].startswith("系统") else ["system"]
+    messages = [{"role": "system", "content": turns[0]}] if roles == ["system"] else []
+    rest = turns[1:] if messages else turns
+    return messages + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(rest)]
+
+
+def test_exact_ids_of_a_conversation(tokenizer):
+    def ids(text):
+        return tokenizer.text_to_ids(text)
+
+    messages = conversation("系统", "甲问<reserved_107>", "乙答</s>", "又问")
+    expected = [*ids("系统"), 195, *ids("甲问<reserved_107>"), 196, *ids("乙答</s>"), 195, *ids("又问"), 196]
+    assert messages_to_ids(tokenizer, messages, tokenizer) == expected
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == expected[:-1]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == "系统<reserved_106>甲问<reserved_107><reserved_107>乙答</s><reserved_106>又问<reserved_107>"
+
+
+def test_chat_template_batches_and_tensors(tokenizer):
+    short, long = conversation("问"), conversation("系统", "长长的问题")
+    encoded = tokenizer.apply_chat_template([short, long], padding=True, return_tensors="pt")
+    assert encoded["input_ids"].shape == encoded["attention_mask"].shape
+    assert encoded["attention_mask"].sum(-1).tolist() == [
+        len(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in (short, long)
+    ]
+    with pytest.raises(ValueError):
+        tokenizer.apply_chat_template(short, tools=[{"type": "function"}])
+
+
+def test_whole_oldest_rounds_go_first(tokenizer):
+    messages = conversation("系统", "问一", "答一", "问二", "答二", "问三")
+
+    def length(*turns):
+        return len(messages_to_ids(tokenizer, conversation(*turns), tokenizer))
+
+    def cut(room):
+        return messages_to_ids(tokenizer, messages, tokenizer, room)
+
+    whole, two, one = length(*[m["content"] for m in messages]), length("系统", "问二", "答二", "问三"), length("系统", "问三")
+    assert len(cut(whole)) == whole
+    assert cut(whole - 1) == cut(two) == messages_to_ids(tokenizer, conversation("系统", "问二", "答二", "问三"), tokenizer)
+    assert cut(two - 1) == cut(one) == messages_to_ids(tokenizer, conversation("系统", "问三"), tokenizer)
+    system = tokenizer.text_to_ids("系统")
+    last = messages_to_ids(tokenizer, conversation("问三"), tokenizer)
+    assert cut(one - 1) == system + last[1:]
+    assert cut(len(system) + 1) == [*system, 196]
+    with pytest.raises(ValueError, match="leaves no room"):
+        cut(len(system))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "tool", "content": "x"}],
+        [{"content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 3}],
+        ["text"],
+        [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}],
+    ],
+)
+def test_malformed_messages_are_errors(tokenizer, messages):
+    with pytest.raises(ValueError):
+        messages_to_ids(tokenizer, messages, tokenizer)
+
+
+def test_unknown_markers_are_an_error(tokenizer):
+    with pytest.raises(ValueError, match="generation_config"):
+        messages_to_ids(tokenizer, conversation("问"), SimpleNamespace(user_token_id=None, assistant_token_id=None))
+
+
+@pytest.fixture(scope="module")
+def chatting(checkpoint):
+    model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
+    model.generation_config.update(max_new_tokens=24, do_sample=False)
+    return model, tokenizer
+
+
+def test_chat_in_both_forms(chatting):
+    model, tokenizer = chatting
+    messages = conversation("系统", "你是谁？", "我是<reserved_106>", "再说一遍")
+    answer = model.chat(tokenizer, messages)
+    pieces = list(model.chat(tokenizer, messages, stream=True))
+    assert pieces[-1] == answer
+    assert len(pieces) > 3 and all(later.startswith(earlier) for earlier, later in zip(pieces, pieces[1:]))
+
+
+def test_chat_sends_the_ids_that_are_trained_on(chatting, monkeypatch):
+    model, tokenizer = chatting
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: asked.append(ids.tolist()) or ids)
+    messages = conversation("系统", "甲<reserved_107>")
+    model.chat(tokenizer, messages)
+    assert asked == [[messages_to_ids(tokenizer, messages, tokenizer)]]
+
+
+def test_chat_keeps_room_for_the_reply(chatting, monkeypatch):
+    model, tokenizer = chatting
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: asked.append(ids.shape[1]) or ids)
+    model.chat(tokenizer, conversation("系统", "长" * 9000))
+    assert asked == [model.config.model_max_length - 24]
+
+
+def test_closing_a_stream_stops_the_model(chatting):
+    model, tokenizer = chatting
+    calls = []
+    hook = model.model.norm.register_forward_hook(lambda *_: calls.append(1))
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_new_tokens=2000, eos_token_id=None)
+    stream = model.chat(tokenizer, conversation("问"), stream=True, generation_config=config)
+    next(stream)
+    stream.close()  # returns when the thread has ended
+    hook.remove()
+    assert 0 < len(calls) < 1000
+
+
+def test_a_failing_model_raises_in_the_reader(chatting, monkeypatch):
+    model, tokenizer = chatting
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(model.chat(tokenizer, conversation("问"), stream=True))
