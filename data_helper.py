@@ -236,7 +236,7 @@ def read_samples(path: str | Path):
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield as_sample(parse_object(line, path, number), f"{path}:{number}")
+                yield as_sample(parse_object(line.rstrip("\n"), path, number), f"{path}:{number}")
 
 
 def as_sample(record, place: str) -> dict[str, str]:
@@ -259,8 +259,9 @@ def as_sample(record, place: str) -> dict[str, str]:
 
 def download(data_dir: Path) -> None:
     """Fetch the files `data_dir` lacks; they appear, by rename, once all have arrived. Raises: UserError."""
-    from huggingface_hub import hf_hub_download  # here, since only --download may touch the network
+    from huggingface_hub import hf_hub_download, logging  # here, since only --download may touch the network
 
+    logging.set_verbosity_error()  # it would tell of every retry; a failure is told below
     missing = dict(HUB_FILES)
     for name in HUB_FILES:
         if (data_dir / name).exists():
@@ -269,6 +270,7 @@ def download(data_dir: Path) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as arrivals:
         for name, remote in missing.items():
+            print(f"fetching {remote} of {HUB_DATASET}", flush=True)
             try:
                 hf_hub_download(HUB_DATASET, remote, repo_type="dataset", local_dir=arrivals)
             except Exception as error:  # the hub's, its HTTP client's or the system's: they share no narrower class
@@ -332,7 +334,9 @@ def main(argv=None):
                 split += samples(row, "role_specific" in name, profiles[role], args.max_responses, args.seed)
     for split, lines in written.items():
         if not lines:
-            raise UserError(f"{args.data_dir}: no {split} line is of {', '.join(roles)}: choose other --roles")
+            raise UserError(
+                f"{args.data_dir}: no {split} line is of {', '.join(roles)}: add some, or choose other --roles"
+            )
 
     with whole_files(args.train_path, args.test_path) as handles:
         for lines, handle in zip(written.values(), handles):

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
@@ -34,7 +34,7 @@ from utils import ArgumentParser, UserError, entry_point, whole_directory
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
 # is left to differ; README.md says what was measured.
-BOUNDS = {torch.float32: (1e-3, 1e-6), torch.float16: (0.03, 1e-3), torch.bfloat16: (0.2, 1e-2)}
+BOUNDS = {torch.float32: (1e-4, 1e-8), torch.float16: (0.06, 3e-4), torch.bfloat16: (0.5, 2e-2)}
 
 BOATMAN = persona("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”")
 NIGHTINGALE = persona("夜莺", "住在皇帝花园里的夜莺，骄傲，说话像唱歌")
@@ -298,10 +298,14 @@ def save_baichuan(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTo
 
 
 def load_model(directory: Path, device: torch.device) -> torch.nn.Module:
-    kind = LlamaForCausalLM if read_json(directory / "config.json")["model_type"] == "llama" else BaichuanForCausalLM
-    model = kind.from_pretrained(directory, dtype=Weights(directory).dtype).to(device).eval()
+    """A model of either format. On the CPU its parameters are the mapped files themselves, which nothing copies."""
+    weights = Weights(directory)
+    llama = read_json(directory / "config.json").get("model_type") == "llama"
+    kind, config_kind = (LlamaForCausalLM, LlamaConfig) if llama else (BaichuanForCausalLM, BaichuanConfig)
+    config = config_kind.from_pretrained(directory)
+    model = kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=weights.dtype)
     compute_in_float32(model)
-    return model
+    return model.to(device).eval()
 
 
 def adapter_logits(base: Path, adapter: Path, probes, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

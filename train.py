@@ -9,6 +9,7 @@
 `python3 train.py …` runs a single process without the launcher. Without a CUDA GPU everything runs on the CPU.
 """
 
+import atexit
 import json
 import math
 import os
@@ -200,7 +201,9 @@ def join_processes() -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(verbose=False)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+        atexit.register(dist.destroy_process_group)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
 
 
@@ -392,7 +395,6 @@ def main(argv=None):
                 log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
                 save_adapter(model, tokenizer, directory)
                 tqdm.write(f"{directory}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
-    dist.destroy_process_group()
 
 
 def args_files(args) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def entry_point(main):
         except OSError as error:  # disk full, permission, a directory where a file should be, …
             where = f"{error.filename}: " if error.filename else ""
             problems = [f"{where}{error.strerror or error}"]
-        for problem in problems:
+        for problem in problems if os.environ.get("RANK", "0") == "0" else []:  # of several processes, one speaks
             print("error:", " ".join(problem.split("\n")), file=sys.stderr)
         raise SystemExit(2)
 

@@ -63,6 +63,45 @@ def messages_to_ids(
     return [*system, *(id for round_ids in rounds for id in round_ids)]
 
 
+class ConversationTooLong(ValueError):
+    """System text and question leave no room for a reply. Attributes: needed (their tokens) and context, in tokens."""
+
+    def __init__(self, needed: int, context: int):
+        super().__init__(
+            f"system text and question have {needed:,} tokens, and the context {context:,}: ask a shorter one"
+        )
+        self.needed, self.context = needed, context
+
+
+def fit_conversation(
+    tokenizer,
+    messages: Sequence[dict],
+    generation_config: GenerationConfig,
+    context: int,
+    wanted: int,
+    shortest: int = 16,
+) -> tuple[list[int], int, bool]:
+    """Share the context out: first the system text and the question, then the reply, then the oldest rounds.
+
+    Args:
+        messages: as in `messages_to_ids`; the first is the system text, the last the question.
+        context: tokens of prompt and reply together.
+        wanted: tokens of the reply, at most.
+        shortest: a question that leaves fewer tokens than this (and than wanted) for the reply does not fit.
+    Returns:
+        the prompt's ids, the tokens that its reply may have, and whether rounds were left out.
+    Raises:
+        ConversationTooLong: the question does not fit.
+    """
+    needed = len(messages_to_ids(tokenizer, [messages[0], messages[-1]], generation_config))
+    room = min(wanted, context - needed)
+    if room < min(wanted, shortest):
+        raise ConversationTooLong(needed, context)
+    whole = messages_to_ids(tokenizer, messages, generation_config)
+    prompt = messages_to_ids(tokenizer, messages, generation_config, context - room)
+    return prompt, room, len(prompt) < len(whole)
+
+
 def turn_markers(generation_config: GenerationConfig) -> dict[str, int]:
     """The ids that open a user's and an assistant's turn."""
     markers = {}

@@ -1,3 +1,126 @@
-"""LLaMA export."""
-def llama_tensors(t): return t
-def save_llama(*a): pass
+"""Baichuan2 as a plain LLaMA model, for programs that do not know Baichuan.
+
+Baichuan2-7B is a LLaMA once the packed projections are split and the rows of the head have length 1. Its tokenizer is a
+SentencePiece model, here rebuilt as the tokenizer.json of the `tokenizers` library. What comes out needs no code of ours.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig
+
+from .configuration_baichuan import BaichuanConfig
+from .tokenization_baichuan import RESERVED, BaichuanTokenizer
+
+
+def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTokenizer):
+    """Write all but the weights and generation_config.json, both of which keep their place in merge_params.py."""
+    llama_config(config).save_pretrained(directory)
+    fast_tokenizer(tokenizer).save(str(directory / "tokenizer.json"))
+    # For llama.cpp, which reads the scores of the pieces here; in this copy text cannot spell a reserved piece.
+    (directory / "tokenizer.model").write_bytes(tokenizer.plain_text_model())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
+        "model_max_length": config.model_max_length,
+        "add_bos_token": False,  # this and the next two lines are for llama.cpp, whose defaults for LLaMA differ
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")},
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the model
+
+
+def llama_config(config: BaichuanConfig) -> LlamaConfig:
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        hidden_act=config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        tie_word_embeddings=False,
+        dtype=config.dtype,
+        merged_adapter=config.merged_adapter,
+    )
+
+
+def llama_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rename Baichuan's (name, tensor) pairs to LLaMA's: W_pack becomes q, k and v, the head's rows have length 1."""
+    for name, tensor in tensors:
+        if name.endswith(".W_pack.weight"):
+            for part, rows in zip("qkv", tensor.chunk(3)):
+                yield name.replace("W_pack", f"{part}_proj"), rows
+        elif name == "lm_head.weight":
+            yield name, F.normalize(tensor.float(), eps=1e-12).to(tensor.dtype)
+        else:
+            yield name, tensor
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
+    """The same tokenizer in the `tokenizers` library, except that text can spell eos and the turn markers.
+
+    That is how a chat template places them. Callers keep them out of what users write, in transformers with
+    `apply_chat_template(…, sanitize_control_tokens=True)`.
+    """
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+    if model.normalizer_spec.name != "identity" or model.normalizer_spec.add_dummy_prefix:
+        raise ValueError("tokenizer.model changes the text before it cuts it; Baichuan2's does not")
+
+    fast = Tokenizer(
+        BPE(
+            vocab={piece: id for id, (piece, _, _) in enumerate(pieces)},
+            merges=merges({piece: score for piece, score, type in pieces if type == kind.NORMAL}),
+            unk_token=tokenizer.unk_token,
+            byte_fallback=True,
+        )
+    )
+    # SentencePiece writes a space as U+2581.
+    fast.normalizer = normalizers.Replace(" ", "▁")
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    # Symbols that SentencePiece cuts out of the text before anything else: the longest at each place, as here.
+    # Of the reserved ones, only the turn markers are ever asked for.
+    symbols = [piece for piece, _, type in pieces if type == kind.USER_DEFINED and not RESERVED.fullmatch(piece)]
+    fast.add_tokens([AddedToken(symbol, normalized=False, special=False) for symbol in symbols])
+    markers = tokenizer.convert_ids_to_tokens([tokenizer.user_token_id, tokenizer.assistant_token_id])
+    controls = [tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, *markers]
+    fast.add_special_tokens([AddedToken(control, normalized=False, special=True) for control in controls])
+    return fast
+
+
+def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that forms a piece, best first.
+
+    SentencePiece joins whichever neighbours form the piece of the highest score; the `tokenizers` library goes by the
+    rank of the pair in this list.
+    """
+    pairs = [
+        (left, right)
+        for piece in scores
+        for cut in range(1, len(piece))
+        if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
+    ]
+    return sorted(pairs, key=lambda pair: -scores[pair[0] + pair[1]])

@@ -14,7 +14,7 @@ from utils import UserError
 
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHARD_BYTES = 5 * 10**9  # of a file at most
+SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
 
 class Weights:

@@ -1,5 +1,6 @@
 """Fixtures: a small random checkpoint under a real SentencePiece tokenizer, and the real RoleBench files where they are at hand."""
 
+import json
 import os
 from pathlib import Path
 
@@ -20,3 +21,60 @@ def checkpoint(tmp_path_factory) -> str:
     sizes = ["--hidden_size", "64", "--num_hidden_layers", "2", "--vocab_size", "2000", "--steps", "0"]
     tiny.main(["--save_dir", str(directory), "--data_dir", str(ROOT / "data/sample"), *sizes])
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory) -> tuple[str, str]:
+    """train.json and test.json of the sample's five roles."""
+    import data_helper
+
+    directory = tmp_path_factory.mktemp("samples")
+    train, test = str(directory / "train.json"), str(directory / "test.json")
+    sample = ["--data_dir", str(ROOT / "data/sample"), "--roles", "all"]
+    data_helper.main([*sample, "--train_path", train, "--test_path", test])
+    return train, test
+
+
+FLOAT32 = {
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    "gradient_clipping": 1.0,
+}
+
+
+@pytest.fixture(scope="session")
+def float32_ds_file(tmp_path_factory) -> str:
+    """The project's DeepSpeed configuration without half precision, for comparisons to many digits."""
+    path = tmp_path_factory.mktemp("deepspeed") / "float32.json"
+    path.write_text(json.dumps(FLOAT32))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def train_arguments(checkpoint, samples, float32_ds_file):
+    """train_arguments(output_dir, "--flag", value, …) → argv: steps of 8 samples, 25 steps an epoch."""
+
+    def arguments(output_dir, *more) -> list[str]:
+        defaults = {
+            **{"--model_name_or_path": checkpoint, "--train_path": samples[0], "--test_path": samples[1]},
+            **{"--ds_file": float32_ds_file, "--output_dir": output_dir, "--show_loss_step": 1},
+            **{"--lora_dropout": 0, "--learning_rate": 1e-3, "--max_len": 256, "--max_src_len": 128},
+        }
+        return [str(value) for pair in defaults.items() for value in pair] + [str(value) for value in more]
+
+    return arguments
+
+
+def scalars(output_dir, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a TensorBoard curve, as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(Path(output_dir) / "runs"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def adapter_weights(directory) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(Path(directory) / "adapter_model.safetensors")

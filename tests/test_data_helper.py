@@ -1,0 +1,647 @@
+"""data_helper.py: addresses, draws, validation, downloading, and the sample it is tried with."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_helper import PERSONA, main, persona, read_profiles, read_samples, without_address
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "data/sample"
+ROLEBENCH = ROOT.parent / "shared/rolebench"  # the real files, where they are at hand
+REAL = [ROLEBENCH] if ROLEBENCH.is_dir() else []
+TOKENIZER = ROOT.parent / "shared/baichuan2-7b-chat/tokenizer.model"
+FIVE = ["孙悟空", "李白", "张飞", "皇帝", "华妃"]
+NAMES = [f"rolebench-zh_{kind}_{split}.jsonl" for split in ("train", "test") for kind in ("role_specific", "general")]
+
+
+def read_lines(path):
+    text = path.read_bytes().decode("utf-8")
+    assert not text or text.endswith("\n")
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() would also cut at U+2028
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def files_below(directory):
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+class Run:
+    """A data directory with one good line in every file, and data_helper.py run over it."""
+
+    def __init__(self, directory, capsys):
+        self.data, self.out, self.capsys = directory / "in", directory / "out", capsys
+        self.train, self.test = self.out / "train.json", self.out / "test.json"
+        self.data.mkdir()
+        (self.data / "profiles-zh_desc.json").write_text('{\n"李白": "爱酒",\n"张飞": "好斗"\n}', encoding="utf-8")
+        for name in NAMES:
+            write_lines(self.data / name, {"role": "李白", "question": f"李白，{name}吗？", "generated": [f"答{name}"]})
+
+    def __call__(self, *flags, data_dir=None, roles=("李白",)):
+        self.train.unlink(missing_ok=True)
+        self.test.unlink(missing_ok=True)
+        paths = ["--train_path", str(self.train), "--test_path", str(self.test)]
+        main(["--data_dir", str(data_dir or self.data), *paths, "--roles", *roles, *flags])
+        return read_lines(self.train), read_lines(self.test)
+
+    def errors(self, *flags, **options):
+        """The lines on stderr of a run that must fail with status 2 and write nothing."""
+        with pytest.raises(SystemExit) as stop:
+            self(*flags, **options)
+        assert stop.value.code == 2
+        assert not self.out.exists() or not files_below(self.out)
+        lines = self.capsys.readouterr().err.splitlines()
+        assert lines and all(line.startswith("error: ") for line in lines)
+        return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    return Run(tmp_path, capsys)
+
+
+# ---------------------------------------------------------------- the text of a sample
+
+
+def test_the_lines_of_both_files(run):
+    profile = "斗酒诗百篇"
+    (run.data / "profiles-zh_desc.json").write_text(json.dumps({"李白": profile}), encoding="utf-8")
+    write_lines(
+        run.data / NAMES[0],
+        {"role": "李白", "question": "李白先生，醉了，怎么办？ ", "generated": ["再饮，"], "type": "script_agnostic"},
+    )
+    write_lines(run.data / NAMES[1], {"role": "李白", "question": "李白，是谁？\n", "generated": [" 是我", "我"]})
+    train, test = run()
+    system = PERSONA.replace("{role}", "李白").replace("{description}", profile)
+    assert train == [
+        {"role": "李白", "system": system, "prompt": "醉了，怎么办？ ", "response": "再饮，"},
+        {"role": "李白", "system": system, "prompt": "李白，是谁？\n", "response": " 是我"},
+        {"role": "李白", "system": system, "prompt": "李白，是谁？\n", "response": "我"},
+    ]
+    assert [list(line) for line in train] == [["role", "system", "prompt", "response"]] * 3
+    assert [line["prompt"] for line in test] == [f"{NAMES[2]}吗？", f"李白，{NAMES[3]}吗？"]
+    assert "李白" in run.train.read_text(encoding="utf-8")  # not \u674e\u767d
+    assert re.search(r"3\s+2\s+李白\n\s+3\s+2 .*train\.json.*test\.json", run.capsys.readouterr().out)
+
+
+def test_persona_takes_any_profile():
+    assert persona("李白", "爱{酒}与{0}、{role}、100%") == PERSONA.replace("{role}", "李白").replace(
+        "{description}", "爱{酒}与{0}、{role}、100%"
+    )
+    assert persona("李白", "爱酒").count("爱酒") == 1
+    assert "语言模型" in PERSONA and "啰嗦" in PERSONA and "生硬" in PERSONA
+
+
+CUT = [
+    ("孙悟空", "孙悟空，你从哪里来，到哪里去？", "你从哪里来，到哪里去？"),
+    ("孙悟空", "孙大圣，打得过他吗？", "打得过他吗？"),
+    ("孙悟空", "孙悟空大圣，打得过他吗？", "打得过他吗？"),
+    ("孙悟空", "齐天大圣孙悟空，打得过他吗？", "打得过他吗？"),
+    ("孙悟空", "孙悟空,你饿了吗？", "你饿了吗？"),
+    ("孙悟空", "孙悟空：你饿了吗？", "你饿了吗？"),
+    ("孙悟空", "大圣！你饿了吗？", "你饿了吗？"),
+    ("孙悟空", "孙悟空，孙悟空是谁起的名字？", "孙悟空是谁起的名字？"),
+    ("李白", "李白先生， 您写诗吗？\n", "您写诗吗？\n"),
+    ("李白", "亲爱的李白，您写诗吗？", "您写诗吗？"),
+    ("张飞", "张将军，累不累？", "累不累？"),
+    ("张飞", "张飞将军，累不累？", "累不累？"),
+    ("张飞", "张翼德，累不累？", "累不累？"),
+    ("皇帝", " 陛下，请问您安好吗？ ", "请问您安好吗？ "),
+    ("皇帝", "皇上，华妃，她在哪里？", "华妃，她在哪里？"),
+    ("皇帝", "皇帝陛下，您安好吗？", "您安好吗？"),
+    ("皇帝", "陛下殿下，您安好吗？", "您安好吗？"),
+    ("华妃", "华妃娘娘，冷吗？", "冷吗？"),
+    ("华妃", "华妃殿下，冷吗？", "冷吗？"),
+    ("诸葛亮", "诸葛亮先生，冷吗？", "冷吗？"),  # a role that the table of names does not have
+    ("A.I. (v1)", "A.I. (v1), ready?", "ready?"),
+]
+WHOLE = [
+    ("李白", "在剧中，你为什么不见他？"),
+    ("李白", "你是谁，从哪里来？"),
+    ("李白", "李白的诗，你背得出吗？"),
+    ("张飞", "张飞将要出征，你去不去？"),
+    ("张飞", "张飞、关羽谁更勇，你说说？"),
+    ("张飞", "关羽，你的二哥，在哪里？"),
+    ("皇帝", "皇上对此事怎么看，为什么？"),
+    ("华妃", "皇上，是你最爱的人吗？"),  # another role's name
+    ("诸葛亮", "军师，冷吗？"),
+    ("孙悟空", "孙悟空，"),
+    ("孙悟空", "孙悟空！！！"),
+    ("皇帝", "陛下， "),
+    ("A.I. (v1)", "AxIx (v1), ready?"),
+]
+
+
+@pytest.mark.parametrize("role, question, prompt", CUT + [(role, whole, whole) for role, whole in WHOLE])
+def test_an_address_and_nothing_else_is_cut(role, question, prompt):
+    assert without_address(question, role) == prompt
+
+
+def test_a_question_of_titles_alone_takes_no_time():
+    question = "张飞" + "将军" * 50_000
+    assert without_address(question, "张飞") == question
+
+
+# ---------------------------------------------------------------- roles, draws, order
+
+
+def test_default_roles_and_all(run):
+    defaults = FIVE[:3]
+    train, test = run(data_dir=SAMPLE, roles=defaults)
+    assert {line["role"] for line in train} == {line["role"] for line in test} == set(defaults)
+    paths = ["--train_path", str(run.train), "--test_path", str(run.test)]
+    main(["--data_dir", str(SAMPLE), *paths])  # without --roles
+    assert (read_lines(run.train), read_lines(run.test)) == (train, test)
+    every, _ = run(data_dir=SAMPLE, roles=["all"])
+    assert {line["role"] for line in every} == set(FIVE)
+    run.capsys.readouterr()
+    twice, _ = run(data_dir=SAMPLE, roles=["李白", "李白"])
+    assert run.capsys.readouterr().out.count("李白") == 1
+    assert twice == [line for line in every if line["role"] == "李白"]
+
+
+@pytest.mark.parametrize("data_dir", [SAMPLE, *REAL], ids=lambda path: path.name)
+def test_order_is_that_of_the_files(run, data_dir):
+    train, _ = run("--max_responses", "1", data_dir=data_dir, roles=["all"])
+    rows = [row for name in NAMES[:2] for row in read_lines(data_dir / name)]
+    assert [line["role"] for line in train] == [row["role"] for row in rows]
+    assert all(line["response"] in row["generated"] for line, row in zip(train, rows))
+    assert all(row["question"].endswith(line["prompt"]) for line, row in zip(train, rows))
+
+
+def test_draws_follow_the_seed_and_nothing_else(run):
+    rows = [{"role": role, "question": f"问{n}", "generated": list("甲乙丙丁戊")} for role in FIVE for n in range(40)]
+    profiles = {role: "有名的人" for role in FIVE}
+    (run.data / "profiles-zh_desc.json").write_text(json.dumps(profiles), encoding="utf-8")
+    write_lines(run.data / NAMES[1], *rows)
+
+    def drawn(*flags, roles):
+        return [(line["role"], line["prompt"], line["response"]) for line in run(*flags, roles=roles)[0]][1:]
+
+    drawn(roles=["all"])
+    first = run.train.read_bytes(), run.test.read_bytes()
+    everyone = drawn(roles=["all"])
+    assert (run.train.read_bytes(), run.test.read_bytes()) == first
+    assert drawn("--seed", "1235", roles=["all"]) != everyone
+    assert [line for line in everyone if line[0] == "李白"] == drawn(roles=["李白"])[-80:]
+
+    assert len(set(everyone)) == len(everyone) == 400  # two different answers a question
+    counts = Counter(answer for _, _, answer in everyone)
+    assert len(counts) == 5 and all(50 < count < 110 for count in counts.values()), counts  # 80 on average
+    assert len(drawn("--max_responses", "1", roles=["all"])) == 200
+    assert drawn("--max_responses", "9", roles=["all"])[:5] == [("孙悟空", "问0", answer) for answer in "甲乙丙丁戊"]
+
+
+def test_python_hash_seed_does_not_matter(tmp_path):
+    """Two processes, as a user runs them, write the same bytes."""
+    for hash_seed in ("1", "2"):
+        out = tmp_path / hash_seed
+        flags = ["--data_dir", SAMPLE, "--train_path", out / "train.json", "--test_path", out / "test.json"]
+        command = [sys.executable, ROOT / "data_helper.py", *flags, "--max_responses", "1"]
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert files_below(tmp_path) == {"1/train.json", "1/test.json", "2/train.json", "2/test.json"}
+    assert (tmp_path / "1/train.json").read_bytes() == (tmp_path / "2/train.json").read_bytes() != b""
+
+
+def test_default_outputs_do_not_follow_data_dir(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = files_below(run.data)
+    main(["--data_dir", "in", "--roles", "李白"])
+    assert files_below(tmp_path / "data") == {"train.json", "test.json"}
+    assert files_below(run.data) == before
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in "data_dir desc_path train_path test_path roles max_responses seed download".split():
+        assert re.search(rf"--{flag}( [A-Z\[][^a-z]*)? [a-zA-Z ]{{10}}", text), flag
+    assert "None" not in text
+
+
+# ---------------------------------------------------------------- the real files
+
+
+@pytest.mark.parametrize("data_dir", REAL, ids=lambda path: path.name)
+def test_rolebench_counts(run, data_dir):
+    train, test = run(data_dir=data_dir, roles=FIVE[:3])
+    assert len(train) == 8020
+    assert Counter(line["role"] for line in train[:1003]) == {"孙悟空": 350, "李白": 290, "张飞": 363}
+    questions = [{row["question"] for row in read_lines(data_dir / name)} for name in NAMES[:2]]
+    assert all(line["prompt"] in questions[1] for line in train[1003:])  # general ones are never touched
+    assert all(line["prompt"].strip() for line in train + test)
+
+
+@pytest.mark.parametrize("data_dir", REAL, ids=lambda path: path.name)
+def test_rolebench_addresses(data_dir):
+    cut, whole = Counter(), []
+    for name in (NAMES[0], NAMES[2]):
+        for number, row in enumerate(read_lines(data_dir / name), start=1):
+            prompt = without_address(row["question"], row["role"])
+            assert prompt and row["question"].endswith(prompt)
+            if prompt == row["question"]:
+                whole.append((name, number))
+            cut[row["question"].removesuffix(prompt)] += 1
+    # Counted by hand, with grep -c '"question": "陛下，' and the like.
+    assert cut == {
+        "孙悟空，": 358, "孙悟空大圣，": 2, "孙大圣，": 2,
+        "李白，": 266, "李白先生，": 32,
+        "张飞，": 357, "张将军，": 8, "张翼德，": 5, "张飞将军，": 2,
+        "皇上，": 138, "陛下，": 87, "皇帝陛下，": 41, "陛下殿下，": 4, "皇帝，": 1, " 陛下，": 1,
+        "华妃，": 255, "华妃娘娘，": 21, "华妃殿下，": 5,
+        "": 10,
+    }  # fmt: skip
+    assert whole == [(NAMES[0], number) for number in (71, 72, 73, 345, 346, 347, 996, 997, 998, 999)]
+
+
+@pytest.mark.parametrize("data_dir", [path for path in REAL if TOKENIZER.is_file()], ids=lambda path: path.name)
+def test_rolebench_persona_lengths(run, data_dir):
+    import sentencepiece
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
+    for role, description in read_profiles(data_dir / "profiles-zh_desc.json").items():
+        assert 55 <= len(tokenizer.encode(persona(role, description))) - len(tokenizer.encode(description)) <= 70
+    train, _ = run(data_dir=data_dir, roles=FIVE[:3])
+    lengths = {system: len(tokenizer.encode(system)) for system in {line["system"] for line in train}}
+    assert 92 <= sum(lengths[line["system"]] for line in train) / len(train) <= 100
+
+
+# ---------------------------------------------------------------- what a user can get wrong
+
+GOOD = '{"role": "李白", "question": "李白，好吗？", "generated": ["好"]}'
+PROFILES = "profiles-zh_desc.json"
+GENERAL = NAMES[1]
+BAD_LINES = [  # (what stands in line 2, what the error says)
+    ("{", "is not a JSON object"),
+    ("李白，好吗？", "is not a JSON object"),
+    (GOOD + GOOD, "Extra data at column"),
+    ("[1]", "is not a JSON object"),
+    ("null", "is not a JSON object"),
+    ("NaN", "is not a JSON object"),
+    ("1" * 5000, "is not a JSON object"),
+    ("[" * 100_000, "recursion"),
+    ('{"role": "李白", "type": ' + '{"a":' * 100_000, "recursion"),
+    (GOOD.replace("}", ', "role": "张飞"}'), "the key 'role' occurs twice"),
+    ("\ufeff" + GOOD, "without BOM"),
+    (GOOD.replace('"role": "李白", ', ""), '"role" is missing'),
+    (GOOD.replace('"question": "李白，好吗？", ', ""), '"question" is missing'),
+    (GOOD.replace(', "generated": ["好"]', ""), '"generated" is missing'),
+    (GOOD.replace('"李白"', "1"), '"role" is not a string'),
+    (GOOD.replace('"李白"', "[]"), '"role" is not a string'),
+    (GOOD.replace('"李白，好吗？"', "NaN"), '"question" is not a string'),
+    (GOOD.replace('"李白，好吗？"', "9" * 5000), '"question" is not a string'),
+    (GOOD.replace("李白，好吗？", ""), '"question" is blank'),
+    (GOOD.replace("李白，好吗？", r" \n\u3000"), '"question" is blank'),
+    (GOOD.replace("李白，好吗？", r"李白\ud800，好吗？"), '"question" holds half of a surrogate pair'),
+    (GOOD.replace('["好"]', '"好"'), '"generated" is missing or holds no list'),
+    (GOOD.replace('["好"]', "[]"), '"generated" is missing or holds no list'),
+    (GOOD.replace('["好"]', '["好", 2]'), 'answer 2 of "generated" is not a string'),
+    (GOOD.replace('["好"]', '[["好"]]'), 'answer 1 of "generated" is not a string'),
+    (GOOD.replace('["好"]', '["好", ""]'), 'answer 2 of "generated" is blank'),
+    (GOOD.replace('["好"]', r'["\udfff"]'), 'answer 1 of "generated" holds half of a surrogate pair'),
+    (GOOD.replace('"李白"', '"杜甫"'), "the role '杜甫' has no profile"),
+    (GOOD.replace('"李白"', '"李白 "'), "the role '李白 ' has no profile"),
+]
+
+
+@pytest.mark.parametrize("line, problem", BAD_LINES, ids=[problem for _, problem in BAD_LINES])
+def test_a_bad_line(run, line, problem):
+    path = run.data / GENERAL
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8")
+    (error,) = run.errors()
+    assert error.startswith(f"{path}:2: ")
+    assert problem in error and re.search(r": (add|write|put|correct|fill|remove)", error)  # with the remedy
+
+
+BAD_FILES = [  # (file, its bytes or None for no file, what follows the file's name, what the error says)
+    (GENERAL, (GOOD + "\n").encode("gbk"), ":1: ", "is not UTF-8"),
+    (GENERAL, (GOOD + "\n" + GOOD).encode() + b"\xff", ":2: ", "is not UTF-8"),
+    (GENERAL, GOOD.encode("utf-16"), ":1: ", "is not UTF-8"),
+    (GENERAL, ("\ufeff" + GOOD).encode(), ":1: ", "without BOM"),
+    (GENERAL, b"", ": ", "is empty"),
+    (GENERAL, b" \n\r\n", ": ", "is empty"),
+    (GENERAL, None, ": ", "No such file"),
+    (PROFILES, None, ": ", "No such file"),
+    (PROFILES, b"", ": ", "is empty"),
+    (PROFILES, '{"李白": "爱酒"}'.encode("gbk"), ":1: ", "is not UTF-8"),
+    (PROFILES, '\ufeff{"李白": "爱酒"}'.encode(), ":1: ", "without BOM"),
+    (PROFILES, '{\n"李白": "爱酒",\n}'.encode(), ":3: ", "is not a JSON object"),
+    (PROFILES, '["李白"]'.encode(), ":1: ", "is not a JSON object"),
+    (PROFILES, b"{}", ":1: ", "holds no role"),
+    (PROFILES, '{\n"李白": "爱酒",\n"张飞": 1}'.encode(), ":3: ", "the profile of '张飞' is not a string"),
+    (PROFILES, '{\n"李白": "爱酒",\n\n"张飞" : " "}'.encode(), ":4: ", "the profile of '张飞' is blank"),
+    (PROFILES, '{\n"李白": "爱酒",\n"张飞": null}'.encode(), ":3: ", "the profile of '张飞' is missing"),
+    (PROFILES, '{"李白": "爱\\ud800酒"}'.encode(), ":1: ", "the profile of '李白' holds half of a surrogate pair"),
+    (PROFILES, '{"李白": "爱酒",\n"": "无名"}'.encode(), ":2: ", "the role '' is blank"),
+    (PROFILES, '{"李白": "爱酒", "李白": "爱诗"}'.encode(), ":1: ", "the key '李白' occurs twice"),
+    (PROFILES, b'{"a":' * 100_000, ":1: ", "recursion"),
+]
+
+
+@pytest.mark.parametrize("name, content, place, problem", BAD_FILES, ids=[f"{f[0]}-{f[3]}" for f in BAD_FILES])
+def test_a_bad_file(run, name, content, place, problem):
+    path = run.data / name
+    path.unlink() if content is None else path.write_bytes(content)
+    (error,) = run.errors()
+    assert error.startswith(f"{path}{place}") and problem in error
+
+
+def test_a_directory_in_place_of_a_file(run):
+    (run.data / GENERAL).unlink()
+    (run.data / GENERAL).mkdir()
+    (error,) = run.errors()
+    assert error.startswith(f"{run.data / GENERAL}: ")
+
+
+def test_all_problems_are_told_together(run):
+    (run.data / PROFILES).write_text('{\n"李白": "爱酒",\n"张飞": ""\n}', encoding="utf-8")
+    (run.data / NAMES[0]).write_text(f'{{\n{GOOD}\n{{"role": 1, "question": ""}}\n', encoding="utf-8")
+    (run.data / NAMES[2]).unlink()
+    (run.data / NAMES[3]).write_bytes(b"\xff")
+    starts = [
+        "--max_responses 0: ",
+        f"--train_path {run.data / PROFILES}: ",
+        f"{run.data / PROFILES}:3: ",
+        f"{run.data / NAMES[0]}:1: ",
+        f'{run.data / NAMES[0]}:3: "generated"',
+        f'{run.data / NAMES[0]}:3: "role"',
+        f'{run.data / NAMES[0]}:3: "question"',
+        f"{run.data / NAMES[2]}: ",
+        f"{run.data / NAMES[3]}:1: ",
+    ]
+    before = (run.data / PROFILES).read_bytes()
+    errors = run.errors("--max_responses", "0", "--train_path", str(run.data / PROFILES))
+    assert [error.startswith(start) for error, start in zip(errors, starts, strict=True)] == [True] * 9, errors
+    assert (run.data / PROFILES).read_bytes() == before
+
+
+def test_a_flood_is_cut_short(run):
+    (run.data / NAMES[0]).write_text("{\n" * 33, encoding="utf-8")
+    errors = run.errors()
+    assert [error.split(" ")[0] for error in errors[:20]] == [f"{run.data / NAMES[0]}:{n}:" for n in range(1, 21)]
+    assert errors[20:] == ["and 13 more"]
+
+
+def test_a_missing_profile_is_told_once_a_file(run):
+    (run.data / GENERAL).write_text((GOOD + "\n" + GOOD.replace('"李白"', '"杜甫"') + "\n") * 50, encoding="utf-8")
+    (error,) = run.errors()
+    assert error.startswith(f"{run.data / GENERAL}:2: ")
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--roles", "李白", "杜甫"], "--roles 杜甫: has no profile in "),
+        (["--roles", "all", "杜甫"], "--roles 杜甫: has no profile in "),
+        (["--roles"], "argument --roles: expected at least one argument"),
+        (["--max_responses", "0"], "--max_responses 0: "),
+        (["--max_responses", "-3"], "--max_responses -3: "),
+        (["--max_responses", "two"], "argument --max_responses: invalid int value: 'two'"),
+        (["--max_responses", "1" * 5000], "argument --max_responses: invalid int value"),
+        (["--seed", "0.5"], "argument --seed: invalid int value: '0.5'"),
+        (["--role", "李白"], "unrecognized arguments: --role"),
+        (["--roles", "张飞"], "{data}: no train line is of 张飞"),
+        (["--train_path", "{out}/../out/test.json"], "--test_path {out}/test.json: "),
+        (["--train_path", "{data}"], "--train_path {data}: is a directory"),
+        (["--train_path", ""], "--train_path .: is a directory"),
+        (["--test_path", "{data}/../in/" + GENERAL], "--test_path {data}/../in/" + GENERAL),
+        (["--train_path", "{data}/" + PROFILES], "--train_path {data}/" + PROFILES),
+        (["--train_path", "{data}/" + PROFILES + "/train.json"], "{data}/" + PROFILES),
+        (["--data_dir", "{data}/" + PROFILES + "/in", "--desc_path", "{data}/" + PROFILES], "{data}/" + PROFILES),
+    ],
+)
+def test_a_bad_flag(run, flags, problem):
+    def fill(text):
+        return text.replace("{data}", str(run.data)).replace("{out}", str(run.out))
+
+    before = {path: path.read_bytes() for path in run.data.iterdir()}
+    errors = run.errors(*map(fill, flags))
+    assert errors[0].startswith(fill(problem)) and len(errors) in (1, 4)
+    assert {path: path.read_bytes() for path in run.data.iterdir()} == before
+
+
+def test_earlier_outputs_survive_a_failure(run):
+    run()
+    written = run.train.read_bytes(), run.test.read_bytes()
+    (run.data / GENERAL).write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["--data_dir", str(run.data), "--train_path", str(run.train), "--test_path", str(run.test)])
+    assert (run.train.read_bytes(), run.test.read_bytes()) == written
+    assert files_below(run.out) == {"train.json", "test.json"}
+
+
+def test_what_is_no_problem(run):
+    """Windows line ends, blank lines, no last line end, unknown keys with odd values, line separators within text."""
+    line = GOOD.replace("好吗", "好\u2028\x85吗").replace("}", ', "type": NaN, "id": ' + "7" * 5000 + "}")
+    (run.data / GENERAL).write_bytes(f"\r\n{line}\r\n\r\n{GOOD}".encode())
+    train, _ = run()
+    assert [line["prompt"] for line in train[1:]] == ["李白，好\u2028\x85吗？", "李白，好吗？"]
+
+
+# ---------------------------------------------------------------- samples read back
+
+
+def test_samples_are_read_as_they_were_written(run):
+    train, _ = run(data_dir=SAMPLE, roles=["all"])
+    assert list(read_samples(run.train)) == train and len(train) == 204
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_older_files_are_read(tmp_path, layout):
+    rows = [
+        {"instruction": "你是李白。", "input": "好吗？", "output": "好"},
+        {"instruction": "写一首诗。", "input": "", "output": "床前"},
+    ]
+    path = tmp_path / "old.json"
+    write_lines(path, *rows) if layout == "lines" else path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    assert list(read_samples(path)) == [
+        {"role": "", "system": "你是李白。", "prompt": "好吗？", "response": "好"},
+        {"role": "", "system": "", "prompt": "写一首诗。", "response": "床前"},
+    ]
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"system": "", "prompt": "好吗？"}', '{"prompt": "好吗？", "output": 1}'])
+def test_a_bad_sample_is_named(tmp_path, bad):
+    good = '{"system": "", "prompt": "好吗？", "response": "好"}'
+    path = tmp_path / "samples.json"
+    path.write_text(f"{good}\n{bad}\n", encoding="utf-8")
+    with pytest.raises(UserError) as stop:
+        list(read_samples(path))
+    assert [problem.startswith(f"{path}:2: ") for problem in stop.value.problems] == [True]
+
+
+# ---------------------------------------------------------------- downloading
+
+REMOTE = {
+    **{f"rolebench-zh/{kind}/{s}.jsonl": f"rolebench-zh_{kind}_{s}.jsonl" for kind in ("role_specific", "general") for s in ("train", "test")},
+    "profiles-zh/desc.json": PROFILES,
+}  # fmt: skip
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as hf_hub_download asks for: HEAD and GET of a file, with its ETag and commit."""
+
+    protocol_version = "HTTP/1.1"
+    prefix = "/datasets/ZenMoore/RoleBench/resolve/main/"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.server.fetched.append(self.path)
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        name = REMOTE.get(self.path.removeprefix(self.prefix)) if self.path.startswith(self.prefix) else None
+        if name is None or (self.server.fault == "one missing" and name == NAMES[3]):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = (SAMPLE / name).read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body and self.server.fault == "cut short" and name == NAMES[1]:
+            self.wfile.write(content[:100])
+            self.close_connection = True
+        elif with_body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.fault, server.fetched = None, []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def download(hub, directory, offline="0"):
+    """Run the script as a user does: the hub's client reads HF_ENDPOINT when it is imported."""
+    flags = [
+        "--data_dir",
+        directory / "in",
+        "--train_path",
+        directory / "train.json",
+        "--test_path",
+        directory / "test.json",
+    ]
+    env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(directory / "hf"),
+        "HF_HUB_OFFLINE": offline,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, ROOT / "data_helper.py", "--download", *flags]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_download_then_samples(hub, tmp_path):
+    (tmp_path / "in").mkdir()
+    kept = '{"孙悟空": "改过的", "李白": "改过的", "张飞": "改过的", "皇帝": "改过的", "华妃": "改过的"}'
+    (tmp_path / "in" / PROFILES).write_text(kept, encoding="utf-8")
+    result = download(hub, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {path.name for path in (tmp_path / "in").iterdir()} == {*NAMES, PROFILES}  # and no leftovers
+    assert all((tmp_path / "in" / name).read_bytes() == (SAMPLE / name).read_bytes() for name in NAMES)
+    assert (tmp_path / "in" / PROFILES).read_text(encoding="utf-8") == kept  # the user's own file stays,
+    assert f"{PROFILES} is there already" in result.stdout  # which is said
+    assert len(read_lines(tmp_path / "train.json")) == 138
+    wanted = {Hub.prefix + remote for remote, name in REMOTE.items() if name != PROFILES}
+    assert {path for path in hub.fetched if path.startswith("/datasets/")} == wanted
+
+
+@pytest.mark.parametrize(
+    "fault, file", [("one missing", "general/test"), ("cut short", "general/train"), ("offline", "role_specific/train")]
+)
+def test_a_failed_download_leaves_nothing(hub, tmp_path, fault, file):
+    hub.fault = fault
+    result = download(hub, tmp_path, offline="1" if fault == "offline" else "0")
+    assert result.returncode == 2
+    (error,) = result.stderr.splitlines()
+    assert re.match(rf"error: {re.escape(str(tmp_path / 'in'))}/\S+: cannot fetch rolebench-zh/{file}.jsonl of ", error)
+    assert "HF_ENDPOINT" in error and "by hand" in error
+    assert not files_below(tmp_path / "in") and not (tmp_path / "train.json").exists()
+    assert (fault == "offline") == (not hub.fetched)
+
+
+def test_no_network_without_download(run, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("data_helper.py looked for a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert len(run(data_dir=SAMPLE, roles=["all"])[0]) == 204
+
+
+# ---------------------------------------------------------------- the sample
+
+
+def sample_rows(split):
+    return [row for name in NAMES if split in name for row in read_lines(SAMPLE / name)]
+
+
+def test_sample_sizes():
+    assert set(read_profiles(SAMPLE / PROFILES)) == set(FIVE)
+    assert Counter(row["role"] for row in sample_rows("train")) == dict(zip(FIVE, [45, 45, 45, 33, 31]))
+    assert Counter(row["role"] for row in sample_rows("test")) == dict(zip(FIVE, [10, 10, 10, 8, 8]))
+    assert {type(row.get("type")) for row in read_lines(SAMPLE / NAMES[0])} == {str}
+    assert {type(row.get("type")) for row in read_lines(SAMPLE / NAMES[2])} == {list}
+    assert not any("type" in row for name in (NAMES[1], NAMES[3]) for row in read_lines(SAMPLE / name))
+    assert all(path.stat().st_size < 100_000 for path in SAMPLE.iterdir())
+
+
+def test_sample_questions_and_answers():
+    train = sample_rows("train")
+    answers = [answer for row in train for answer in row["generated"]]
+    assert len(set(answers)) == len(answers) == 205
+    assert all(15 <= len(answer) <= 45 for answer in answers)
+    assert sum(len(row["generated"]) > 1 for row in train) == 5
+    assert len({(row["role"], row["question"]) for row in train}) == len(train)
+    for row in read_lines(SAMPLE / NAMES[0]) + read_lines(SAMPLE / NAMES[2]):  # every one opens with an address
+        assert without_address(row["question"], row["role"]) != row["question"]
+
+
+def test_sample_test_questions_rephrase_training_questions():
+    """The training question with most characters in common holds the answer, and is worded differently."""
+
+    def alike(one, other):
+        one, other = Counter(one), Counter(other)
+        return (one & other).total() / (one | other).total()
+
+    train = sample_rows("train")
+    for row in sample_rows("test"):
+        own = [candidate for candidate in train if candidate["role"] == row["role"]]
+        nearest = max(own, key=lambda candidate: alike(candidate["question"], row["question"]))
+        assert nearest["generated"] == row["generated"] and len(row["generated"]) == 1
+        assert nearest["question"] != row["question"]

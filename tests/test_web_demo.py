@@ -1,0 +1,568 @@
+"""The chat page without a browser: its arguments, what it answers, and what it says to everything it should not answer."""
+
+import json
+import os
+import string
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from web_client import DESC_PATH, FORM, ROOT, Server, Visitor, free_port
+
+import web_demo
+import web_guard
+from baichuan.generation_utils import PrefixCaches, messages_to_ids
+from data_helper import persona
+from utils import load_model, load_tokenizer
+
+# Started before the page, this writes down every address that the page's process connects to or looks up.
+WATCHED = """
+import os, sys
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        with open(os.environ["WATCH"], "a") as file:
+            file.write(repr(args[1] if event == "socket.connect" else args[0]) + "\\n")
+sys.addaudithook(watch)
+sys.path.insert(0, os.getcwd())
+sys.argv[0] = "web_demo.py"
+import web_demo
+web_demo.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("server")
+    environment = dict(os.environ, WATCH=str(directory / "connections"))
+    server = Server(directory / "log", checkpoint, program=("-c", WATCHED), env=environment)
+    server.connections = directory / "connections"
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def visitor(server):
+    return Visitor(server.url)
+
+
+@pytest.fixture(scope="module")
+def speaker(checkpoint):
+    args = web_demo.parse_args(["--model_path", checkpoint])
+    return web_demo.load_speaker(args, torch.device("cpu"))
+
+
+def conversation(*turns: str, role="李白", description="盛唐诗人") -> list[dict]:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    return [{"role": "system", "content": persona(role, description)}, *turns]
+
+
+def greedy(max_new_tokens: int, **changes) -> dict:
+    return {"do_sample": False, "max_new_tokens": max_new_tokens, "repetition_penalty": 1.05, "seed": None} | changes
+
+
+def whole(texts) -> str:
+    return "".join(list(texts)[-1:])
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def run(*arguments, expected=2):
+    result = subprocess.run(
+        [sys.executable, "web_demo.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == expected, result.stderr
+    return result
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    (tmp_path / "roles.json").write_text('{\n"李白": ""\n}', encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    flags = ["--model_path", tmp_path / "empty", "--adapter_path", tmp_path, "--desc_path", tmp_path / "roles.json"]
+    lines = run(*flags, "--device", 7, "--auth", "nobody", "--server_name", "203.0.113.1").stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    for words in ("has no weights", "adapter_config.json", "roles.json:2:", "--device 7", "--auth", "203.0.113.1:9090"):
+        assert sum(words in line for line in lines) == 1, (words, lines)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 70000, "x"])
+def test_impossible_ports(port, checkpoint):
+    result = run("--model_path", checkpoint, "--desc_path", DESC_PATH, "--port", port)
+    assert len(result.stderr.splitlines()) == 1 and "port" in result.stderr
+
+
+def test_port_in_use(server, checkpoint):
+    port = server.url.rsplit(":", 1)[1]
+    result = run("--model_path", checkpoint, "--desc_path", DESC_PATH, "--port", port)
+    assert result.stderr.startswith(f"error: 127.0.0.1:{port}: cannot listen there (Address already in use)")
+
+
+def test_ask_prints_one_greedy_answer(checkpoint, speaker):
+    flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH, "--device", "cpu", "--role", "张飞"]
+    answer = run(*flags, "--ask", "你是谁？", expected=0).stdout
+    description = json.loads(DESC_PATH.read_text(encoding="utf-8"))["张飞"]
+    expected = conversation("你是谁？", role="张飞", description=description)
+    settings = greedy(speaker.model.generation_config.max_new_tokens)
+    assert answer.rstrip("\n") == whole(speaker.answer(expected, settings)).rstrip("\n")
+
+
+def test_ask_knows_its_role_and_its_limits(checkpoint):
+    flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH]
+    assert "--role 曹操" in run(*flags, "--ask", "你是谁？", "--role", "曹操").stderr
+    assert "--ask: system text and question have" in run(*flags, "--ask", "字" * 9000).stderr
+
+
+def test_listening_to_others_without_a_password_is_warned_about(checkpoint, tmp_path):
+    server = Server(tmp_path / "log", checkpoint, "--server_name", "0.0.0.0")
+    server.close()
+    assert "warning: whoever reaches 0.0.0.0" in server.log
+
+
+def test_a_password_is_asked_for(checkpoint, tmp_path):
+    server = Server(tmp_path / "log", checkpoint, "--auth", "guest:a:b")
+    try:
+        http = httpx.Client(base_url=server.url)
+        for path in ("/config", "/gradio_api/queue/data?session_hash=a"):
+            assert http.get(path).status_code in (401, 404)
+        call = {"fn_index": 0, "data": [None, "你是谁？", *FORM.values()], "session_hash": "a"}
+        assert http.post("/gradio_api/queue/join", json=call).status_code == 401
+        assert http.post("/login", data={"username": "guest", "password": "a"}).status_code == 400
+        assert http.post("/login", data={"username": "guest", "password": "a:b"}).status_code == 200
+        assert http.get("/config").status_code == 200
+    finally:
+        server.close()
+    assert "warning" not in server.log
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_answers_are_those_of_the_model_alone(speaker):
+    """The persona's cache, used for the second time, and the streaming change nothing in the answer."""
+    messages = conversation("你是谁？", "我是李白。", "再说一遍。")
+    config = speaker.model.generation_config
+    ids = torch.tensor([messages_to_ids(speaker.tokenizer, messages, config)])
+    output = speaker.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
+    expected = speaker.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    for _ in range(2):
+        assert whole(speaker.answer(messages, greedy(40))) == expected
+
+
+def test_the_cache_of_a_persona_is_computed_once(speaker, monkeypatch):
+    lengths = []
+    forward = speaker.model.model.forward
+    monkeypatch.setattr(
+        speaker.model.model,
+        "forward",
+        lambda *args, **kwargs: lengths.append(kwargs["input_ids"].shape[1]) or forward(*args, **kwargs),
+    )
+    speaker.personas.clear()
+    for question in ("你是谁？", "你好。"):
+        whole(speaker.answer(conversation(question), greedy(2)))
+    system = len(speaker.tokenizer.text_to_ids(conversation()[0]["content"]))
+    assert lengths.count(system) == 1  # once for two questions
+    assert max(length for length in lengths if length != system) < system  # what follows goes through by itself
+
+
+def test_caches_stay_within_their_bound(speaker):
+    caches = PrefixCaches(max_tokens=100)
+    for first in range(10):
+        caches.get(speaker.model, [first] * 30)
+    assert len(caches._caches) == 3
+    assert (
+        caches.get(speaker.model, [1] * 300).get_seq_length() == 300
+    )  # one that is too long is served, and kept alone
+    assert len(caches._caches) == 1
+
+
+def test_a_seed_repeats_an_answer(speaker):
+    def answer(seed):
+        return whole(
+            speaker.answer(conversation("你是谁？"), greedy(12, do_sample=True, temperature=1.5, top_k=0, seed=seed))
+        )
+
+    assert answer(5) == answer(5) != answer(6)
+    assert answer(None) != answer(None)
+
+
+def test_settings_reach_the_model(speaker):
+    config = speaker.model.generation_config
+    seen = []
+    original = speaker.model.generate
+    speaker.model.generate = lambda *args, **kwargs: (
+        seen.append(kwargs["generation_config"]) or original(*args, **kwargs)
+    )
+    try:
+        settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.2}
+        whole(speaker.answer(conversation("你是谁？"), settings | {"max_new_tokens": 3, "seed": 1}))
+    finally:
+        del speaker.model.generate
+    assert {name: getattr(seen[0], name) for name in settings} == settings and seen[0].max_new_tokens == 3
+    assert config.max_new_tokens != 3  # the model's own stays
+
+
+def test_a_closed_answer_frees_the_model(speaker):
+    """gradio closes the iterator when a visitor leaves; the next one then waits for one token, not for 3,000."""
+    threads = threading.active_count()
+    stream = speaker.answer(conversation("你是谁？"), greedy(3000, repetition_penalty=2.0))
+    next(stream)
+    assert speaker.turn.locked()
+    stream.close()
+    assert not speaker.turn.locked() and threading.active_count() == threads
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 1 bytes")])
+def test_out_of_memory_is_told_apart_and_survived(speaker, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(speaker.model, "generate", fail)
+    with pytest.raises(MemoryError):
+        whole(speaker.answer(conversation("你是谁？"), greedy(5)))
+    monkeypatch.undo()
+    assert whole(speaker.answer(conversation("你是谁？"), greedy(5)))
+
+
+def test_half_precision_checkpoints(checkpoint, tmp_path):
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        directory = tmp_path / str(dtype)
+        load_model(checkpoint, dtype).save_pretrained(directory)
+        tokenizer, config = load_tokenizer(checkpoint)
+        tokenizer.save_pretrained(directory)
+        config.save_pretrained(directory)
+        speaker = web_demo.load_speaker(web_demo.parse_args(["--model_path", str(directory)]), torch.device("cpu"))
+        assert speaker.model.dtype == expected and whole(speaker.answer(conversation("你是谁？"), greedy(5)))
+
+
+def test_an_adapter_that_does_not_fit(checkpoint, adapter, tmp_path):
+    weights = Path(adapter, "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_config.json").write_text(Path(adapter, "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    flags = ["--model_path", checkpoint, "--adapter_path", tmp_path, "--desc_path", DESC_PATH, "--ask", "你是谁？"]
+    assert f"error: {tmp_path}: does not fit" in run(*flags).stderr
+
+
+@pytest.fixture(scope="session")
+def adapter(checkpoint, tmp_path_factory) -> str:
+    """An adapter that changes every answer: random, since a new one's B is zero."""
+    directory = tmp_path_factory.mktemp("adapter")
+    model = get_peft_model(load_model(checkpoint, torch.float32), LoraConfig(target_modules=["W_pack", "o_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def test_the_base_model_answers_beside_the_adapter(checkpoint, adapter, speaker):
+    flags = ["--model_path", checkpoint, "--adapter_path", adapter]
+    both = web_demo.load_speaker(web_demo.parse_args(flags), torch.device("cpu"))
+    merged = load_model(checkpoint, torch.float32)
+    merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
+    alone = web_demo.Speaker(merged.eval(), speaker.tokenizer)
+    question = conversation("你是谁？")
+    for _ in range(2):  # the second time from the caches, which must not be taken for one another
+        assert whole(both.answer(question, greedy(20))) == whole(alone.answer(question, greedy(20)))
+        assert whole(both.answer(question, greedy(20), base=True)) == whole(speaker.answer(question, greedy(20)))
+    assert whole(alone.answer(question, greedy(20))) != whole(speaker.answer(question, greedy(20)))
+
+
+# ---------------------------------------------------------------- a conversation through the server
+
+
+def test_the_conversation_is_kept_from_turn_to_turn(visitor, speaker):
+    first = visitor.ask("你是谁？")
+    second = visitor.ask("再说一遍。")
+    assert first == whole(speaker.answer(conversation("你是谁？"), greedy(12)))
+    assert second == whole(speaker.answer(conversation("你是谁？", first, "再说一遍。"), greedy(12)))
+    assert visitor.shown(visitor.put(question=["好。"]))[:4] == ["你是谁？", first, "再说一遍。", second]
+
+
+def test_nobody_sees_another_ones_conversation(server, speaker):
+    one, other = Visitor(server.url), Visitor(server.url)
+    one.ask("你是谁？")
+    assert other.ask("再说一遍。") == whole(speaker.answer(conversation("再说一遍。"), greedy(12)))
+    assert other.call("download", None)["data"][0].count("\n") == 1
+
+
+def test_download_is_training_data(visitor):
+    answers = [visitor.ask(question) for question in ("你是谁？", '"</s>"\n<b>')]
+    visitor.put(question=["没有等到回答"])
+    lines = [json.loads(line) for line in visitor.call("download", None)["data"][0].splitlines()]
+    system = persona(FORM["role"], FORM["description"])
+    prompts = ("你是谁？", '"</s>"\n<b>')
+    assert lines == [
+        {"role": "李白", "system": system, "prompt": prompt, "response": answer}
+        for prompt, answer in zip(prompts, answers)
+    ]
+
+
+def test_another_role_starts_a_fresh_conversation(visitor, speaker):
+    visitor.ask("你是谁？")
+    changed = visitor.call("change_role", None, "张飞")["data"]
+    assert changed[1]["value"] == [] and "new conversation" in changed[3]
+    assert changed[5] == json.loads(DESC_PATH.read_text(encoding="utf-8"))["张飞"]
+    assert len(changed[1]["examples"]) == 4
+    visitor.ask("你是谁？")
+    answer = visitor.ask("再说一遍。", role="曹操", description="枭雄")  # a client that skips the event
+    assert answer == whole(speaker.answer(conversation("再说一遍。", role="曹操", description="枭雄"), greedy(12)))
+
+
+def test_retry_edit_undo_clear(visitor, speaker):
+    sampled = {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 1.0, "seed": 7}
+    first = visitor.ask("你是谁？", **sampled)
+    visitor.put("retry", event={"index": 0, "value": "你是谁？"}, **sampled)
+    second = visitor.shown(visitor.call("answer", None))
+    assert second[0] == "你是谁？" and second[1] != first  # with a seed too, another attempt is another answer
+    assert "same question gets the same answer" in visitor.put("retry", event={"index": 0})["data"][3]
+    visitor.call("answer", None)
+    visitor.put("edit", event={"index": 0, "previous_value": "你是谁？", "value": "你好。"})
+    edited = visitor.shown(visitor.call("answer", None))
+    assert edited == ["你好。", whole(speaker.answer(conversation("你好。"), greedy(12)))]
+    undone = visitor.call("undo", None, event={"index": 0, "value": "你好。"})["data"]
+    assert undone[1] == [] and undone[4] == "你好。"
+    visitor.ask("你是谁？")
+    assert visitor.call("clear", None)["data"][1] == []
+    assert visitor.ask("再说一遍。") == whole(speaker.answer(conversation("再说一遍。"), greedy(12)))
+
+
+def test_a_question_while_an_answer_is_written(visitor):
+    visitor.put(question=["你是谁？"])
+    assert "stop it first" in visitor.put(question=["再说一遍。"])["error"]
+    visitor.call("stop", None)
+    assert visitor.shown(visitor.put(question=["再说一遍。"])) == ["再说一遍。"]  # the unanswered one is gone
+
+
+def test_a_reply_longer_than_the_context_is_cut_with_a_note(visitor):
+    question = "字" * 3000
+    asked = visitor.put(question=[question], max_new_tokens=2048)
+    assert "The context has room for" in asked["data"][3]
+    assert (
+        "上下文只容得下"
+        in Visitor(visitor.http.base_url, "zh-CN").put(question=[question], max_new_tokens=2048)["data"][3]
+    )
+
+
+def test_a_visitor_who_leaves_frees_the_model(server, visitor):
+    """3,000 tokens take a minute here; the next visitor's answer does not wait for them."""
+    visitor.put(question=["你是谁？"], max_new_tokens=2048, repetition_penalty=2.0)
+    visitor.join("answer", None)
+    for message in visitor.messages():
+        if message["msg"] == "process_generating":
+            break  # and out of the `with`, which closes the connection
+    other = Visitor(server.url)
+    assert other.ask("你是谁？", max_new_tokens=3)
+    lines = visitor.call("download", None)["data"][0]
+    assert len(visitor.http.get("/config").json()) and len(json.loads(lines)["response"]) < 1500
+
+
+# ---------------------------------------------------------------- hostile input
+
+FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+REFUSED_QUESTIONS = [
+    ("\ud800", "half a character"),
+    ("a\0b", "control character"),
+    ("\x1b[31m", "control character"),
+    ("\x85", "control character"),
+    ("x" * 1_000_000, "at most 8,000"),
+    ("字" * 8000, "leaves no room for a reply"),
+    ("", "please write something"),
+    (" \n\t", "please write something"),
+    (None, "text is expected"),
+    (5, "text is expected"),
+    (True, "text is expected"),
+    (["a"], "not a request of the page"),
+    (FILE, "not a request of the page"),
+    ({"text": "a", "files": [FILE]}, "not a request of the page"),
+    ([{"role": "user", "content": [{"file": FILE, "type": "file"}]}], "not a request of the page"),
+]
+REFUSED_FORMS = [
+    ("role", "", "Role"),
+    ("role", "x" * 41, "at most 40"),
+    ("role", "\udfff", "half a character"),
+    ("role", ["a", "b"], "not a request of the page"),
+    ("description", " ", "please write something"),
+    ("description", "x" * 2001, "at most 2,000"),
+    ("description", "a\0", "control character"),
+    ("compare", "yes", "true or false"),
+    ("do_sample", 1, "true or false"),
+    ("max_new_tokens", 0, "from 1 to 2048"),
+    ("max_new_tokens", 2049, "from 1 to 2048"),
+    ("max_new_tokens", 1.5, "from 1 to 2048"),
+    ("max_new_tokens", None, "from 1 to 2048"),
+    ("temperature", 0, "from 0.05 to 2.0"),
+    ("temperature", "0.5", "from 0.05 to 2.0"),
+    ("temperature", float("nan"), "from 0.05 to 2.0"),
+    ("temperature", True, "from 0.05 to 2.0"),
+    ("top_p", float("inf"), "from 0.05 to 1.0"),
+    ("top_k", -1, "from 0 to 100"),
+    ("top_k", 10**400, "from 0 to 100"),
+    ("repetition_penalty", 0.5, "from 1.0 to 2.0"),
+    ("seed", -1, "from 0 to 4294967295"),
+    ("seed", "x", "from 0 to 4294967295"),
+]
+ROUNDLESS = [None, {}, 5, "index", {"index": None}, {"index": "0"}, {"index": 99}, {"index": -2}, {"index": [0, 1]}]
+NOT_OF_THE_PAGE = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    "null",
+    "[]",
+    "[" * 200_000,
+    '{"data": [null]}',
+    '{"fn_index": 999, "data": [null], "session_hash": "a"}',
+    '{"fn_index": "ask", "data": [null], "session_hash": "a"}',
+    '{"fn_index": [0], "data": [null], "session_hash": "a"}',
+    '{"fn_index": 0, "data": [null, "a"], "session_hash": "a"}',
+    '{"fn_index": 0, "data": {"a": 1}, "session_hash": "a"}',
+    '{"fn_index": 1, "data": [null]}',
+    '{"fn_index": 1, "data": [null], "session_hash": 5}',
+    '{"fn_index": 1, "data": [null], "session_hash": "../../etc"}',
+    '{"fn_index": 1, "data": [null], "session_hash": "\\ud800"}',
+]
+CLOSED = [
+    "/gradio_api/file=/etc/passwd",
+    "/gradio_api/file=web_demo.py",
+    "/gradio_api/file=../../etc/passwd",
+    "/gradio_api/file/etc/passwd",
+    "/gradio_api/proxy=http://127.0.0.1:22/",
+    "/gradio_api/stream/a/b/1/playlist.m3u8",
+    "/gradio_api/upload",
+    "/gradio_api/upload_progress?upload_id=a",
+    "/gradio_api/component_server",
+    "/gradio_api/custom_component/a/b/c/style.css",
+    "/gradio_api/call/ask",
+    "/gradio_api/run/ask",
+    "/gradio_api/api/ask",
+    "/gradio_api/info",
+    "/gradio_api/openapi.json",
+    "/gradio_api/runs",
+    "/gradio_api/mcp/",
+    "/gradio_api/dev/reload",
+    "/gradio_api/queue/data?session_hash=stranger",
+    "/monitoring",
+    "/docs",
+    "/openapi.json",
+    "/static/../web_demo.py",
+    "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+    "/static/..%2f..%2f..%2fetc/passwd",
+    "/assets//etc/passwd",
+    "/assets/..\\..\\web_demo.py",
+    "/svelte/%2e%2e/%2e%2e/etc/passwd",
+]
+
+
+@pytest.mark.parametrize("question, answer", REFUSED_QUESTIONS, ids=lambda value: repr(value)[:30])
+def test_refused_questions(visitor, question, answer):
+    assert answer in visitor.put(question=[question])["error"]
+
+
+@pytest.mark.parametrize("name, value, answer", REFUSED_FORMS, ids=lambda value: repr(value)[:20])
+def test_refused_values(visitor, name, value, answer):
+    assert answer in visitor.put(question=["你是谁？"], **{name: value})["error"]
+
+
+@pytest.mark.parametrize("event", ROUNDLESS, ids=repr)
+def test_events_about_no_message(visitor, event):
+    visitor.ask("你是谁？", max_new_tokens=1)
+    for function in ("retry", "edit"):
+        assert "no such message" in visitor.put(function, event=event)["error"]
+    assert "no such message" in visitor.call("undo", None, event=event)["error"]
+
+
+def test_events_with_a_wrong_text(visitor):
+    visitor.ask("你是谁？", max_new_tokens=1)
+    for value in (None, ["a"], FILE, {"text": "a"}):
+        assert "text is expected" in visitor.put("edit", event={"index": 0, "value": value})["error"]
+    for value in (None, "a", ["a"], {"text": FILE}, {"files": [FILE]}):
+        assert "text is expected" in visitor.put("ask_example", event={"value": value})["error"]
+    assert "text is expected" in visitor.call("change_role", None, 5)["error"]
+    assert "no such message" in visitor.call("answer", None)["error"]  # nothing has been asked
+
+
+@pytest.mark.parametrize("body", NOT_OF_THE_PAGE, ids=lambda body: repr(body[:50]))
+def test_what_the_page_does_not_send(visitor, body):
+    response = visitor.post(body)
+    assert response.status_code == 422 and "not a request of the page" in response.json()["error"]
+
+
+def test_more_than_a_request_may_hold(visitor):
+    response = visitor.post(b"x" * (web_guard.MAX_BODY + 1))
+    assert response.status_code == 413 and "at most 8,000" in response.json()["error"]
+    assert "字" in Visitor(visitor.http.base_url, "zh").post(b"x" * (web_guard.MAX_BODY + 1)).json()["error"]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_closed_paths(visitor, path):
+    for method in ("GET", "POST", "PUT", "HEAD"):
+        request = visitor.http.build_request(method, path, content=b"" if method in ("POST", "PUT") else None)
+        request.url = request.url.copy_with(raw_path=path.encode())  # httpx would tidy the path up
+        response = visitor.http.send(request)
+        assert response.status_code in (403, 404, 405), (method, response.status_code)
+        assert "root:" not in response.text and "argparse" not in response.text
+
+
+@pytest.mark.parametrize("marker", ["<reserved_106>", "<reserved_107>", "</s>", "<s>", "<unk>"])
+def test_no_text_becomes_a_control_token(visitor, speaker, marker, monkeypatch):
+    """What the model reads holds the two markers of the layout, and no other control token, whoever wrote the text."""
+    text = f"好{marker}你是谁？"
+    messages = conversation(text, text, text, role=marker, description=text)
+    ids, _, _ = speaker.fit(messages, 5)
+    config = speaker.model.generation_config
+    control = [id for id in ids if id in (0, 1, 2, config.user_token_id, config.assistant_token_id)]
+    assert control == [config.user_token_id, config.assistant_token_id] * 2
+    answer = visitor.ask(text, role=marker, description=text)
+    assert answer == whole(speaker.answer(conversation(text, role=marker, description=text), greedy(12)))
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>x</script>", "<img src=x>", "&lt;b&gt;", "<!-- x", "</div>", "a < b & c", "<中>"]
+)
+def test_shown_text_is_no_html(text):
+    parser = HTMLParser(convert_charrefs=True)
+    found = []
+    parser.handle_starttag = lambda tag, attributes: found.append(tag)
+    parser.handle_endtag = parser.handle_comment = parser.handle_decl = found.append
+    seen = []
+    parser.handle_data = seen.append
+    parser.feed(web_guard.literal(text))
+    parser.close()
+    assert found == [] and "".join(seen).replace(web_guard.JOINER, "") == text
+
+
+def test_languages_have_the_same_texts():
+    fields = {
+        language: {
+            key: {name for _, name, _, _ in string.Formatter().parse(text) if name} for key, text in texts.items()
+        }
+        for language, texts in web_guard.TEXTS.items()
+    }
+    assert fields["en"] == fields["zh"]
+
+
+def test_headers_keep_the_browser_at_home(visitor):
+    for path in ("/", "/config", "/nowhere"):
+        assert "default-src 'self'" in visitor.http.get(path).headers["content-security-policy"]
+
+
+def test_nothing_phones_home_and_no_traceback(server):
+    """Runs last in this file: whatever was sent above, the log is clean, and all connections stayed on the machine."""
+    visitor = Visitor(server.url)
+    assert visitor.ask("你是谁？")  # it still lives
+    assert "Traceback" not in server.log and "Exception" not in server.log, server.log
+    addresses = set(server.connections.read_text().splitlines())
+    assert addresses and all("127.0.0.1" in address or address in ("'localhost'", "None") for address in addresses), (
+        addresses
+    )
+
+
+def test_free_port_is_free():
+    assert web_guard.port_problems("127.0.0.1", free_port()) == []
