@@ -26,10 +26,10 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.agreement import Agreement, compare, compute_in_float32, logits_of
-from baichuan.generation_utils import messages_to_ids, turn_markers
+from baichuan.generation_utils import messages_to_ids
 from baichuan.weight_files import Weights, load_shard, read_json, write_weights
 from data_helper import persona, read_samples
-from utils import ArgumentParser, UserError, entry_point, whole_directory
+from utils import ArgumentParser, UserError, entry_point, load_tokenizer, model_directory_problems, whole_directory
 
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
@@ -185,15 +185,17 @@ def read_inputs(args):
 
     device = read(pick_device, args.device)
     base = read(read_base, args.ori_model_dir)
-    weights = read(Weights, args.ori_model_dir)
+    weights = read(Weights, args.ori_model_dir) if base else None
     updates = read(read_adapter, args.model_dir)
     probes = read(read_probes, args, base) if base else None
-    if base and weights:
+    if weights:
         with torch.device("meta"):
             model = BaichuanForCausalLM(base[0])
         problems += few([f"{args.ori_model_dir}: {problem}" for problem in weights.problems(model)])
     if weights and updates:
         problems += few([f"{args.model_dir}: {problem}" for problem in misfits(weights, updates)])
+    if weights and not args.check_only and free_bytes(args.save_model_dir) < weights.bytes:
+        problems.append(f"{args.save_model_dir}: the disk has less than {weights.bytes / 1e9:.3g} GB free: make room")
     if base and updates:
         read(refuse_second_merge, args.ori_model_dir, args.model_dir)
     if problems:
@@ -217,20 +219,22 @@ def target_problems(args) -> list[str]:
     return []
 
 
+def free_bytes(path: Path) -> int:
+    """Of the disk where `path` is to be."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+
+
 def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, BaichuanTokenizer]:
     """All of the base model but its weights. Raises: UserError."""
-    names = ("config.json", "generation_config.json", "tokenizer.model")
-    if missing := [name for name in names if not (directory / name).exists()]:
-        raise UserError(*(f"{directory / name}: is missing: fetch it with the model" for name in missing))
+    if problems := model_directory_problems(directory):
+        raise UserError(*problems)
     if (kind := read_json(directory / "config.json").get("model_type")) != "baichuan":
         raise UserError(f"{directory}: is a model of the type {kind}: name a Baichuan2 model")
+    tokenizer, generation_config = load_tokenizer(directory)
     try:
-        generation_config = GenerationConfig.from_pretrained(directory)
-        turn_markers(generation_config)
-        config = BaichuanConfig.from_pretrained(directory)
-        return config, generation_config, BaichuanTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{directory}: {error}") from None
+        return BaichuanConfig.from_pretrained(directory), generation_config, tokenizer
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
 
 
 def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import utils
+from baichuan import loading
 from data_helper import read_samples
 from utils import UserError
 
@@ -229,7 +230,7 @@ def model_with_adapters(args, dtype: torch.dtype):
     """
     from peft import LoraConfig, get_peft_model
 
-    model = utils.load_model(args.model_name_or_path, dtype, args.attn_implementation)
+    model = loading.load_model(args.model_name_or_path, dtype, args.attn_implementation)
     lora = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
@@ -336,7 +337,7 @@ def main(argv=None):
 
     # 1. Find out all that is wrong before anything slow.
     problems = argument_problems(args)
-    problems += utils.model_directory_problems(args.model_name_or_path)
+    problems += loading.model_directory_problems(args.model_name_or_path)
     problems += [f"{path}: there is no such file" for path in args_files(args) if not Path(path).is_file()]
     config = {}
     try:
@@ -347,7 +348,7 @@ def main(argv=None):
         pass  # named above
     if problems:
         raise UserError(*problems)
-    tokenizer, generation_config = utils.load_tokenizer(args.model_name_or_path)
+    tokenizer, generation_config = loading.load_tokenizer(args.model_name_or_path)
     train_data, test_data = read_data(args, tokenizer, generation_config, world_size, main_process)
 
     # 2. Processes, model, optimizer.

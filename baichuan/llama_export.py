@@ -24,7 +24,7 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
     llama_config(config).save_pretrained(directory)
     fast_tokenizer(tokenizer).save(str(directory / "tokenizer.json"))
     # For llama.cpp, which reads the scores of the pieces here; in this copy text cannot spell a reserved piece.
-    (directory / "tokenizer.model").write_bytes(tokenizer.plain_text_model())
+    (directory / "tokenizer.model").write_bytes(tokenizer._encoder.serialized_model_proto())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
         "model_max_length": config.model_max_length,

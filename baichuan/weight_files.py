@@ -99,7 +99,7 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
         reason = "is missing: fetch it with the other files of the directory"
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as error:
         reason = "is damaged or incomplete: fetch or write it again"
-        if "Unsupported" in str(error):  # torch's word for what is neither a tensor nor harmless
+        if "unsupported global" in str(error).lower():  # torch's word for a function or class the pickle names
             reason = "is a pickle that asks for more than tensors, and may run code: get the weights as safetensors"
     raise UserError(f"{path}: {reason}")
 

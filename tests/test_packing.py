@@ -10,6 +10,7 @@ from conftest import SHARED
 import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
+from baichuan.loading import load_tokenizer
 
 SAMPLES = [
     {"system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},
@@ -23,7 +24,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return utils.load_tokenizer(checkpoint)
+    return load_tokenizer(checkpoint)
 
 
 def dataset(loaded, samples=SAMPLES, max_len=512, max_src_len=256, **options):
@@ -275,7 +276,7 @@ if (SHARED / "rolebench").is_dir():
         """The figures of RoleBench that the design rests on: tokens of persona, question and answer."""
         train, test = str(tmp_path / "train.json"), str(tmp_path / "test.json")
         data_helper.main(["--data_dir", str(SHARED / "rolebench"), "--train_path", train, "--test_path", test])
-        loaded = utils.load_tokenizer(SHARED / "baichuan2-7b-chat")
+        loaded = load_tokenizer(SHARED / "baichuan2-7b-chat")
         data = dataset(loaded, data_helper.read_samples(train))
         assert data.counts["read"] == 8020
         persona = np.mean([len(data.personas[p]) for p in data.persona])

@@ -85,7 +85,10 @@ class Visitor:
         response = self.join(function, *values, event=event)
         if response.status_code != 200:
             return response.json()
-        return [message["output"] for message in self.messages() if message["msg"] == "process_completed"][0]
+        for message in self.messages():
+            if message["msg"] == "process_completed" and message["event_id"] == response.json()["event_id"]:
+                return message["output"]
+        raise AssertionError("the server closed the stream")
 
     def put(self, function="ask", question=(), event=None, **changes) -> dict:
         return self.call(function, None, *question, *(FORM | changes).values(), event=event)

@@ -1,0 +1,418 @@
+"""How fast a training step is, beside the padded step of the book and beside transformers' Trainer with PEFT.
+
+    python3 tests/bench_train.py --size small                     # two CPU cores: some fifteen minutes
+    python3 tests/bench_train.py --size tiny --growth             # how cost grows with samples and persona
+    python3 tests/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
+    python3 tests/bench_train.py --size 7b --dtype bfloat16       # on a GPU
+
+Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
+the same samples in a step and divide the loss by the same tokens; runs alternate, and medians are printed.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data_helper  # noqa: E402 - the scripts lie in the root
+import train  # noqa: E402
+import utils  # noqa: E402
+from baichuan import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
+from baichuan.loading import load_tokenizer  # noqa: E402
+
+SIZES = {  # hidden, layers, heads, intermediate
+    "tiny": (128, 4, 4, 352),
+    "small": (768, 6, 12, 2048),
+    "deep": (512, 16, 8, 1408),
+    "7b": (4096, 32, 32, 11_008),
+}
+BOOK_EPOCH = 8020  # samples
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--data_dir", default=str(ROOT / "data/sample"), help="RoleBench files")
+    parser.add_argument("--tokenizer_dir", help="directory with tokenizer.model; default: one trained on --data_dir")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 64], help="samples a step")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way, after one untimed")
+    parser.add_argument("--ways", nargs="+", default=["book", "padded", "prefix", "trainer"])
+    parser.add_argument("--max_pack_len", type=int, default=2048)
+    parser.add_argument("--attn_implementation", default="sdpa", choices=train.ATTENTIONS)
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
+    parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
+    parser.add_argument("--scale", type=int, metavar="SAMPLES", help="measure the data of this many samples instead")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- data and models
+
+
+def load_data(args, directory: Path):
+    train_path = directory / "train.json"
+    paths = ["--train_path", str(train_path), "--test_path", str(directory / "test.json")]
+    roles = [] if args.tokenizer_dir else ["--roles", "all"]
+    data_helper.main(["--data_dir", args.data_dir, *paths, *roles])
+    if not args.tokenizer_dir:
+        from baichuan import tiny
+
+        args.tokenizer_dir = str(directory / "model")
+        tiny.main(["--save_dir", args.tokenizer_dir, "--data_dir", args.data_dir, "--steps", "0"])
+    return train_path, *load_tokenizer(args.tokenizer_dir)
+
+
+def random_model(size: str, dtype: torch.dtype, device, attn_implementation: str, vocab_size: int = 125_696):
+    hidden, layers, heads, intermediate = SIZES[size]
+    config = BaichuanConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = BaichuanForCausalLM._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    return model.eval()
+
+
+def with_lora(model, targets):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # B starts at zero, and with it the gradient of A; compare something
+            torch.nn.init.normal_(parameter, std=0.01)
+    return model
+
+
+def equivalent_llama(model):
+    """The same model for transformers' Trainer: W_pack split into q, k, v with its adapter, the head normalised."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base, config = model.get_base_model(), model.config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    llama_config = LlamaConfig(
+        **{name: getattr(config, name) for name in sizes}, rms_norm_eps=config.rms_norm_eps, max_position_embeddings=4096
+    )
+    with torch.device(base.device):
+        llama = LlamaForCausalLM._from_config(llama_config, dtype=base.dtype, attn_implementation="sdpa")
+    llama = with_lora(llama, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if "W_pack" in name:
+            parts = [tensor] * 3 if "lora_A" in name else tensor.chunk(3)
+            state |= {name.replace("W_pack", f"{letter}_proj"): part for letter, part in zip("qkv", parts)}
+        else:
+            state[name] = F.normalize(tensor.float(), dim=-1).to(tensor) if name.endswith("lm_head.weight") else tensor
+    llama.load_state_dict(state)
+    return llama
+
+
+# ---------------------------------------------------------------- the ways to take a step
+
+
+def book_loss(model, batch, tokens: int) -> torch.Tensor:
+    """Head normalisation and logits at every position, as the published model's code has it."""
+    base = model.get_base_model()
+    hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    logits = F.linear(hidden, F.normalize(base.lm_head.weight, dim=-1)).float()
+    labels = torch.full((batch["input_ids"].numel(),), -100, device=hidden.device)
+    labels[batch["loss_positions"][:, 0]] = batch["loss_positions"][:, 1]
+    return F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum", ignore_index=-100) / tokens
+
+
+class OwnSteps:
+    """Steps of one way through DeepSpeed, as train.py takes them."""
+
+    def __init__(self, way: str, model, engine, args, device):
+        self.way, self.model, self.engine, self.args, self.device = way, model, engine, args, device
+
+    def batches(self, data, indices):
+        packing = "prefix" if self.way == "prefix" else "none"
+        collator = utils.Collator(data, packing, self.args.max_pack_len, rows_per_batch=2)
+        return collator(data.by_persona(indices) if packing == "prefix" else indices)
+
+    def loss(self, module, batch, tokens):
+        inputs = utils.model_inputs(batch, self.device, self.args.attn_implementation)
+        if self.way == "book":
+            return book_loss(self.model, inputs, tokens)
+        return module(**inputs, use_cache=False, num_items_in_batch=tokens).loss
+
+    def gradients(self, data, indices) -> dict[str, torch.Tensor]:
+        self.model.zero_grad()
+        for batch in self.batches(data, indices):
+            self.loss(self.model, batch, data.supervised_tokens(indices)).backward()
+        found = {name: p.grad.float().clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad()
+        return found
+
+    def step(self, data, indices) -> tuple[float, int]:
+        """Take one step: (seconds, tokens computed)."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        batches, tokens = self.batches(data, indices), data.supervised_tokens(indices)
+        with self.engine.coalesce_grad_reduction():
+            for batch in batches:
+                self.engine.backward(self.loss(self.engine, batch, tokens))
+        self.engine.step()
+        synchronize(self.device)
+        return time.perf_counter() - start, sum(batch["input_ids"].numel() for batch in batches)
+
+
+class TrainerSteps:
+    """Steps of transformers' Trainer, timed by its own callbacks."""
+
+    def __init__(self, model, args, device, directory: Path):
+        self.model, self.args, self.device, self.directory = model, args, device, directory
+
+    def run(self, data, indices, steps: int):
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        times, gradients, device = [], {}, self.device
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                synchronize(device)
+                self.start = time.perf_counter()
+
+            def on_pre_optimizer_step(self, *_, model, **__):
+                gradients.update((n, p.grad.float().clone()) for n, p in model.named_parameters() if p.grad is not None)
+                times.append(time.perf_counter() - self.start)  # replaced below; a failing step still shows
+
+            def on_optimizer_step(self, *_, **__):
+                synchronize(device)
+                times[-1] = time.perf_counter() - self.start
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, *_):
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def sample(index):
+            ids, answer = data.sample(index)
+            ids = torch.cat((torch.tensor(data.personas[data.persona[index]]), ids))
+            labels = ids.clone()
+            labels[: len(ids) - len(data.sample(index)[0]) + answer] = -100
+            return {"input_ids": ids, "labels": labels}
+
+        def collate(rows):
+            pad = torch.nn.utils.rnn.pad_sequence
+            ids = pad([row["input_ids"] for row in rows], batch_first=True)
+            labels = pad([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None])}
+
+        arguments = TrainingArguments(
+            output_dir=str(self.directory / "trainer"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=len(indices) // 2,
+            max_steps=steps,
+            learning_rate=1e-4,
+            max_grad_norm=0.0,
+            bf16=self.args.dtype == "bfloat16" and self.device.type == "cuda",
+            use_cpu=self.device.type == "cpu",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        rows = [sample(index) for index in indices] * steps
+        trainer = InOrder(self.model, arguments, collate, rows, callbacks=[Watch()])
+        trainer.train()
+        tokens = sum(max(len(r["input_ids"]) for r in rows[i : i + 2]) * 2 for i in range(0, len(indices), 2))
+        return times[-1], tokens, gradients
+
+    def gradients(self, data, indices):
+        found = self.run(data, indices, 1)[2]
+        merged = {}
+        for name, gradient in found.items():  # the adapter of W_pack: A is shared by q, k and v, B is stacked
+            if "q_proj" not in name and "k_proj" not in name and "v_proj" not in name:
+                merged[name] = gradient
+            elif "q_proj" in name:
+                parts = [found[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                merged[name.replace("q_proj", "W_pack")] = sum(parts) if "lora_A" in name else torch.cat(parts)
+        return merged
+
+    def step(self, data, indices):
+        return self.run(data, indices, 2)[:2]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peak(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory begins anew
+
+
+def peak_gib(device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def matmul_rate(device, dtype) -> float:
+    """FLOP a second of a large matrix product on random data."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds[2:])
+
+
+def arithmetic(model, tokens: int, head_positions: int) -> float:
+    """FLOP of a step's matrix products with a frozen base: 2 a weight forward, 2 backward to the activations."""
+    config = model.config
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return tokens * (4 * config.num_hidden_layers * layer + 6 * adapters) + 4 * head_positions * (
+        config.vocab_size * config.hidden_size
+    )
+
+
+def relative_difference(found, expected) -> float:
+    difference = sum((found[name] - expected[name]).pow(2).sum().item() for name in expected)
+    return (difference / sum(tensor.pow(2).sum().item() for tensor in expected.values())) ** 0.5
+
+
+def table(args):
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        path, tokenizer, generation_config = load_data(args, directory)
+        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, generation_config, 512, 256, is_skip=True)
+        device, dtype = train.join_processes(), getattr(torch, args.dtype)
+        rate = matmul_rate(device, dtype)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(f"{name}, {args.dtype}, {rate / 1e12:.3f} TFLOP/s in a matrix product; size {args.size}: hidden, layers, "
+              f"heads, intermediate {SIZES[args.size]}; {len(data):,} samples of {args.data_dir}")
+        model = with_lora(random_model(args.size, dtype, device, args.attn_implementation), ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"])
+        ways = {way: OwnSteps(way, model, None, args, device) for way in args.ways if way != "trainer"}
+        if "trainer" in args.ways:
+            ways["trainer"] = TrainerSteps(equivalent_llama(model), args, device, directory)
+        draw = np.random.default_rng(0)
+        steps = {size: [draw.permutation(len(data))[:size] for _ in range(args.rounds + 1)] for size in args.samples}
+        differences = {}
+        for size in args.samples:
+            found = {way: steps_of.gradients(data, steps[size][0]) for way, steps_of in ways.items()}
+            reference = found.get("book") or next(iter(found.values()))
+            differences |= {(size, way): relative_difference(found[way], reference) for way in ways}
+        if args.compile:
+            for layer in model.get_base_model().model.layers:
+                layer.compile(dynamic=True)
+        flags = argparse.Namespace(
+            ds_file=str(ROOT / "ds_zero2_no_offload.json"), learning_rate=1e-4, weight_decay=0.1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        )
+        config = train.deepspeed_config(flags) | {"bf16": {"enabled": args.dtype == "bfloat16"}}
+        engine = train.start_engine(model, config, 10_000, 0.03)
+        print("\n| samples a step | way | samples/s | ratio | tokens/sample | supervised tokens/s | peak GiB | gradient difference | share of matrix rate |"
+              + (" epoch of 8,020, s |" if device.type == "cuda" else ""))
+        print("|---" * (10 if device.type == "cuda" else 9) + "|")
+        for size in args.samples:
+            measured = {way: [] for way in ways}
+            memory = {}
+            for indices in steps[size]:
+                for way, steps_of in ways.items():
+                    if way != "trainer":
+                        steps_of.engine = engine
+                    reset_peak(device)
+                    measured[way].append((*steps_of.step(data, indices), data.supervised_tokens(indices)))
+                    memory[way] = max(memory.get(way, 0), peak_gib(device))
+            seconds = {way: statistics.median(s for s, *_ in runs[1:]) for way, runs in measured.items()}
+            slowest = seconds.get("book", max(seconds.values()))
+            for way, runs in measured.items():
+                tokens = statistics.mean(tokens for _, tokens, _ in runs)
+                supervised = statistics.mean(supervised for *_, supervised in runs)
+                head = tokens if way in ("book", "trainer") else supervised
+                share = arithmetic(model, tokens, head) / seconds[way] / rate
+                row = [size, way, f"{size / seconds[way]:.2f}", f"{slowest / seconds[way]:.2f}", f"{tokens / size:.1f}"]
+                row += [f"{supervised / seconds[way]:.0f}", f"{memory[way]:.2f}", f"{differences[size, way]:.1e}", f"{share:.0%}"]
+                row += [f"{seconds[way] * BOOK_EPOCH / size:.0f}"] if device.type == "cuda" else []
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def growth(args):
+    """Milliseconds a sample, padded and prefix, over samples a step and tokens of the persona."""
+    with tempfile.TemporaryDirectory() as directory:
+        path, tokenizer, generation_config = load_data(args, Path(directory))
+        samples = list(data_helper.read_samples(path))
+        device = train.join_processes()
+        model = with_lora(random_model(args.size, torch.float32, device, "sdpa", len(tokenizer)), ["W_pack", "o_proj"])
+        print("\n| persona tokens | samples a step | padded ms/sample | prefix ms/sample | ratio |\n|---|---|---|---|---|")
+        for persona, size in itertools.product((50, 100, 200, 400, 800), (8, 32, 128, 256)):
+            systems = {s["system"]: [*tokenizer.text_to_ids(s["system"] * 20)][:persona] for s in samples}
+            texts = ({**s, "system": tokenizer.decode(systems[s["system"]])} for s in samples * (size // len(samples) + 1))
+            data = utils.RoleDataset(texts, tokenizer, generation_config, 1024, 256)
+            seconds = {"padded": [], "prefix": []}
+            for number in range(args.rounds + 1):
+                indices = np.random.default_rng(number).permutation(len(data))[:size]
+                for way, found in seconds.items():
+                    steps_of = OwnSteps(way, model, None, args, device)
+                    start = time.perf_counter()
+                    steps_of.gradients(data, indices)
+                    found.append(time.perf_counter() - start)
+            padded, prefix = (statistics.median(found[1:]) / size * 1000 for found in seconds.values())
+            print(f"| {persona} | {size} | {padded:.2f} | {prefix:.2f} | {padded / prefix:.1f} |", flush=True)
+
+
+def scale(args):
+    """Tokenize and collate many samples: RoleBench repeated with a changed word in each."""
+    with tempfile.TemporaryDirectory() as directory:
+        path, tokenizer, generation_config = load_data(args, Path(directory))
+        lines = list(data_helper.read_samples(path))
+        many = Path(directory) / "many.json"
+        with open(many, "w", encoding="utf-8") as file:
+            for number in range(args.scale):
+                sample = lines[number % len(lines)]
+                changed = {**sample, "prompt": f"{number}、{sample['prompt']}", "response": f"{sample['response']}{number}"}
+                file.write(json.dumps(changed, ensure_ascii=False) + "\n")
+        del lines
+        reset_peak(torch.device("cpu"))
+        before, start = peak_gib(torch.device("cpu")), time.perf_counter()
+        data = utils.RoleDataset(data_helper.read_samples(many), tokenizer, generation_config, 512, 256)
+        tokenized = time.perf_counter() - start
+        steps = utils.Steps(data, utils.Collator(data, "prefix", 2048, 2), 8, 1, 0)
+        start = time.perf_counter()
+        for step in range(1000):
+            steps[step]
+        collated = time.perf_counter() - start
+        used = peak_gib(torch.device("cpu")) - before
+        print(f"{len(data):,} samples, {len(data.ids):,} tokens: tokenized in {tokenized:.1f} s; 1,000 steps collated in "
+              f"{collated:.1f} s; {used:.2f} GiB more memory at the peak ({os.cpu_count()} cores)")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    (growth if arguments.growth else scale if arguments.scale else table)(arguments)
