@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from utils import ArgumentParser, UserError, entry_point, whole_files
+from baichuan.script import ArgumentParser, UserError, entry_point, whole_files
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.

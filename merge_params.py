@@ -27,9 +27,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.agreement import Agreement, compare, compute_in_float32, logits_of
 from baichuan.generation_utils import messages_to_ids
+from baichuan.loading import load_tokenizer, model_directory_problems
+from baichuan.script import ArgumentParser, UserError, entry_point, whole_directory
 from baichuan.weight_files import Weights, load_shard, read_json, write_weights
 from data_helper import persona, read_samples
-from utils import ArgumentParser, UserError, entry_point, load_tokenizer, model_directory_problems, whole_directory
 
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights

@@ -13,8 +13,8 @@ import atexit
 import json
 import math
 import os
+import signal
 import socket
-import time
 import warnings
 from pathlib import Path
 
@@ -22,19 +22,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import utils
-from baichuan import loading
+from baichuan import loading, script
+from baichuan.script import UserError
 from data_helper import read_samples
-from utils import UserError
 
 MODEL_FILES = "config.json, generation_config.json, tokenizer.model and the weights"
 
 
 def parse_args(argv=None):
-    parser = utils.ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
+    parser = script.ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
     data = parser.add_argument_group("data")
     data.add_argument("--train_path", default="data/train.json", help="training samples, from data_helper.py")
     data.add_argument("--test_path", default="data/test.json", help="samples for the perplexity")
@@ -78,6 +77,8 @@ def parse_args(argv=None):
     output.add_argument(
         "--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only"
     )
+    output.add_argument("--save_total_limit", type=int, help="adapters to keep, the newest ones; default: all")
+    output.add_argument("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     return parser.parse_args(argv)
 
@@ -100,8 +101,14 @@ def argument_problems(args) -> list[str]:
         if not 0 < getattr(args, name) < math.inf:
             problems.append(f"--{name} must be positive, not {getattr(args, name)}")
     for name in ("save_model_step", "seed"):
-        if getattr(args, name) < 0:
-            problems.append(f"--{name} must not be negative, as {getattr(args, name)} is")
+        if not 0 <= getattr(args, name) < 2**32:
+            problems.append(f"--{name} must be from 0 to 2³²−1, not {getattr(args, name)}")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        problems.append(f"--save_total_limit must be at least 1, not {args.save_total_limit}")
+    if not args.resume and (newest_state(args) or utils.checkpoints(args.output_dir)):
+        problems.append(
+            f"{args.output_dir}: holds a run already; --resume goes on with it, or name another --output_dir"
+        )
     for name, end in (("lora_dropout", 1), ("warmup_ratio", 1), ("weight_decay", math.inf)):
         if not 0 <= getattr(args, name) < end:
             problems.append(f"--{name} must be in [0, {end}), not {getattr(args, name)}")
@@ -112,6 +119,22 @@ def argument_problems(args) -> list[str]:
     if args.packing == "prefix" and args.attn_implementation == "flash_attention_2":
         problems.append("--attn_implementation flash_attention_2 knows no prefix rows: choose sdpa, or --packing none")
     return problems
+
+
+def newest_state(args) -> Path | None:
+    states = utils.checkpoints(Path(args.output_dir) / "state")
+    return states[-1][1] if states else None
+
+
+def identity_problems(state: Path, identity: dict) -> list[str]:
+    """Where the run that saved a state is not the one that would go on from it."""
+    saved = json.loads((state / "run.json").read_text(encoding="utf-8"))
+    return [
+        f"{state}: was saved with {name} {saved.get(name)}, not {identity[name]}: change that back, or start in another "
+        "--output_dir"
+        for name in identity
+        if saved.get(name) != identity[name]
+    ]
 
 
 def deepspeed_config(args) -> dict:
@@ -176,6 +199,19 @@ def read_data(args, tokenizer, generation_config, world_size: int, main_process:
     if problems:
         raise UserError(*problems)
     return datasets
+
+
+def run_identity(args, config: dict, train_data, world_size: int) -> dict:
+    """What decides the result of a run to the last bit, except for what only decides its speed."""
+    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
+    flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
+    return {
+        "training data": utils.digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
+        "base model": utils.model_digest(args.model_name_or_path),
+        "processes": world_size,
+        "DeepSpeed configuration": utils.digest(json.dumps(config, sort_keys=True)),
+        **{f"--{name}": getattr(args, name) for name in flags},
+    }
 
 
 def step_size(args, world_size: int) -> int:
@@ -271,64 +307,25 @@ def start_engine(model, config: dict, total_steps: int, warmup_ratio: float):
 # ---------------------------------------------------------------- training
 
 
-def train_step(engine, batches, tokens: int, world_size: int, attn_implementation: str) -> float:
-    """Add up the gradients of a step's batches and return its loss: the mean over `tokens`, on all processes.
+def train_step(engine, batches, tokens: int, world_size: int, attn_implementation: str, stop: bool):
+    """Add up the gradients of a step's batches; (its loss: the mean over `tokens`, any process's `stop`).
 
     Every process divides by the tokens of the whole step, so the loss does not depend on how samples are spread over
     rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
     """
-    total = torch.zeros((), device=engine.device)
+    total = torch.tensor([0.0, float(stop)], device=engine.device)
     with engine.coalesce_grad_reduction():  # one reduction a step, however many rows each process has
         for batch in batches:
             inputs = utils.model_inputs(batch, engine.device, attn_implementation)
             loss = engine(**inputs, use_cache=False, num_items_in_batch=tokens).loss
             engine.backward(loss * world_size)
-            total += loss.detach()
+            total[0] += loss.detach()
     dist.all_reduce(total)
-    return total.item()
+    loss, stop = total.tolist()
+    return loss, stop > 0
 
 
-class Log:
-    """TensorBoard events and the progress bar, on the main process; elsewhere it does nothing."""
-
-    def __init__(self, args, total_steps: int, first_step: int, main_process: bool):
-        self.writer = SummaryWriter(Path(args.output_dir) / "runs", purge_step=first_step) if main_process else None
-        self.bar = tqdm(desc="training", total=total_steps, initial=first_step, unit="step", disable=not main_process)
-        self.reset()
-
-    def reset(self):
-        self.losses, self.samples, self.tokens, self.start = [], 0, 0, time.perf_counter()
-
-    def add(self, loss: float, samples: int, tokens: int):
-        self.bar.update()
-        self.losses.append(loss)
-        self.samples += samples
-        self.tokens += tokens
-
-    def show(self, step: int, learning_rate: float, grad_norm: float):
-        """Means since the last call; grad_norm is the one before clipping."""
-        seconds = time.perf_counter() - self.start
-        loss = sum(self.losses) / len(self.losses)
-        rates = {"samples_per_second": self.samples / seconds, "tokens_per_second": self.tokens / seconds}
-        self.scalars(step, {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **rates})
-        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{rates['samples_per_second']:.1f}")
-        self.reset()
-
-    def scalars(self, step: int, values: dict[str, float]):
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
-
-
-def save_adapter(model, tokenizer, directory: Path):
-    """A plain PEFT adapter, with the tokenizer it was trained under."""
-    with utils.whole_directory(directory, overwrite=True) as new:
-        model.save_pretrained(new, save_embedding_layers=False)
-        tokenizer.save_pretrained(new)
-
-
-@utils.entry_point
+@script.entry_point
 def main(argv=None):
     args = parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; nothing a user could act on
@@ -350,6 +347,10 @@ def main(argv=None):
         raise UserError(*problems)
     tokenizer, generation_config = loading.load_tokenizer(args.model_name_or_path)
     train_data, test_data = read_data(args, tokenizer, generation_config, world_size, main_process)
+    identity = run_identity(args, config, train_data, world_size)
+    state = newest_state(args)
+    if state and (problems := identity_problems(state, identity)):
+        raise UserError(*problems)
 
     # 2. Processes, model, optimizer.
     device = join_processes()
@@ -367,35 +368,72 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     if main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with utils.whole_files(output_dir / "train_args.json") as (file,):
+        with script.whole_files(output_dir / "train_args.json") as (file,):
             json.dump(vars(args), file, ensure_ascii=False, indent=2)
         model.print_trainable_parameters()
         print(
             f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; "
             f"{str(dtype).removeprefix('torch.')} on {world_size} × {device.type}; to {args.output_dir}"
         )
+        if args.resume:
+            print(
+                f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew"
+            )
 
     # 3. Train.
-    loader = DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, pin_memory=device.type == "cuda")
-    log = Log(args, len(steps), 0, main_process)
-    for step, (batches, tokens) in enumerate(loader, start=1):
+    first = 0
+    if state:
+        engine.load_checkpoint(str(state.parent), tag=state.name, load_module_strict=False)
+        first = utils.checkpoints(state.parent)[-1][0]
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=1,
+        prefetch_factor=4,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+    )
+    log = utils.Log(output_dir / "runs", len(steps), first, main_process)
+    for step, (batches, tokens) in enumerate(loader, start=first + 1):
         torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
-        loss = train_step(engine, batches, tokens, world_size, args.attn_implementation)
+        loss, stop = train_step(engine, batches, tokens, world_size, args.attn_implementation, bool(signals))
+        if not math.isfinite(loss):
+            numbers = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
+            raise UserError(
+                f"{args.train_path}: the loss of step {step} is {loss}, with samples {numbers}; look at them, lower "
+                f"--learning_rate or train in another precision. {newest_state(args) or 'No state'} is the last one saved"
+            )
         learning_rate = engine.get_lr()[0]
         engine.step()
         log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
         if step % args.show_loss_step == 0:
             log.show(step, learning_rate, float(engine.get_global_grad_norm() or 0.0))
 
-        epoch_ends = step % steps.steps_per_epoch == 0
-        if epoch_ends or (args.save_model_step and step % args.save_model_step == 0):
+        name = f"epoch-{(step - 1) // steps.steps_per_epoch + 1}-step-{step}"
+        if step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0):
             test_loss = utils.evaluate(engine.module, test_rows, device, args.attn_implementation, main_process)
-            epoch = (step - 1) // steps.steps_per_epoch + 1
-            directory = output_dir / f"epoch-{epoch}-step-{step}"
             if main_process:
-                log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
-                save_adapter(model, tokenizer, directory)
-                tqdm.write(f"{directory}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
+                perplexity = math.exp(min(test_loss, 700))
+                log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
+                utils.save_adapter(model, tokenizer, output_dir / name, args.save_total_limit)
+                tqdm.write(f"{output_dir / name}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
+            utils.save_state(engine, output_dir / "state" / name, identity, main_process)
+        elif stop:
+            utils.save_state(engine, output_dir / "state" / name, identity, main_process)
+        if stop and step < len(steps):
+            if main_process:
+                print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on from there")
+            raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+
+
+def leave_signals_to_parent(worker_id: int):
+    """Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def args_files(args) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """Small things that more than one script needs."""
 
-import argparse
 import functools
+import hashlib
 import json
-import os
+import re
 import shutil
-import sys
+import time
 from array import array
 from collections import Counter
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -18,106 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from baichuan.generation_utils import messages_to_ids, turn_markers
-
-# ---------------------------------------------------------------- errors and files
-
-
-class UserError(Exception):
-    """What the user can put right. Each argument is one problem, printed as one `error:` line."""
-
-    @property
-    def problems(self):
-        return [str(problem) for problem in self.args]
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line each, like every other error here, without the usage text."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help explains every flag)")
-
-
-def entry_point(main):
-    """Decorate a script's `main(argv=None)`: a UserError or a failing disk becomes lines on stderr and exit status 2."""
-
-    @functools.wraps(main)
-    def wrapper(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return main(argv)
-        except UserError as error:
-            problems = error.problems
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None  # as shells report Ctrl-C
-        except OSError as error:  # disk full, permission, a directory where a file should be, …
-            where = f"{error.filename}: " if error.filename else ""
-            problems = [f"{where}{error.strerror or error}"]
-        for problem in problems if os.environ.get("RANK", "0") == "0" else []:  # of several processes, one speaks
-            print("error:", " ".join(problem.split("\n")), file=sys.stderr)
-        raise SystemExit(2)
-
-    return wrapper
-
-
-@contextmanager
-def whole_files(*paths):
-    """Open UTF-8 text files for writing, one handle a path; they appear, by rename, only once all are on disk.
-
-    When the body raises, nothing appears and what stood there before stays.
-    """
-    paths = [Path(path) for path in paths]
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    handles = []
-    try:
-        for path in temporary:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handles.append(open(path, "w", encoding="utf-8", newline="\n"))
-        yield handles
-        for handle in handles:
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
-        for source, target in zip(temporary, paths):
-            source.replace(target)
-    finally:
-        for handle in handles:
-            handle.close()
-        for path in temporary:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_directory(path, overwrite: bool = False):
-    """Yield an empty directory beside `path`; it takes that name, by rename, once its files are on disk.
-
-    Raises:
-        UserError: `path` holds something already and `overwrite` is False.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already; name another directory or remove it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
+from baichuan.generation_utils import messages_to_ids
+from baichuan.script import rename_directory, whole_directory, writing
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -127,6 +31,8 @@ class RoleDataset:
 
     Sample i is `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: the user marker, the question, the
     assistant marker, and from `answers[i]` on the answer with its eos. Only the answer and its eos are supervised.
+
+    `numbers[i]` counts from 1 in the file, for messages.
 
     Args:
         samples: dicts with system, prompt and response, such as `data_helper.read_samples` yields.
@@ -144,7 +50,7 @@ class RoleDataset:
         self._eos = tokenizer.eos_token_id
         self._limits = (max_len, max_src_len, is_skip)
         known: dict[str, int] = {}
-        ids, starts, answers, persona = array("i"), array("q", [0]), array("i"), array("i")
+        ids, starts, answers, persona, numbers = array("i"), array("q", [0]), array("i"), array("i"), array("i")
         samples = iter(samples)
         while chunk := list(islice(samples, 4096)):
             prompts = tokenizer.text_to_ids([sample["prompt"] for sample in chunk])
@@ -160,10 +66,12 @@ class RoleDataset:
                     starts.append(len(ids))
                     answers.append(len(question))
                     persona.append(known[system])
+                    numbers.append(self.counts["read"])
         self.ids = np.frombuffer(ids, dtype=np.int32)
         self.starts = np.frombuffer(starts, dtype=np.int64)
         self.answers = np.frombuffer(answers, dtype=np.int32)
         self.persona = np.frombuffer(persona, dtype=np.int32)
+        self.numbers = np.frombuffer(numbers, dtype=np.int32)
         self.counts["kept"] = len(self)
 
     def _fit(self, persona_length: int, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
@@ -395,7 +303,101 @@ def evaluate(model, batches, device, implementation: str, show_progress: bool = 
     return (total[0] / total[1]).item()
 
 
+# ---------------------------------------------------------------- what a run leaves on disk
+
+
+class Log:
+    """TensorBoard events and the progress bar, on the main process; elsewhere it does nothing."""
+
+    def __init__(self, directory: Path, total_steps: int, done: int, main_process: bool):
+        # purge_step hides what an interrupted run logged beyond the state that this one goes on from.
+        self.writer = SummaryWriter(directory, purge_step=done + 1) if main_process else None
+        self.bar = tqdm(desc="training", total=total_steps, initial=done, unit="step", disable=not main_process)
+        self.reset()
+
+    def reset(self):
+        self.losses, self.samples, self.tokens, self.start = [], 0, 0, time.perf_counter()
+
+    def add(self, loss: float, samples: int, tokens: int):
+        self.bar.update()
+        self.losses.append(loss)
+        self.samples += samples
+        self.tokens += tokens
+
+    def show(self, step: int, learning_rate: float, grad_norm: float):
+        """Means since the last call; grad_norm is the one before clipping."""
+        seconds = time.perf_counter() - self.start
+        loss = sum(self.losses) / len(self.losses)
+        rates = {"samples_per_second": self.samples / seconds, "tokens_per_second": self.tokens / seconds}
+        self.scalars(step, {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **rates})
+        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{rates['samples_per_second']:.1f}")
+        self.reset()
+
+    def scalars(self, step: int, values: dict[str, float]):
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
+    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def save_adapter(model, tokenizer, directory: Path, keep: int | None = None):
+    """Write a plain PEFT adapter with the tokenizer it was trained under; keep only the newest `keep` beside it."""
+    with whole_directory(directory, overwrite=True) as new, writing(directory):
+        model.save_pretrained(new, save_embedding_layers=False)
+        tokenizer.save_pretrained(new)
+    for _, old in checkpoints(directory.parent)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+
+
+def save_state(engine, directory: Path, identity: dict, main_process: bool):
+    """Write what a resumed run needs: adapters, optimizer and schedule, from all processes; no frozen weights.
+
+    It gets its name once all processes have written and `identity`, what the run is, lies beside; then older states go.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    if main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()
+    with writing(directory):
+        engine.save_checkpoint(
+            str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True
+        )
+    dist.barrier()
+    if main_process:
+        (temporary / "run.json").write_text(json.dumps(identity, indent=2, ensure_ascii=False), encoding="utf-8")
+        rename_directory(temporary, directory)
+        for _, old in checkpoints(directory.parent)[:-1]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def digest(*parts) -> str:
+    """A short fingerprint of bytes, arrays and texts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
+    return found.hexdigest()[:16]
+
+
+def model_digest(directory) -> str:
+    """A fingerprint of a model directory that reads megabytes, not gigabytes: config, sizes, both ends of the weights."""
+    parts = [(Path(directory) / "config.json").read_bytes()]
+    for path in sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]):
+        with open(path, "rb") as file:
+            parts += [f"{path.name} {path.stat().st_size}", file.read(1 << 20)]
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            parts.append(file.read())
+    return digest(*parts)
+
+
 def __getattr__(name):  # TEMPORARY until every script imports baichuan.loading
     import baichuan.loading
+    import baichuan.script
 
-    return getattr(baichuan.loading, name)
+    return getattr(baichuan.script, name, None) or getattr(baichuan.loading, name)

@@ -4,18 +4,15 @@
     python3 web_demo.py --model_path Baichuan2-7B-Chat/ --adapter_path output_dir/epoch-1-step-1002    # before and after
     python3 web_demo.py --ask "你是谁？" --role 李白        # one greedy answer on the terminal, and no page
 
-In the order of reading: the arguments, the model that answers, a conversation, the page. Beside it stand web_guard.py,
-which checks everything a browser sends, and web_demo_texts.json, the page's texts in each of its languages.
+In the order of reading: the arguments, a conversation, the page. Beside it stand baichuan/speaker.py, which answers,
+web_guard.py, which checks everything a browser sends, and web_demo_texts.json, the page's texts in each language.
 """
 
 import json
 import os
 import re
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
-from copy import deepcopy
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,14 +20,14 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at gradio's import: the
 
 import gradio as gr
 import torch
-from peft import PeftModel
 from starlette.middleware import Middleware
 
 import web_guard as guard
-from baichuan.generation_utils import ConversationTooLong, PrefixCaches, fit_conversation
+from baichuan.loading import model_directory_problems
+from baichuan.script import ArgumentParser, UserError, entry_point
+from baichuan.speaker import Speaker, TooLong
 from data_helper import persona, read_profiles, read_rows, without_address
 from merge_params import pick_device
-from utils import ArgumentParser, UserError, entry_point, load_model, load_tokenizer, model_directory_problems
 
 PERIOD = 0.05  # seconds between two updates of a growing answer
 
@@ -87,69 +84,7 @@ def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[s
     return examples
 
 
-# ---------------------------------------------------------------- the model
-
-
-class Speaker:
-    """A model that answers one question at a time, and reads the persona of a role only once."""
-
-    def __init__(self, model, tokenizer, adapter: PeftModel | None = None):
-        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
-        self.personas = PrefixCaches()
-        self.turn = threading.Lock()
-
-    def fit(self, messages: list[dict], wanted: int):
-        """See `fit_conversation`."""
-        model = self.model
-        return fit_conversation(
-            self.tokenizer, messages, model.generation_config, model.config.model_max_length, wanted
-        )
-
-    def answer(self, messages: list[dict], settings: dict, base: bool = False) -> Iterator[str]:
-        """Yield the answer so far. Closing the iterator stops the model and lets the next question in.
-
-        Args:
-            messages: first the persona, last the question.
-            settings: fields of GenerationConfig, and `seed`: None for a random one.
-            base: answer as the model did before fine-tuning; needs the adapter.
-        Raises:
-            ConversationTooLong: the question does not fit. MemoryError: the device's memory does not suffice.
-        """
-        ids, room, _ = self.fit(messages, settings["max_new_tokens"])
-        fields = {name: value for name, value in settings.items() if name != "seed"} | {"max_new_tokens": room}
-        if not settings["do_sample"]:
-            fields |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' own: greedy has no use for them
-        config = deepcopy(self.model.generation_config)
-        config.update(**fields)
-        prompt = torch.tensor([ids], device=self.model.device)
-        with self.turn, self.adapter.disable_adapter() if base else nullcontext():
-            torch.seed() if settings["seed"] is None else torch.manual_seed(settings["seed"])
-            try:
-                cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), base)
-                yield from self.model.stream_answer(self.tokenizer, prompt, config, past_key_values=cache)
-            except RuntimeError as error:  # a GPU's has a class of its own, the CPU's only its text
-                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                    raise
-                self.personas.clear()
-                torch.cuda.empty_cache()
-                raise MemoryError(str(error)) from None
-
-
-def load_speaker(args, device: torch.device) -> Speaker:
-    """Weights keep the checkpoint's dtype, since 7B takes 15 GB in bf16 and 30 in float32; float16 is slow on a CPU."""
-    tokenizer, generation_config = load_tokenizer(args.model_path)
-    model = load_model(args.model_path, dtype="auto")
-    model.generation_config = generation_config
-    if device.type == "cpu" and model.dtype == torch.float16:
-        model = model.float()
-    try:
-        adapter = PeftModel.from_pretrained(model, args.adapter_path) if args.adapter_path else None  # into `model`
-    except Exception as error:  # a damaged file, or one for a model of another shape
-        raise UserError(f"{args.adapter_path}: does not fit {args.model_path}: {error}") from error
-    try:
-        return Speaker(model.to(device).eval(), tokenizer, adapter)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{device}: too little memory is free for {args.model_path}: give --device cpu") from error
+# ---------------------------------------------------------------- a conversation
 
 
 @dataclass
@@ -244,7 +179,7 @@ class Page:
         wanted = settings["max_new_tokens"]
         try:
             _, room, forgotten = self.speaker.fit(Conversation([*kept, asked]).messages("response"), wanted)
-        except ConversationTooLong as error:
+        except TooLong as error:
             raise guard.Refusal(request, "too_long", needed=error.needed, context=error.context) from None
         notes = [guard.say(request, "cut", room=room, wanted=wanted)] if room < wanted else []
         notes += [guard.say(request, "forgotten")] if forgotten else []
@@ -396,7 +331,7 @@ def answer_once(speaker: Speaker, role: str, description: str, question: str) ->
     settings = {"do_sample": False, "seed": 0, "max_new_tokens": speaker.model.generation_config.max_new_tokens or 512}
     try:
         return "".join([*speaker.answer(messages, settings)][-1:])  # the last text is the whole answer
-    except (ConversationTooLong, MemoryError) as error:
+    except (TooLong, MemoryError) as error:
         raise UserError(f"--ask: {error}") from error
 
 
@@ -404,7 +339,7 @@ def answer_once(speaker: Speaker, role: str, description: str, question: str) ->
 def main(argv=None):
     args = parse_args(argv)
     device, profiles = check(args)
-    speaker = load_speaker(args, device)
+    speaker = Speaker.load(args.model_path, args.adapter_path, device)
     if args.ask is not None:
         role = args.role or next(iter(profiles))
         return print(answer_once(speaker, role, profiles[role], args.ask))

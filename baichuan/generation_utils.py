@@ -1,12 +1,11 @@
 """A conversation as token ids, and `chat()`: what is trained on is exactly what is asked later."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 ROLES = ("system", "user", "assistant")
 
@@ -63,45 +62,6 @@ def messages_to_ids(
     return [*system, *(id for round_ids in rounds for id in round_ids)]
 
 
-class ConversationTooLong(ValueError):
-    """System text and question leave no room for a reply. Attributes: needed (their tokens) and context, in tokens."""
-
-    def __init__(self, needed: int, context: int):
-        super().__init__(
-            f"system text and question have {needed:,} tokens, and the context {context:,}: ask a shorter one"
-        )
-        self.needed, self.context = needed, context
-
-
-def fit_conversation(
-    tokenizer,
-    messages: Sequence[dict],
-    generation_config: GenerationConfig,
-    context: int,
-    wanted: int,
-    shortest: int = 16,
-) -> tuple[list[int], int, bool]:
-    """Share the context out: first the system text and the question, then the reply, then the oldest rounds.
-
-    Args:
-        messages: as in `messages_to_ids`; the first is the system text, the last the question.
-        context: tokens of prompt and reply together.
-        wanted: tokens of the reply, at most.
-        shortest: a question that leaves fewer tokens than this (and than wanted) for the reply does not fit.
-    Returns:
-        the prompt's ids, the tokens that its reply may have, and whether rounds were left out.
-    Raises:
-        ConversationTooLong: the question does not fit.
-    """
-    needed = len(messages_to_ids(tokenizer, [messages[0], messages[-1]], generation_config))
-    room = min(wanted, context - needed)
-    if room < min(wanted, shortest):
-        raise ConversationTooLong(needed, context)
-    whole = messages_to_ids(tokenizer, messages, generation_config)
-    prompt = messages_to_ids(tokenizer, messages, generation_config, context - room)
-    return prompt, room, len(prompt) < len(whole)
-
-
 def turn_markers(generation_config: GenerationConfig) -> dict[str, int]:
     """The ids that open a user's and an assistant's turn."""
     markers = {}
@@ -126,37 +86,6 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     if not isinstance(content, (str, list, tuple)):
         raise ValueError(f"the content of message {number} must be text, not {type(content).__name__}")
     return role, content
-
-
-class PrefixCaches:
-    """Keys and values of what many prompts begin with, such as a role's system text: computed at its first use.
-
-    Attention being causal, they do not depend on what follows. The least recently used go when all have more than
-    `max_tokens` tokens: at 7B in bfloat16 a token takes half a MiB.
-    """
-
-    def __init__(self, max_tokens: int = 4096):
-        self.max_tokens = max_tokens
-        self._caches = OrderedDict()  # (ids, variant) → cache
-
-    @torch.no_grad()
-    def get(self, model, ids: Sequence[int], variant=None) -> DynamicCache:
-        """A cache of its own for `generate(prompt, past_key_values=…)`, whose prompt begins with `ids`.
-
-        variant: what tells apart states of one model, such as its adapter on and off.
-        """
-        key = (tuple(ids), variant)
-        if key not in self._caches:
-            cache = DynamicCache(config=model.config)
-            model.model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache)
-            self._caches[key] = cache
-        self._caches.move_to_end(key)
-        while len(self._caches) > 1 and sum(len(ids) for ids, _ in self._caches) > self.max_tokens:
-            self._caches.popitem(last=False)
-        return deepcopy(self._caches[key])
-
-    def clear(self):
-        self._caches.clear()
 
 
 class ChatMixin:

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig
 
 from .configuration_baichuan import BaichuanConfig
+from .script import UserError
 from .tokenization_baichuan import RESERVED, BaichuanTokenizer
 
 
@@ -32,6 +33,8 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
         "add_eos_token": False,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
+        # What sanitize_control_tokens keeps out of texts besides eos: by default, whatever symbol the template contains.
+        "chat_control_tokens": turn_marker_tokens(tokenizer),
         **{f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -88,7 +91,7 @@ def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
     if model.normalizer_spec.name != "identity" or model.normalizer_spec.add_dummy_prefix:
-        raise ValueError("tokenizer.model changes the text before it cuts it; Baichuan2's does not")
+        raise UserError(f"{tokenizer.vocab_file}: changes the text before it cuts it: name a Baichuan2 model")
 
     fast = Tokenizer(
         BPE(
@@ -105,10 +108,13 @@ def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     # Of the reserved ones, only the turn markers are ever asked for.
     symbols = [piece for piece, _, type in pieces if type == kind.USER_DEFINED and not RESERVED.fullmatch(piece)]
     fast.add_tokens([AddedToken(symbol, normalized=False, special=False) for symbol in symbols])
-    markers = tokenizer.convert_ids_to_tokens([tokenizer.user_token_id, tokenizer.assistant_token_id])
-    controls = [tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, *markers]
+    controls = [tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, *turn_marker_tokens(tokenizer)]
     fast.add_special_tokens([AddedToken(control, normalized=False, special=True) for control in controls])
     return fast
+
+
+def turn_marker_tokens(tokenizer: BaichuanTokenizer) -> list[str]:
+    return tokenizer.convert_ids_to_tokens([tokenizer.user_token_id, tokenizer.assistant_token_id])
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import turn_markers
-from utils import UserError
+from baichuan.script import UserError
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -20,8 +20,8 @@ from tqdm import trange
 from transformers import GenerationConfig, set_seed
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from baichuan.script import ArgumentParser, UserError, entry_point, whole_directory
 from data_helper import persona
-from utils import ArgumentParser, UserError, entry_point, whole_directory
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
 SYMBOLS = [

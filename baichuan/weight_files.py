@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils import UserError
+from baichuan.loading import WEIGHT_FILES
+from baichuan.script import UserError
 
-LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
@@ -27,9 +27,9 @@ class Weights:
     """
 
     def __init__(self, directory: Path):
-        first = next((directory / name for name in LAYOUTS if (directory / name).exists()), None)
+        first = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
         if first is None:
-            raise UserError(f"{directory}: holds no weights: there is no {', no '.join(LAYOUTS)}")
+            raise UserError(f"{directory}: holds no weights: there is no {', no '.join(WEIGHT_FILES)}")
         self.files = [first]
         if first.suffix == ".json":
             self.files = [directory / name for name in sorted(set(read_json(first).get("weight_map", {}).values()))]

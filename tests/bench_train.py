@@ -109,7 +109,9 @@ def equivalent_llama(model):
     base, config = model.get_base_model(), model.config
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     llama_config = LlamaConfig(
-        **{name: getattr(config, name) for name in sizes}, rms_norm_eps=config.rms_norm_eps, max_position_embeddings=4096
+        **{name: getattr(config, name) for name in sizes},
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=4096,
     )
     with torch.device(base.device):
         llama = LlamaForCausalLM._from_config(llama_config, dtype=base.dtype, attn_implementation="sdpa")
@@ -216,7 +218,11 @@ class TrainerSteps:
             ids = pad([row["input_ids"] for row in rows], batch_first=True)
             labels = pad([row["labels"] for row in rows], batch_first=True, padding_value=-100)
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-            return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None])}
+            return {
+                "input_ids": ids,
+                "labels": labels,
+                "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]),
+            }
 
         arguments = TrainingArguments(
             output_dir=str(self.directory / "trainer"),
@@ -315,9 +321,14 @@ def table(args):
         device, dtype = train.join_processes(), getattr(torch, args.dtype)
         rate = matmul_rate(device, dtype)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"{name}, {args.dtype}, {rate / 1e12:.3f} TFLOP/s in a matrix product; size {args.size}: hidden, layers, "
-              f"heads, intermediate {SIZES[args.size]}; {len(data):,} samples of {args.data_dir}")
-        model = with_lora(random_model(args.size, dtype, device, args.attn_implementation), ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"])
+        print(
+            f"{name}, {args.dtype}, {rate / 1e12:.3f} TFLOP/s in a matrix product; size {args.size}: hidden, layers, "
+            f"heads, intermediate {SIZES[args.size]}; {len(data):,} samples of {args.data_dir}"
+        )
+        model = with_lora(
+            random_model(args.size, dtype, device, args.attn_implementation),
+            ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        )
         ways = {way: OwnSteps(way, model, None, args, device) for way in args.ways if way != "trainer"}
         if "trainer" in args.ways:
             ways["trainer"] = TrainerSteps(equivalent_llama(model), args, device, directory)
@@ -332,13 +343,18 @@ def table(args):
             for layer in model.get_base_model().model.layers:
                 layer.compile(dynamic=True)
         flags = argparse.Namespace(
-            ds_file=str(ROOT / "ds_zero2_no_offload.json"), learning_rate=1e-4, weight_decay=0.1,
-            per_device_train_batch_size=2, gradient_accumulation_steps=4,
+            ds_file=str(ROOT / "ds_zero2_no_offload.json"),
+            learning_rate=1e-4,
+            weight_decay=0.1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
         )
         config = train.deepspeed_config(flags) | {"bf16": {"enabled": args.dtype == "bfloat16"}}
         engine = train.start_engine(model, config, 10_000, 0.03)
-        print("\n| samples a step | way | samples/s | ratio | tokens/sample | supervised tokens/s | peak GiB | gradient difference | share of matrix rate |"
-              + (" epoch of 8,020, s |" if device.type == "cuda" else ""))
+        print(
+            "\n| samples a step | way | samples/s | ratio | tokens/sample | supervised tokens/s | peak GiB | gradient difference | share of matrix rate |"
+            + (" epoch of 8,020, s |" if device.type == "cuda" else "")
+        )
         print("|---" * (10 if device.type == "cuda" else 9) + "|")
         for size in args.samples:
             measured = {way: [] for way in ways}
@@ -358,7 +374,12 @@ def table(args):
                 head = tokens if way in ("book", "trainer") else supervised
                 share = arithmetic(model, tokens, head) / seconds[way] / rate
                 row = [size, way, f"{size / seconds[way]:.2f}", f"{slowest / seconds[way]:.2f}", f"{tokens / size:.1f}"]
-                row += [f"{supervised / seconds[way]:.0f}", f"{memory[way]:.2f}", f"{differences[size, way]:.1e}", f"{share:.0%}"]
+                row += [
+                    f"{supervised / seconds[way]:.0f}",
+                    f"{memory[way]:.2f}",
+                    f"{differences[size, way]:.1e}",
+                    f"{share:.0%}",
+                ]
                 row += [f"{seconds[way] * BOOK_EPOCH / size:.0f}"] if device.type == "cuda" else []
                 print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
@@ -370,10 +391,14 @@ def growth(args):
         samples = list(data_helper.read_samples(path))
         device = train.join_processes()
         model = with_lora(random_model(args.size, torch.float32, device, "sdpa", len(tokenizer)), ["W_pack", "o_proj"])
-        print("\n| persona tokens | samples a step | padded ms/sample | prefix ms/sample | ratio |\n|---|---|---|---|---|")
+        print(
+            "\n| persona tokens | samples a step | padded ms/sample | prefix ms/sample | ratio |\n|---|---|---|---|---|"
+        )
         for persona, size in itertools.product((50, 100, 200, 400, 800), (8, 32, 128, 256)):
             systems = {s["system"]: [*tokenizer.text_to_ids(s["system"] * 20)][:persona] for s in samples}
-            texts = ({**s, "system": tokenizer.decode(systems[s["system"]])} for s in samples * (size // len(samples) + 1))
+            texts = (
+                {**s, "system": tokenizer.decode(systems[s["system"]])} for s in samples * (size // len(samples) + 1)
+            )
             data = utils.RoleDataset(texts, tokenizer, generation_config, 1024, 256)
             seconds = {"padded": [], "prefix": []}
             for number in range(args.rounds + 1):
@@ -396,7 +421,11 @@ def scale(args):
         with open(many, "w", encoding="utf-8") as file:
             for number in range(args.scale):
                 sample = lines[number % len(lines)]
-                changed = {**sample, "prompt": f"{number}、{sample['prompt']}", "response": f"{sample['response']}{number}"}
+                changed = {
+                    **sample,
+                    "prompt": f"{number}、{sample['prompt']}",
+                    "response": f"{sample['response']}{number}",
+                }
                 file.write(json.dumps(changed, ensure_ascii=False) + "\n")
         del lines
         reset_peak(torch.device("cpu"))
@@ -409,8 +438,10 @@ def scale(args):
             steps[step]
         collated = time.perf_counter() - start
         used = peak_gib(torch.device("cpu")) - before
-        print(f"{len(data):,} samples, {len(data.ids):,} tokens: tokenized in {tokenized:.1f} s; 1,000 steps collated in "
-              f"{collated:.1f} s; {used:.2f} GiB more memory at the peak ({os.cpu_count()} cores)")
+        print(
+            f"{len(data):,} samples, {len(data.ids):,} tokens: tokenized in {tokenized:.1f} s; 1,000 steps collated in "
+            f"{collated:.1f} s; {used:.2f} GiB more memory at the peak ({os.cpu_count()} cores)"
+        )
 
 
 if __name__ == "__main__":

@@ -215,7 +215,9 @@ def test_prefix_rows_give_the_losses_and_gradients_of_single_samples(loaded, mod
 def test_nothing_leaks_between_neighbours(loaded, model):
     """Changing one sample of a row leaves every other sample's losses as they were."""
     data = dataset(loaded)
-    changed = dataset(loaded, [*SAMPLES[:2], {**SAMPLES[2], "prompt": "换了一个问题？", "response": "换了答案！"}, *SAMPLES[3:]])
+    changed = dataset(
+        loaded, [*SAMPLES[:2], {**SAMPLES[2], "prompt": "换了一个问题？", "response": "换了答案！"}, *SAMPLES[3:]]
+    )
     indices = data.by_persona(np.arange(len(data)))
     with torch.no_grad():
         before, after = (losses(model, d, utils.Collator(d, "prefix", 1000, 1)(indices)) for d in (data, changed))
@@ -229,7 +231,9 @@ def test_perplexity_is_exact_and_the_same_for_both_packings(loaded, model):
     data = dataset(loaded)
     indices = data.by_persona(np.arange(len(data)))
     with torch.no_grad():
-        single = [losses(model, data, utils.Collator(data, "none", 0, 1)(indices[i : i + 1])) for i in range(len(indices))]
+        single = [
+            losses(model, data, utils.Collator(data, "none", 0, 1)(indices[i : i + 1])) for i in range(len(indices))
+        ]
     values = torch.cat([value for found in single for value in found.values()])
     for packing in ("prefix", "none"):
         batches = utils.Collator(data, packing, 60, 4)(indices)
@@ -261,7 +265,9 @@ def test_processes_share_a_step_without_overlap(loaded, world):
     for step in range(len(shares[0])):
         expected = shares[0].samples(step)
         items = [share[step] for share in shares]
-        labels = [label for batches, _ in items for batch in batches for label in batch["loss_positions"][:, 1].tolist()]
+        labels = [
+            label for batches, _ in items for batch in batches for label in batch["loss_positions"][:, 1].tolist()
+        ]
         assert labels == [id for index in expected for id in data.sample(index)[0][data.sample(index)[1] :].tolist()]
         assert {tokens for _, tokens in items} == {len(labels)}
 

@@ -26,9 +26,7 @@ def launch(processes: int, arguments: list[str], **options) -> subprocess.Comple
     port = 29_500 + os.getpid() % 1000  # apart from a launcher that may run beside the tests
     command = [LAUNCHER, "--num_gpus", processes, "--master_port", port, "train.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, **options
-    )
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +199,14 @@ def test_all_problems_are_reported_together(train_arguments, tmp_path, capsys):
     empty.mkdir()
     wrong = ["--max_len", 0, "--lora_dropout", 1.5, "--learning_rate", -1, "--test_path", tmp_path / "none.json"]
     lines = errors_of(capsys, train_arguments(tmp_path / "out", *wrong, "--model_name_or_path", empty))
-    for part in ("--max_len", "--lora_dropout", "--learning_rate", "none.json", "no model: has no weights", "tokenizer"):
+    for part in (
+        "--max_len",
+        "--lora_dropout",
+        "--learning_rate",
+        "none.json",
+        "no model: has no weights",
+        "tokenizer",
+    ):
         assert any(part in line for line in lines), part
     assert not (tmp_path / "out").exists()
 

@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from web_client import DESC_PATH, FORM, ROOT, Server, Visitor, free_port
 
-import web_demo
 import web_guard
-from baichuan.generation_utils import PrefixCaches, messages_to_ids
+from baichuan.generation_utils import messages_to_ids
+from baichuan.loading import load_model, load_tokenizer
+from baichuan.speaker import PrefixCaches, Speaker
 from data_helper import persona
-from utils import load_model, load_tokenizer
 
 # Started before the page, this writes down every address that the page's process connects to or looks up.
 WATCHED = """
@@ -53,8 +53,7 @@ def visitor(server):
 
 @pytest.fixture(scope="module")
 def speaker(checkpoint):
-    args = web_demo.parse_args(["--model_path", checkpoint])
-    return web_demo.load_speaker(args, torch.device("cpu"))
+    return Speaker.load(checkpoint, None, torch.device("cpu"))
 
 
 def conversation(*turns: str, role="李白", description="盛唐诗人") -> list[dict]:
@@ -116,7 +115,7 @@ def test_ask_prints_one_greedy_answer(checkpoint, speaker):
 def test_ask_knows_its_role_and_its_limits(checkpoint):
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH]
     assert "--role 曹操" in run(*flags, "--ask", "你是谁？", "--role", "曹操").stderr
-    assert "--ask: system text and question have" in run(*flags, "--ask", "字" * 9000).stderr
+    assert "--ask: persona and question have" in run(*flags, "--ask", "字" * 9000).stderr
 
 
 def test_listening_to_others_without_a_password_is_warned_about(checkpoint, tmp_path):
@@ -237,7 +236,7 @@ def test_half_precision_checkpoints(checkpoint, tmp_path):
         tokenizer, config = load_tokenizer(checkpoint)
         tokenizer.save_pretrained(directory)
         config.save_pretrained(directory)
-        speaker = web_demo.load_speaker(web_demo.parse_args(["--model_path", str(directory)]), torch.device("cpu"))
+        speaker = Speaker.load(directory, None, torch.device("cpu"))
         assert speaker.model.dtype == expected and whole(speaker.answer(conversation("你是谁？"), greedy(5)))
 
 
@@ -263,11 +262,10 @@ def adapter(checkpoint, tmp_path_factory) -> str:
 
 
 def test_the_base_model_answers_beside_the_adapter(checkpoint, adapter, speaker):
-    flags = ["--model_path", checkpoint, "--adapter_path", adapter]
-    both = web_demo.load_speaker(web_demo.parse_args(flags), torch.device("cpu"))
+    both = Speaker.load(checkpoint, adapter, torch.device("cpu"))
     merged = load_model(checkpoint, torch.float32)
     merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
-    alone = web_demo.Speaker(merged.eval(), speaker.tokenizer)
+    alone = Speaker(merged.eval(), speaker.tokenizer)
     question = conversation("你是谁？")
     for _ in range(2):  # the second time from the caches, which must not be taken for one another
         assert whole(both.answer(question, greedy(20))) == whole(alone.answer(question, greedy(20)))
@@ -480,9 +478,11 @@ def test_events_about_no_message(visitor, event):
 
 def test_events_with_a_wrong_text(visitor):
     visitor.ask("你是谁？", max_new_tokens=1)
-    for value in (None, ["a"], FILE, {"text": "a"}):
+    for event in ({"index": 0, "value": FILE}, {"index": 0, "value": [[FILE]]}, FILE):
+        assert "not a request of the page" in visitor.put("edit", event=event)["error"]
+    for value in (None, ["a"], {"text": "a"}):
         assert "text is expected" in visitor.put("edit", event={"index": 0, "value": value})["error"]
-    for value in (None, "a", ["a"], {"text": FILE}, {"files": [FILE]}):
+    for value in (None, "a", ["a"], {"text": 5}, {"files": []}):
         assert "text is expected" in visitor.put("ask_example", event={"value": value})["error"]
     assert "text is expected" in visitor.call("change_role", None, 5)["error"]
     assert "no such message" in visitor.call("answer", None)["error"]  # nothing has been asked

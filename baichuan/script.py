@@ -1,0 +1,124 @@
+"""What every script here does alike: an error is one line, a file is whole or absent."""
+
+import argparse
+import functools
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class UserError(Exception):
+    """What the user can put right. Each argument is one problem, printed as one `error:` line."""
+
+    @property
+    def problems(self):
+        return [str(problem) for problem in self.args]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are one line each, like every other error here, without the usage text."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+def entry_point(main):
+    """Decorate a script's `main(argv=None)`: a UserError or a failing disk becomes lines on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return main(argv)
+        except UserError as error:
+            problems = error.problems
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None  # as shells report Ctrl-C
+        except OSError as error:  # disk full, permission, a directory where a file should be, …
+            where = f"{error.filename}: " if error.filename else ""
+            problems = [f"{where}{error.strerror or error}"]
+        for problem in problems if os.environ.get("RANK", "0") == "0" else []:  # of several processes, one speaks
+            print("error:", " ".join(problem.split("\n")), file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapper
+
+
+@contextmanager
+def whole_files(*paths):
+    """Open UTF-8 text files for writing, one handle a path; they appear, by rename, only once all are on disk.
+
+    When the body raises, nothing appears and what stood there before stays.
+    """
+    paths = [Path(path) for path in paths]
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
+    handles = []
+    try:
+        for path in temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handles.append(open(path, "w", encoding="utf-8", newline="\n"))
+        yield handles
+        for handle in handles:
+            handle.flush()
+            os.fsync(handle.fileno())
+            handle.close()
+        for source, target in zip(temporary, paths):
+            source.replace(target)
+    finally:
+        for handle in handles:
+            handle.close()
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path):
+    """Around torch's and safetensors' own writing: their errors for a full disk become one that names `path`."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def whole_directory(path, overwrite: bool = False):
+    """Yield an empty directory beside `path`; it takes that name, by rename, once its files are on disk.
+
+    Raises:
+        UserError: `path` holds something already and `overwrite` is False.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already; name another directory or remove it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        rename_directory(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_directory(temporary: Path, path: Path):
+    """Give a finished directory its name, once its files are on disk; what had the name before goes."""
+    for file in [*temporary.rglob("*"), temporary]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(path)
