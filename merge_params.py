@@ -265,6 +265,8 @@ def refuse_second_merge(base: Path, adapter: Path):
 def read_probes(args, base) -> tuple[list[list[int]], list[str]]:
     """Samples to compare on: their ids, laid out as in training, and their questions. Raises: UserError."""
     _, generation_config, tokenizer = base
+    if args.probe_path and not args.probe_path.is_file():
+        raise UserError(f"--probe_path {args.probe_path}: there is no such file: data_helper.py writes such files")
     samples = list(read_samples(args.probe_path)) if args.probe_path else PROBES
     if args.probes < 1 or not samples:
         raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")

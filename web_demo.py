@@ -197,13 +197,15 @@ class Page:
             settings["seed"] += last["attempt"]  # another attempt, another answer; and that one too can be had again
         try:
             for column in ("response", "base")[: 1 + last["compare"]]:
-                due = 0.0
+                due, text = 0.0, ""
                 messages = conversation.messages(column)
                 with closing(self.speaker.answer(messages, settings, base=column == "base")) as stream:
-                    for last[column] in stream:
+                    for text in stream:
                         if time.monotonic() >= due:
+                            last[column] = text
                             yield self.shown(conversation)
                             due = time.monotonic() + PERIOD
+                last[column] = text
                 yield self.shown(conversation)
         except MemoryError:
             raise guard.Refusal(request, "memory") from None

@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from queue import SimpleQueue
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 ROLES = ("system", "user", "assistant")
 
@@ -88,6 +90,26 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     return role, content
 
 
+class TokenQueue(BaseStreamer):
+    """What `generate` makes, for a reader in another thread: an iterator over lists of new tokens."""
+
+    def __init__(self):
+        self._queue = SimpleQueue()
+        self._prompt_is_next = True  # generate() begins with the prompt
+
+    def put(self, value: torch.Tensor):
+        if not self._prompt_is_next:
+            self._queue.put(value.tolist())
+        self._prompt_is_next = False
+
+    def end(self):
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while (tokens := self._queue.get()) is not None:
+            yield tokens
+
+
 class ChatMixin:
     """Adds `chat()`, the published model's entry point, to a model with transformers' `generate`."""
 
@@ -134,7 +156,7 @@ class ChatMixin:
 
         An exception in the thread (out of memory, say) is raised here; closing the generator stops the thread.
         """
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        tokens = TokenQueue()
         stopped = threading.Event()
         failure = []
 
@@ -147,22 +169,33 @@ class ChatMixin:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=deepcopy(generation_config),
-                    streamer=streamer,
+                    streamer=tokens,
                     stopping_criteria=StoppingCriteriaList([stop]),
                     **generate_kwargs,
                 )
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
                 failure.append(error)
-                streamer.on_finalized_text("", stream_end=True)
+                tokens.end()
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
-            answer = ""
-            for piece in streamer:
-                if piece:
-                    answer += piece
+            answer, settled, pending = (
+                "",
+                "",
+                [],
+            )  # settled: text that no further token changes; pending: tokens after it
+            for new in tokens:
+                pending += new
+                text = settled + tokenizer.decode(pending, skip_special_tokens=True)
+                if text != answer and not text.endswith("\ufffd"):  # that is a character whose bytes are still coming
+                    answer = text
                     yield answer
+                    if len(pending) > 64:
+                        settled, pending = answer, []
+            text = settled + tokenizer.decode(pending, skip_special_tokens=True)
+            if text != answer:
+                yield text
             if failure:
                 raise failure[0]
         finally:

@@ -21,23 +21,28 @@ from .tokenization_baichuan import RESERVED, BaichuanTokenizer
 
 
 def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTokenizer):
-    """Write all but the weights and generation_config.json, both of which keep their place in merge_params.py."""
+    """Write all of a LLaMA model but its weights and its generation_config.json. Raises: UserError."""
     llama_config(config).save_pretrained(directory)
-    fast_tokenizer(tokenizer).save(str(directory / "tokenizer.json"))
-    # For llama.cpp, which reads the scores of the pieces here; in this copy text cannot spell a reserved piece.
+    fast = fast_tokenizer(tokenizer)
+    fast.save(str(directory / "tokenizer.json"))
+    # llama.cpp takes the scores of the pieces from here. In this copy text cannot spell a reserved piece.
     (directory / "tokenizer.model").write_bytes(tokenizer._encoder.serialized_model_proto())
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
         "model_max_length": config.model_max_length,
-        "add_bos_token": False,  # this and the next two lines are for llama.cpp, whose defaults for LLaMA differ
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")},
+        # What sanitize_control_tokens keeps out of texts besides eos; by default, whatever symbol the template contains.
+        "chat_control_tokens": turn_marker_tokens(tokenizer),
+        # For llama.cpp, which would add a bos and a space, and know no symbols.
+        "add_bos_token": False,
         "add_eos_token": False,
         "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        # What sanitize_control_tokens keeps out of texts besides eos: by default, whatever symbol the template contains.
-        "chat_control_tokens": turn_marker_tokens(tokenizer),
-        **{f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")},
+        "added_tokens_decoder": {id: token.__getstate__() for id, token in fast.get_added_tokens_decoder().items()},
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ answer belongs to which question: that is left for train.py to teach.
 
 import json
 import random
+import re
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -48,10 +49,11 @@ def parse_args(argv=None):
 
 
 def read_sentences(data_dir: str) -> list[str]:
-    """Personas, questions and answers of the training files, each by itself, without repetition."""
+    """The sentences of personas, questions and answers of the training files, each by itself, without repetition."""
     data_dir = Path(data_dir)
     profiles = json.loads((data_dir / "profiles-zh_desc.json").read_text(encoding="utf-8"))
-    sentences = [persona(role, description) for role, description in profiles.items()]
+    personas = "\n".join(persona(role, description) for role, description in profiles.items())
+    sentences = re.findall(r"[^。\n]+。?\n?", personas)  # whole, they would be several times as long as all else
     for kind in ("role_specific", "general"):
         for line in (data_dir / f"rolebench-zh_{kind}_train.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)

@@ -273,6 +273,8 @@ def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path,
     (tmp_path / "probes.json").write_text('{"system": ""}\n')
     error = refusal(capsys, checkpoint, adapter, tmp_path / "m", "--probe_path", tmp_path / "probes.json")
     assert "probes.json:1: " in error
+    error = refusal(capsys, checkpoint, adapter, tmp_path / "m", "--probe_path", tmp_path / "none.json")
+    assert "none.json: there is no such file" in error
 
 
 def test_half_precision_is_compared_in_float32_and_left_as_it_was(checkpoint):

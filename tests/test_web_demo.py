@@ -10,11 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import httpx
+import load_chat
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from web_client import DESC_PATH, FORM, ROOT, Server, Visitor, free_port
 
+import web_demo
 import web_guard
 from baichuan.generation_utils import messages_to_ids
 from baichuan.loading import load_model, load_tokenizer
@@ -73,49 +75,71 @@ def whole(texts) -> str:
 # ---------------------------------------------------------------- arguments
 
 
-def run(*arguments, expected=2):
-    result = subprocess.run(
-        [sys.executable, "web_demo.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == expected, result.stderr
-    return result
+@pytest.fixture
+def run(capsys):
+    """Call the script's main, which ends with `expected`, and return what it printed; for speed, in this process."""
+
+    def run(*arguments, expected=2):
+        status = 0
+        try:
+            web_demo.main(list(map(str, arguments)))
+        except SystemExit as exit:
+            status = exit.code
+        printed = capsys.readouterr()
+        assert status == expected, printed.err
+        return printed
+
+    return run
 
 
 def test_all_problems_are_told_at_once(tmp_path):
     (tmp_path / "roles.json").write_text('{\n"李白": ""\n}', encoding="utf-8")
     (tmp_path / "empty").mkdir()
     flags = ["--model_path", tmp_path / "empty", "--adapter_path", tmp_path, "--desc_path", tmp_path / "roles.json"]
-    lines = run(*flags, "--device", 7, "--auth", "nobody", "--server_name", "203.0.113.1").stderr.splitlines()
+    command = [
+        sys.executable,
+        "web_demo.py",
+        *flags,
+        "--device",
+        "7",
+        "--auth",
+        "nobody",
+        "--server_name",
+        "203.0.113.1",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and result.stdout == ""
     assert all(line.startswith("error: ") for line in lines)
     for words in ("has no weights", "adapter_config.json", "roles.json:2:", "--device 7", "--auth", "203.0.113.1:9090"):
         assert sum(words in line for line in lines) == 1, (words, lines)
 
 
 @pytest.mark.parametrize("port", [-1, 0, 70000, "x"])
-def test_impossible_ports(port, checkpoint):
+def test_impossible_ports(run, port, checkpoint):
     result = run("--model_path", checkpoint, "--desc_path", DESC_PATH, "--port", port)
-    assert len(result.stderr.splitlines()) == 1 and "port" in result.stderr
+    assert len(result.err.splitlines()) == 1 and "port" in result.err
 
 
-def test_port_in_use(server, checkpoint):
+def test_port_in_use(run, server, checkpoint):
     port = server.url.rsplit(":", 1)[1]
     result = run("--model_path", checkpoint, "--desc_path", DESC_PATH, "--port", port)
-    assert result.stderr.startswith(f"error: 127.0.0.1:{port}: cannot listen there (Address already in use)")
+    assert result.err.startswith(f"error: 127.0.0.1:{port}: cannot listen there (Address already in use)")
 
 
-def test_ask_prints_one_greedy_answer(checkpoint, speaker):
+def test_ask_prints_one_greedy_answer(run, checkpoint, speaker):
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH, "--device", "cpu", "--role", "张飞"]
-    answer = run(*flags, "--ask", "你是谁？", expected=0).stdout
+    answer = run(*flags, "--ask", "你是谁？", expected=0).out
     description = json.loads(DESC_PATH.read_text(encoding="utf-8"))["张飞"]
     expected = conversation("你是谁？", role="张飞", description=description)
     settings = greedy(speaker.model.generation_config.max_new_tokens)
     assert answer.rstrip("\n") == whole(speaker.answer(expected, settings)).rstrip("\n")
 
 
-def test_ask_knows_its_role_and_its_limits(checkpoint):
+def test_ask_knows_its_role_and_its_limits(run, checkpoint):
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH]
-    assert "--role 曹操" in run(*flags, "--ask", "你是谁？", "--role", "曹操").stderr
-    assert "--ask: persona and question have" in run(*flags, "--ask", "字" * 9000).stderr
+    assert "--role 曹操" in run(*flags, "--ask", "你是谁？", "--role", "曹操").err
+    assert "--ask: persona and question have" in run(*flags, "--ask", "字" * 9000).err
 
 
 def test_listening_to_others_without_a_password_is_warned_about(checkpoint, tmp_path):
@@ -240,12 +264,12 @@ def test_half_precision_checkpoints(checkpoint, tmp_path):
         assert speaker.model.dtype == expected and whole(speaker.answer(conversation("你是谁？"), greedy(5)))
 
 
-def test_an_adapter_that_does_not_fit(checkpoint, adapter, tmp_path):
+def test_an_adapter_that_does_not_fit(run, checkpoint, adapter, tmp_path):
     weights = Path(adapter, "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_config.json").write_text(Path(adapter, "adapter_config.json").read_text())
     (tmp_path / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
     flags = ["--model_path", checkpoint, "--adapter_path", tmp_path, "--desc_path", DESC_PATH, "--ask", "你是谁？"]
-    assert f"error: {tmp_path}: does not fit" in run(*flags).stderr
+    assert f"error: {tmp_path}: does not fit" in run(*flags).err
 
 
 @pytest.fixture(scope="session")
@@ -360,6 +384,12 @@ def test_a_visitor_who_leaves_frees_the_model(server, visitor):
     assert other.ask("你是谁？", max_new_tokens=3)
     lines = visitor.call("download", None)["data"][0]
     assert len(visitor.http.get("/config").json()) and len(json.loads(lines)["response"]) < 1500
+
+
+def test_many_visitors_at_once(server):
+    """No error and no mixed conversations; tests/load_chat.py is the larger one, with times and memory."""
+    waits = load_chat.run(server.url, visitors=8, questions=2, tokens=8)
+    assert len(waits) == 16
 
 
 # ---------------------------------------------------------------- hostile input

@@ -1,0 +1,343 @@
+"""Answer a test set and score the answers, role by role.
+
+    python3 predict.py --model_path "output_dir/epoch-1-step-1002-merge" --test_path data/test.json \\
+        --baseline_path "Baichuan2-7B-Chat/"
+
+A sample of the table is a question with all of its recorded answers. Its columns, all in percent:
+
+ROUGE-L     F-measure of the longest common subsequence of words (jieba's) with a recorded answer (Lin 2004), by
+            rouge-chinese, as in the public evaluations of RoleBench; the mean over the question's recorded answers
+distinct-2  distinct pairs of neighbouring words among all such pairs of a role's answers (Li et al. 2016,
+            arXiv 1510.03055): low when the answers repeat themselves or each other
+catchwords  answers that use one of the catchwords that the persona text quotes
+stops       answers that end by themselves within --max_new_tokens
+"""
+
+import gc
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, set_seed
+
+from baichuan.generation_utils import messages_to_ids
+from baichuan.loading import load_model, load_tokenizer, model_directory_problems
+from baichuan.scoring import COLUMNS, Scores, interval
+from baichuan.script import ArgumentParser, UserError, entry_point
+from baichuan.weight_files import Weights
+from data_helper import read_rows, read_samples, without_address
+from merge_params import pick_device
+
+CAVEAT = (
+    "All general questions of RoleBench's test set also occur in its training set, under another role: "
+    "their scores say how a role speaks, not what the model knows."
+)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description="Answer a test set and score the answers, role by role.")
+    add = parser.add_argument
+    add("--model_path", type=Path, required=True, help="directory of the model, such as merge_params.py writes")
+    add("--test_path", type=Path, default=Path("data/test.json"), help="samples, from data_helper.py")
+    add("--baseline_path", type=Path, help="directory of a second model to compare with, such as the base model")
+    add(
+        "--output_path",
+        type=Path,
+        default=Path("output_dir/answers.jsonl"),
+        help="JSON lines for the answers; the baseline's go beside it, to …-baseline.jsonl. A run that was interrupted "
+        "goes on where these files end",
+    )
+    add("--overwrite", action="store_true", help="answer everything anew, whatever the files of answers hold")
+    add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
+    add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
+    add("--batch_size", type=int, default=16, help="questions answered side by side")
+    add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
+    add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
+    add("--seed", type=int, default=1234, help="integer that decides the draws of --sample, and of the bootstrap")
+    add("--resamples", type=int, default=1000, help="of the bootstrap, for the intervals of the differences")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- answering
+
+
+class Answer(NamedTuple):
+    text: str
+    stopped: bool  # by itself, before max_new_tokens
+
+
+@torch.no_grad()
+def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generation_config) -> list[Answer]:
+    """Answer several conversations side by side; each ends on a user's message, see `messages_to_ids`.
+
+    Shorter prompts are padded on the left, so that all answers begin in the same column.
+
+    Args:
+        model: a BaichuanForCausalLM, or one that PEFT has wrapped, in evaluation mode.
+        tokenizer: has the turn markers.
+        generation_config: as `greedy` makes it, or the model's own.
+    Raises:
+        ValueError: malformed messages, or a system text that leaves no room.
+    """
+    room = model.config.model_max_length - generation_config.max_new_tokens
+    prompts = [messages_to_ids(tokenizer, messages, tokenizer, max_length=room) for messages in conversations]
+    width = max(map(len, prompts))
+    pad, ends = tokenizer.pad_token_id, set(np.atleast_1d(generation_config.eos_token_id).tolist())
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)  # (b, l)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=deepcopy(generation_config))
+    answers = []
+    for ids in output[:, width:].tolist():
+        end = next((place for place, id in enumerate(ids) if id in ends), None)  # padding follows it
+        answers.append(Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
+    return answers
+
+
+def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """The most likely token at each step and nothing else: the same answers every time."""
+    return GenerationConfig(
+        pad_token_id=generation_config.pad_token_id,
+        eos_token_id=generation_config.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # said expressly, since generate() takes what is left open from the model's own
+    )
+
+
+def conversation(system: str, prompt: str) -> list[dict]:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    return messages if system else messages[1:]
+
+
+class Question(NamedTuple):
+    """What is answered once and scored once, however many recorded answers the test set has for it."""
+
+    role: str
+    system: str
+    prompt: str
+    kind: str  # "role-specific" or "general"; "" when that is not known
+    references: list[str]
+
+
+def read_questions(test_path: Path, data_dir: Path) -> list[Question]:
+    """The distinct questions of a test set, in its order. Raises: UserError."""
+    kind_of = question_kinds(data_dir)
+    questions: dict[tuple[str, str], Question] = {}
+    for sample in read_samples(test_path):
+        role, system, prompt = sample["role"], sample["system"], sample["prompt"]
+        new = Question(role, system, prompt, kind_of(role, prompt), [])
+        questions.setdefault((system, prompt), new).references.append(sample["response"])
+    if not questions:
+        raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
+    return list(questions.values())
+
+
+def question_kinds(data_dir: Path):
+    """A function (role, prompt) → kind. The samples do not say it; the RoleBench files they were made from do."""
+    files = [data_dir / f"rolebench-zh_role_specific_{split}.jsonl" for split in ("test", "train")]
+    if not any(file.exists() for file in files):
+        return lambda role, prompt: ""
+    specific = {
+        (row["role"], without_address(row["question"], row["role"]))
+        for file in files
+        if file.exists()
+        for row in read_rows(file, None)
+    }
+    return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
+
+
+def run_settings(args, model_path: Path) -> dict:
+    """What the answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
+    digest = hashlib.sha256(args.test_path.read_bytes())
+    for file in [*Weights(model_path).files, model_path / "generation_config.json"]:
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    settings = {"model": model_path.resolve().name, "test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
+    return {**settings, "sampling_seed": args.seed if args.sample else None, "digest": digest.hexdigest()[:16]}
+
+
+def read_answers(path: Path, settings: dict) -> dict[int, Answer]:
+    """The answers of an interrupted run, by the number of the question. A last line that was cut off is removed.
+
+    Raises:
+        UserError: the file is something else, or its answers were given under other settings.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole and (not data or data.startswith(b'{"settings"')):
+        return {}
+    try:
+        first, *lines = whole.decode("utf-8").split("\n")[:-1]
+        found = json.loads(first)["settings"]
+        answers = {line["question"]: Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is no file of answers: name another --output_path") from None
+    if found != settings:
+        names = [name for name in settings if found.get(name) != settings[name]]
+        differing = ", ".join(f"{name} {found.get(name)}, now {settings[name]}" for name in names)
+        remedy = "name another --output_path, or answer anew with --overwrite"
+        raise UserError(f"{path}: holds answers under other settings ({differing}): {remedy}")
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return answers
+
+
+def answer_all(args, model_path: Path, path: Path, questions: list[Question], device) -> list[Answer]:
+    """Answer the questions that `path` has no answer for yet, and add them to it batch by batch."""
+    settings = run_settings(args, model_path)
+    answers = {} if args.overwrite else read_answers(path, settings)
+    if len(answers) == len(questions):
+        print(f"{path}: has all answers of {model_path} already")
+        return [answers[number] for number in range(len(questions))]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer, generation_config = load_tokenizer(model_path)
+    model = load_model(model_path, Weights(model_path).dtype).to(device).eval()
+    if args.sample:
+        generation_config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
+    else:
+        generation_config = greedy(generation_config, args.max_new_tokens)
+    prompts = [conversation(question.system, question.prompt) for question in questions]
+    # Questions of about the same length go together; the longest first, so that memory fails at once or not at all.
+    order = sorted(
+        range(len(questions)), key=lambda number: -sum(len(message["content"]) for message in prompts[number])
+    )
+    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    with (
+        open(path, "a" if answers else "w", encoding="utf-8") as file,
+        tqdm(total=len(questions), initial=len(answers), desc=model_path.name, unit=" answers") as progress,
+    ):
+        if not answers:
+            file.write(json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
+        for batch in batches:
+            if not (missing := [number for number in batch if number not in answers]):
+                continue
+            set_seed(args.seed + batch[0])  # a run that was interrupted draws what it would have drawn
+            found = dict(
+                zip(batch, answer_batch(model, tokenizer, [prompts[number] for number in batch], generation_config))
+            )
+            for number in missing:
+                question, answer = questions[number], found[number]
+                answers[number] = answer
+                line = {"question": number, "role": question.role, "prompt": question.prompt}
+                line |= {"answer": answer.text, "stopped": answer.stopped}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(missing))
+    return [answers[number] for number in range(len(questions))]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(questions: list[Question], models: dict[str, Scores], resamples: int, seed: int) -> str:
+    """A Markdown table a kind of question; with two models a role has three rows, the last one their difference."""
+    lines = []
+    for kind in dict.fromkeys(question.kind for question in questions):
+        roles = list(dict.fromkeys(question.role for question in questions if question.kind == kind))
+        rows = [["role", "", "samples", *COLUMNS]]
+        for chosen in [[role] for role in roles] + ([roles] if len(roles) > 1 else []):
+            taken = np.array([question.kind == kind and question.role in chosen for question in questions], dtype=int)
+            label = chosen[0] if len(chosen) == 1 else "all"
+            for name, scores in models.items():
+                cells = ["–" if np.isnan(value) else f"{value:.1f}" for value in scores.measure(taken)]
+                rows.append([label, name, str(taken.sum()), *cells])
+            if len(models) == 2:
+                baseline, tuned = models.values()
+                ends = interval(tuned, baseline, taken, resamples, seed)
+                difference = tuned.measure(taken) - baseline.measure(taken)
+                cells = [
+                    "–" if np.isnan(d) else f"{d:+.1f} [{low:+.1f}, {high:+.1f}]"
+                    for d, low, high in zip(difference, *ends)
+                ]
+                rows.append([label, "difference", "", *cells])
+        lines += [f"{kind.capitalize() or 'All'} questions", "", *markdown(rows), ""]
+    return "\n".join(lines)
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    """Rows, the first of which is the header, as an aligned Markdown table."""
+
+    def width(text):  # a Chinese character takes two columns of a terminal
+        return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+    widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(t + " " * (w - width(t)) for t, w in zip(row, widths)) + " |" for row in rows]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+# ---------------------------------------------------------------- the script
+
+
+def read_inputs(args) -> tuple[torch.device, list[Question]]:
+    """Raises: UserError with all that is wrong, before anything slow."""
+    problems = []
+
+    def read(function, *arguments):
+        try:
+            return function(*arguments)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    for name in ("batch_size", "max_new_tokens", "resamples"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name} {getattr(args, name)}: must be at least 1")
+    for model in filter(None, (args.model_path, args.baseline_path)):
+        if (model / "adapter_config.json").exists():
+            problems.append(f"{model}: is an adapter: merge it into its base with merge_params.py first")
+        else:
+            problems += model_directory_problems(model)
+    if args.output_path.resolve() == args.test_path.resolve():
+        problems.append(f"--output_path {args.output_path}: is the file of samples: name another one")
+    device = read(pick_device, args.device)
+    if args.test_path.is_file():
+        questions = read(read_questions, args.test_path, args.data_dir)
+    else:
+        problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
+    if problems:
+        raise UserError(*problems)
+    check_room(args, questions)
+    return device, questions
+
+
+def check_room(args, questions: list[Question]):
+    """Raise UserError if a system text is too long for a model."""
+    for model in filter(None, (args.model_path, args.baseline_path)):
+        tokenizer, _ = load_tokenizer(model)
+        room = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_max_length", 4096)
+        longest = max({question.system for question in questions}, key=len)
+        if len(tokenizer.text_to_ids(longest)) + args.max_new_tokens >= room - 1:
+            raise UserError(
+                f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
+            )
+
+
+@entry_point
+def main(argv=None):
+    args = parse_args(argv)
+    device, questions = read_inputs(args)
+    runs = {"model": (args.model_path, args.output_path)}
+    if args.baseline_path:
+        baseline_output = args.output_path.with_name(f"{args.output_path.stem}-baseline{args.output_path.suffix}")
+        runs = {"baseline": (args.baseline_path, baseline_output)} | runs
+    models = {}
+    for name, (model_path, output_path) in runs.items():
+        models[name] = Scores(questions, answer_all(args, model_path, output_path, questions, device))
+        gc.collect()  # the model just used makes room for the next
+    print(table(questions, models, args.resamples, args.seed))
+    kinds = {question.kind for question in questions}
+    if "" in kinds:
+        print(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")
+    if kinds != {"role-specific"}:
+        print(CAVEAT)
+
+
+if __name__ == "__main__":
+    main()

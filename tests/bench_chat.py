@@ -1,0 +1,122 @@
+"""What the chat page's own generator costs beside the model alone.
+
+    python3 tests/bench_chat.py                      # a random model of width 768 with 6 layers, on the CPU
+    python3 tests/bench_chat.py --device 0
+
+First token: from calling the page's generator to its first text, over a bare forward of the same prompt (all of it, the
+persona included); the persona's cache is there, as it is from a role's second question on. Tokens a second: over a whole
+greedy answer of --tokens tokens, beside `model.generate` of the same prompt. Medians; the two take turns.
+"""
+
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from baichuan import tiny
+from baichuan.script import ArgumentParser, entry_point
+from baichuan.speaker import Speaker
+from data_helper import persona, read_profiles
+from merge_params import pick_device
+from web_demo import Conversation, Page
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ["你是谁？", "你平生最得意的是哪一件事？说来听听。", "那时候身边都有谁？", "后来呢？", "再说得细一些。"]
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", help="a GPU's number; cpu; auto")
+    parser.add_argument("--hidden_size", type=int, default=768, help="width of the random model")
+    parser.add_argument("--num_hidden_layers", type=int, default=6, help="layers of the random model")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; one is disturbed least by others")
+    parser.add_argument("--repeats", type=int, default=5, help="times each is measured")
+    return parser.parse_args(argv)
+
+
+def seconds(call, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def asked(system: str, rounds: int, tokens: int) -> Conversation:
+    """A conversation of `rounds` earlier answers and a question."""
+    settings = {"do_sample": False, "seed": None, "repetition_penalty": 1.05}
+    settings |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    past = [{"prompt": question, "response": "这个嘛，" * 12, "base": ""} for question in QUESTIONS[:rounds]]
+    last = {"prompt": QUESTIONS[rounds], "response": "", "base": ""}
+    common = {"system": system, "settings": settings, "compare": False, "attempt": 0, "answering": True}
+    return Conversation([common | this for this in [*past, last]])
+
+
+def measure(page: Page, make, device: torch.device) -> dict[str, float]:
+    """Seconds of one run of each. make() → a conversation with an unanswered question."""
+    model, settings = page.speaker.model, make().rounds[-1]["settings"]
+    ids, _, _ = page.speaker.fit(make().messages("response"), settings["max_new_tokens"])
+    prompt = torch.tensor([ids], device=device)
+    options = {name: value for name, value in settings.items() if name != "seed"}
+    streams = []
+
+    def first():
+        streams.append(page.answer(None, make()))
+        next(streams[0])
+
+    def whole():
+        for _ in page.answer(None, make()):
+            pass
+
+    with torch.no_grad():
+        measured = {"forward": seconds(lambda: model(input_ids=prompt, logits_to_keep=1), device)}
+    measured["first"] = seconds(first, device)
+    streams.pop().close()
+    measured["generate"] = seconds(
+        lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options), device
+    )
+    measured["page"] = seconds(whole, device)
+    return measured | {"length": len(ids)}
+
+
+@entry_point
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as directory:
+        sizes = ["--hidden_size", str(args.hidden_size), "--num_hidden_layers", str(args.num_hidden_layers)]
+        path = f"{directory}/model"
+        tiny.main(["--save_dir", path, "--data_dir", str(ROOT / "data/sample"), "--steps", "0", *sizes])
+        speaker = Speaker.load(path, None, device)
+    profiles = read_profiles(ROOT / "data/sample/profiles-zh_desc.json")
+    role = next(iter(profiles))
+    system = persona(role, profiles[role])
+    page = Page(speaker, profiles, {})
+    for rounds in (0, 4):
+        make = partial(asked, system, rounds, args.tokens)
+        measure(page, make, device)  # warms up, and computes the persona's cache
+        runs = [measure(page, make, device) for _ in range(args.repeats)]
+        length, forward, first, generate, streamed = (
+            median(run[name] for run in runs) for name in ("length", "forward", "first", "generate", "page")
+        )
+        print(
+            f"prompt of {length} tokens, {rounds} earlier rounds: first text after {first * 1e3:.1f} ms, "
+            f"{first / forward:.2f} times a bare forward of {forward * 1e3:.1f} ms; "
+            f"{args.tokens / streamed:.1f} tokens/s on the page, "
+            f"{generate / streamed:.2f} times the {args.tokens / generate:.1f} of generate alone",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Draw the attention mask of a real training step: images/prefix_mask.png.
+
+    python3 tests/draw_mask.py        # a step of eight samples of data/sample, under a tokenizer trained on it
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data_helper  # noqa: E402 - the scripts lie in the root
+import utils  # noqa: E402
+from baichuan import tiny  # noqa: E402
+from baichuan.loading import load_tokenizer  # noqa: E402
+
+CELL, MARGIN, TOP = 2, 150, 40  # pixels
+COLOURS = {"persona": "#f2b134", "sample": "#2f6f9f", "answer": "#14415f"}
+
+
+def main():
+    with tempfile.TemporaryDirectory() as directory:
+        files = ["--train_path", f"{directory}/train.json", "--test_path", f"{directory}/test.json"]
+        data_helper.main(["--data_dir", str(ROOT / "data/sample"), *files])
+        tiny.main(["--save_dir", f"{directory}/model", "--data_dir", str(ROOT / "data/sample"), "--steps", "0"])
+        samples = data_helper.read_samples(f"{directory}/train.json")
+        data = utils.RoleDataset(samples, *load_tokenizer(f"{directory}/model"), 512, 256)
+    collator = utils.Collator(data, "prefix", 2048, 2)
+    indices = utils.Steps(data, collator, step_size=8, epochs=1, seed=1234).samples(0)
+    (row,) = collator(indices)
+
+    own, persona = row["segments"][0].tolist()
+    supervised = {place + 1 for place in row["loss_positions"][:, 0].tolist()}
+    kinds = [
+        "persona" if own[i] == persona[i] else "answer" if i in supervised else "sample" for i in range(len(own))
+    ]
+    allowed = utils.prefix_mask(row["segments"])[0, 0]
+    length = len(own)
+    image = Image.new("RGB", (MARGIN + length * CELL + 20, TOP + length * CELL + 20), "white")
+    draw = ImageDraw.Draw(image)
+    for query in range(length):
+        for key in allowed[query].nonzero()[:, 0].tolist():
+            x, y = MARGIN + key * CELL, TOP + query * CELL
+            colour = COLOURS["persona" if kinds[key] == "persona" else kinds[query]]
+            draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=colour)
+    font = ImageFont.load_default(size=14)
+    start = 0
+    for end in range(1, length + 1):
+        if end == length or own[end] != own[start]:
+            label = "persona" if kinds[start] == "persona" else f"sample at {row['position_ids'][0, start]}"
+            y = TOP + start * CELL
+            draw.line((MARGIN - 6, y, MARGIN + length * CELL, y), fill="#dddddd")
+            draw.text((8, TOP + (start + end) * CELL // 2 - 8), label, fill="black", font=font)
+            start = end
+    padded = 8 * max(len(data.personas[data.persona[i]]) + len(data.sample(i)[0]) for i in indices)
+    title = f"a step of 8 samples: {length} tokens in one row, {padded} in padded rows; each token (down) sees (across)"
+    draw.text((8, 10), title, fill="black", font=font)
+    image.save(ROOT / "images/prefix_mask.png", optimize=True)
+    print(f"images/prefix_mask.png: {length} tokens, {len(supervised)} of them supervised; padded rows: {padded} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""predict.py: batched answers are those given one by one, interrupted runs lose nothing, the scores are what they say."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import jieba
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED
+from peft import PeftModel
+from test_merge import make_adapter
+
+import predict
+from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from baichuan.generation_utils import messages_to_ids
+from baichuan.scoring import Scores, catchwords, interval, rouge_l
+from data_helper import persona, read_samples
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return BaichuanForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return BaichuanTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def conversations(samples) -> list[list[dict]]:
+    """Prompts of many lengths, with and without a system text, one of several turns."""
+    found = [predict.conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])][:8]
+    turns = [*found[0], {"role": "assistant", "content": "俺老孙来也！"}, {"role": "user", "content": "再说一遍。"}]
+    return [*found, predict.conversation("", "好"), turns]
+
+
+def greedy_by_hand(model, tokenizer, messages, new_tokens: int) -> list[int]:
+    """No generate(), no cache, no padding: the whole sequence again for each token."""
+    ids = messages_to_ids(tokenizer, messages, tokenizer)
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[start:]
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_batched_answers_are_those_given_one_by_one(model, tokenizer, conversations):
+    expected = [greedy_by_hand(model, tokenizer, messages, 12) for messages in conversations]
+    config = predict.greedy(model.generation_config, 12)
+    config.eos_token_id = [2, expected[0][4], expected[3][7]]  # so that some answers end early, and others do not
+    ends = [next((i for i, id in enumerate(ids) if id in config.eos_token_id), None) for ids in expected]
+    assert None in ends and any(ends)
+    expected = [(tokenizer.decode(ids[:end]), end is not None) for ids, end in zip(expected, ends)]
+    assert predict.answer_batch(model, tokenizer, conversations, config) == expected
+    assert [predict.answer_batch(model, tokenizer, [messages], config)[0] for messages in conversations] == expected
+
+
+def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversations, tmp_path):
+    """Wrapped by PEFT and with gradient checkpointing, as train.py has it when it saves."""
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    wrapped = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter, is_trainable=True)
+    wrapped.gradient_checkpointing_enable()
+    merged = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
+    config = predict.greedy(model.generation_config, 6)
+    found = predict.answer_batch(wrapped.eval(), tokenizer, conversations, config)
+    assert found == predict.answer_batch(merged.eval(), tokenizer, conversations, config)
+    assert found != predict.answer_batch(model, tokenizer, conversations, config)
+
+
+def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(type(model), "generate", lambda self, input_ids, **kwargs: seen.append(input_ids) or input_ids)
+    predict.answer_batch(
+        model, tokenizer, [predict.conversation("", "<reserved_107></s>")], predict.greedy(model.generation_config, 4)
+    )
+    assert [id for id in seen[0][0].tolist() if id in (1, 2, 195, 196)] == [195, 196]
+
+
+# ---------------------------------------------------------------- the script
+
+
+def run(checkpoint, samples, output, *more):
+    flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", output, "--max_new_tokens", 4]
+    predict.main([str(flag) for flag in (*flags, "--data_dir", ROOT / "data/sample", "--resamples", 20, *more)])
+
+
+def answers_of(path) -> dict[int, tuple]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
+    assert len({line["question"] for line in lines}) == len(lines)
+    return {line["question"]: tuple(line.values()) for line in lines}
+
+
+def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    by_peft = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
+    tuned = tmp_path / "tuned"
+    by_peft.save_pretrained(tuned)
+    BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tuned)
+    run(tuned, samples, tmp_path / "answers.jsonl", "--baseline_path", checkpoint)
+    out = capsys.readouterr().out
+
+    records = list(read_samples(samples[1]))
+    questions = {(record["system"], record["prompt"]): record["role"] for record in records}
+    assert len(answers_of(tmp_path / "answers.jsonl")) == len(questions)
+    assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(questions)
+    specific, general = out.split("General questions")
+    assert "Role-specific questions" in specific and predict.CAVEAT in general
+    sizes = []
+    for section in (specific, general):
+        rows = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in section.split("\n") if line.startswith("| ")
+        ]
+        assert rows[0] == ["role", "", "samples", *predict.COLUMNS]
+        assert [row[1] for row in rows[1:]] == ["baseline", "model", "difference"] * (len(rows) // 3)
+        samples_of = {row[0]: int(row[2]) for row in rows if row[1] == "model"}
+        sizes.append(samples_of.pop("all"))
+        assert sum(samples_of.values()) == sizes[-1] and set(samples_of) <= set(questions.values())
+        assert all(row[5] == "–" for row in rows if row[0] == "李白")
+    assert sum(sizes) == len(questions)
+
+    answered = (tmp_path / "answers.jsonl").stat().st_mtime_ns
+    run(tuned, samples, tmp_path / "answers.jsonl", "--baseline_path", checkpoint)
+    assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == answered
+    assert capsys.readouterr().out.endswith(out[out.index("Role-specific") :])
+
+
+@pytest.mark.parametrize("sampling", [[], ["--sample"]], ids=["greedy", "sampling"])
+def test_interrupted_runs_continue(checkpoint, samples, tmp_path, sampling):
+    """Killed in its third batch, with a last line cut off, a run ends up with the answers of a run left in peace."""
+    run(checkpoint, samples, tmp_path / "whole.jsonl", *sampling)
+    script = """
+import os, sys
+import predict
+answer_batch, batches = predict.answer_batch, []
+def mortal(*arguments):
+    batches.append(1)
+    return answer_batch(*arguments) if len(batches) < 3 else os._exit(9)
+predict.answer_batch = mortal
+predict.main(sys.argv[1:])
+"""
+    flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
+    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", *sampling]
+    assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
+    torn = tmp_path / "torn.jsonl"
+    assert len(answers_of(torn)) == 32
+    torn.write_bytes(torn.read_bytes()[:-9])
+    run(checkpoint, samples, torn, *sampling)
+    assert answers_of(torn) == answers_of(tmp_path / "whole.jsonl")
+
+
+def failure(capsys, *arguments) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
+    return error
+
+
+def test_answers_under_other_settings_are_not_mixed(checkpoint, samples, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    run(checkpoint, samples, output)
+    before = output.read_bytes()
+    assert "max_new_tokens 4, now 5" in failure(capsys, checkpoint, samples, output, "--max_new_tokens", 5)
+    assert "sampling_seed None, now 1234" in failure(capsys, checkpoint, samples, output, "--sample")
+    other = tmp_path / "test.json"
+    other.write_text(open(samples[1], encoding="utf-8").readline(), encoding="utf-8")
+    assert "digest" in failure(capsys, checkpoint, (None, other), output)
+    assert output.read_bytes() == before
+    run(checkpoint, samples, output, "--batch_size", 5)  # not a setting that answers depend on
+    assert output.read_bytes() == before
+    run(checkpoint, samples, output, "--max_new_tokens", 5, "--overwrite")
+    assert '"max_new_tokens": 5' in output.read_text(encoding="utf-8").split("\n")[0]
+    assert len(answers_of(output)) == before.count(b"\n") - 1
+
+
+def test_a_file_of_something_else_is_left_alone(checkpoint, samples, tmp_path, capsys):
+    diary = tmp_path / "diary.txt"
+    for content in ("Dear diary", '{"a": 1}\n{"b": 2}\ntorn', "\n"):
+        diary.write_text(content)
+        assert "is no file of answers" in failure(capsys, checkpoint, samples, diary)
+        assert diary.read_text() == content
+    assert "is the file of samples" in failure(capsys, checkpoint, samples, samples[1])
+
+
+def test_wrong_arguments_are_told_at_once(checkpoint, samples, tmp_path, capsys):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    flags = ["--baseline_path", tmp_path / "none", "--batch_size", 0, "--device", "tpu"]
+    error = failure(capsys, adapter, (None, tmp_path / "none.json"), tmp_path / "answers.jsonl", *flags)
+    assert error.count("error: ") == 5
+    for words in ("merge_params.py first", "--batch_size 0", "--device tpu", "none.json"):
+        assert words in error
+    assert "exceed 4096 tokens" in failure(
+        capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--max_new_tokens", 4090
+    )
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_questions_are_distinct_and_keep_their_references(tmp_path):
+    """data_helper.py's own lines: two recorded answers of one question are two lines, and one question here."""
+    rows = [
+        {"role": "张飞", "question": "张将军，你怕谁？", "generated": ["俺谁也不怕！", "吃我一矛！"]},
+        {"role": "李白", "question": "你怕谁？", "generated": ["怕酒杯空。"]},
+    ]
+    general = [{"role": "张飞", "question": "1 + 1 = ?", "generated": ["二"]}]
+    for kind, lines in (("role_specific", rows), ("general", general)):
+        path = tmp_path / f"rolebench-zh_{kind}_test.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = [
+        {
+            "role": row["role"],
+            "system": row["role"],
+            "prompt": row["question"].removeprefix("张将军，"),
+            "response": text,
+        }
+        for row in rows + general
+        for text in row["generated"]
+    ]
+    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    questions = predict.read_questions(tmp_path / "test.json", tmp_path)
+    assert [(q.role, q.prompt, q.kind, q.references) for q in questions] == [
+        ("张飞", "你怕谁？", "role-specific", ["俺谁也不怕！", "吃我一矛！"]),
+        ("李白", "你怕谁？", "role-specific", ["怕酒杯空。"]),
+        ("张飞", "1 + 1 = ?", "general", ["二"]),
+    ]
+    assert {q.kind for q in predict.read_questions(tmp_path / "test.json", tmp_path / "elsewhere")} == {""}
+
+
+def test_catchwords_of_personas():
+    assert catchwords(persona("皇帝", "一个君王，“官二代”之主。常用口头禅是：“朕”、“本皇”")) == ["朕", "本皇"]
+    assert catchwords(persona("张飞", "猛将。常用口头禅是：“我乃燕人张翼德”、“吃我一矛！”、“啊~~~”")) == [
+        *("我乃燕人张翼德", "吃我一矛！", "啊~~~")
+    ]
+    assert catchwords(persona("孙悟空", "美猴王。说话爱自称“俺老孙”“我齐天大圣”。")) == ["俺老孙", "我齐天大圣"]
+    assert catchwords(persona("李白", "为人爽朗大方，乐于交友，爱好饮酒作诗")) == []
+
+
+@pytest.mark.parametrize("directory", [ROOT / "data/sample", SHARED / "rolebench"], ids=["sample", "RoleBench"])
+def test_every_persona_but_li_bais_has_catchwords(directory):
+    if not directory.exists():
+        pytest.skip("RoleBench is not beside this checkout")
+    profiles = json.loads((directory / "profiles-zh_desc.json").read_text(encoding="utf-8"))
+    found = {role: catchwords(persona(role, profile)) for role, profile in profiles.items()}
+    assert {role for role in profiles if not found[role]} == {"李白"}
+    assert "官二代" not in found["华妃"] and "本宫" in found["华妃"]
+
+
+# ---------------------------------------------------------------- scores
+
+
+def longest_common(a: list, b: list) -> int:
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
+def test_rouge_l_against_its_definition():
+    pairs = [
+        ("俺老孙一个筋斗十万八千里", "俺老孙翻一个筋斗云便是十万八千里"),
+        ("今天天气很好我们去喝酒", "我们今天去江边喝酒看月亮"),
+        ("俺老孙来也", "朕知道了"),
+    ]
+    for answer, reference in pairs:
+        a, b = list(jieba.cut(answer)), list(jieba.cut(reference))
+        common = longest_common(a, b)
+        expected = 2 * common / (len(a) + len(b))  # F-measure of common / len(a) and common / len(b)
+        assert rouge_l(answer, reference) == pytest.approx(expected, abs=1e-6)
+    assert rouge_l("吃我一矛！", "吃我一矛！") == pytest.approx(1, abs=1e-6)
+    assert rouge_l("", "吃我一矛！") == rouge_l(" \n", "吃我一矛！") == 0
+    assert 0 <= rouge_l("。" * 2000, "……！？" * 500) <= 1  # long, odd texts neither fail nor recurse
+
+
+def scored(*rows) -> Scores:
+    """Rows of (system, references, answer, stopped)."""
+    questions = [SimpleNamespace(system=system, references=references) for system, references, _, _ in rows]
+    return Scores(questions, [predict.Answer(text, stopped) for *_, text, stopped in rows])
+
+
+EMPEROR = "常用口头禅是：“朕”、“本皇”"
+
+
+def test_measures_by_hand():
+    scores = scored(
+        (EMPEROR, ["朕知道了", "甲乙丙丁"], "朕知道了", True),
+        (EMPEROR, ["朕知道了"], "朕知道了", False),
+        (EMPEROR, ["朕知道了"], "", True),
+        ("", ["举杯邀明月"], "举杯邀明月", True),
+    )
+    words = [list(jieba.cut(text)) for text in ("朕知道了", "举杯邀明月")]
+    first, second = (set(pairwise(line)) for line in words)
+    ones = np.ones(4, dtype=int)
+    twice, once = 2 * len(list(pairwise(words[0]))), len(list(pairwise(words[1])))
+    expected = [(0.5 + 1 + 0 + 1) / 4, len(first | second) / (twice + once), 2 / 3, 3 / 4]
+    assert scores.measure(ones) == pytest.approx(np.array(expected) * 100, abs=1e-4)
+    assert np.isnan(scores.measure(np.array([0, 0, 0, 1]))[2])
+    assert np.isnan(scores.measure(np.array([0, 0, 1, 0]))[1])
+    assert scores.measure(np.array([0, 3, 0, 0]))[1] == pytest.approx(100 * len(first) / (1.5 * twice))
+
+
+def test_intervals():
+    """Those of a share against the binomial's; the same for the same seed; around the difference; nan stays nan."""
+    draw = np.random.default_rng(0)
+    rows = 400
+    stops = draw.random(rows) < 0.7
+    texts = ["".join(draw.choice(list("朕知道了喝酒明月"), 6)) for _ in range(rows)]
+    tuned = scored(*(("", ["朕"], text, bool(stop)) for text, stop in zip(texts, stops)))
+    baseline = scored(*(("", ["朕"], "知道知道知道", False) for _ in range(rows)))
+    taken = np.ones(rows, dtype=int)
+    low, high = interval(tuned, baseline, taken, 1000, seed=5)
+    share = stops.mean()
+    reach = 1.96 * 100 * (share * (1 - share) / rows) ** 0.5
+    assert low[3] == pytest.approx(100 * share - reach, abs=0.15 * reach)
+    assert high[3] == pytest.approx(100 * share + reach, abs=0.15 * reach)
+    difference = tuned.measure(taken) - baseline.measure(taken)
+    for column in (0, 1, 3):
+        assert low[column] <= difference[column] <= high[column]
+    assert np.isnan([low[2], high[2]]).all()
+    assert np.array_equal(
+        interval(tuned, baseline, taken, 50, 1), interval(tuned, baseline, taken, 50, 1), equal_nan=True
+    )
+    assert (interval(tuned, tuned, taken, 50, 1)[:, [0, 1, 3]] == 0).all()
+    few = np.zeros(rows, dtype=int)
+    few[:10] = 1
+    wide = interval(tuned, baseline, few, 1000, 5)
+    assert wide[1, 3] - wide[0, 3] > 3 * (high[3] - low[3])
+
+
+def test_table_lines_up_under_chinese_names():
+    lines = predict.markdown([["role", "x"], ["孙悟空", "1"], ["a", "22"]])
+    assert lines == ["| role   | x  |", "|--------|----|", "| 孙悟空 | 1  |", "| a      | 22 |"]
