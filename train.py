@@ -69,7 +69,7 @@ def parse_args(argv=None):
         choices=["prefix", "none"],
         help="prefix: rows that hold each persona once; none: padded rows of per_device_train_batch_size samples",
     )
-    steps.add_argument("--max_pack_len", type=int, default=2048, help="tokens of a prefix row at most")
+    steps.add_argument("--max_pack_len", type=int, default=1024, help="tokens of a prefix row at most")
     steps.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
@@ -357,13 +357,12 @@ def main(argv=None):
     dtype = precision(config, main_process)
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, dtype)
-    collator = utils.Collator(train_data, args.packing, args.max_pack_len, args.per_device_train_batch_size)
+    how = (args.packing, args.max_pack_len, args.per_device_train_batch_size, device.type == "cuda")
+    collator = utils.Collator(train_data, *how)
     steps = utils.Steps(
         train_data, collator, step_size(args, world_size), args.num_train_epochs, args.seed, rank, world_size
     )
-    test_rows = utils.Collator(test_data, args.packing, args.max_pack_len, args.per_device_train_batch_size)(
-        test_data.by_persona(np.arange(len(test_data)))
-    )[rank::world_size]
+    test_rows = utils.Collator(test_data, *how)(test_data.by_persona(np.arange(len(test_data))))[rank::world_size]
     engine = start_engine(model, config, len(steps), args.warmup_ratio)
     output_dir = Path(args.output_dir)
     if main_process:

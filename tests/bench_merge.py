@@ -13,14 +13,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 from baichuan import BaichuanForCausalLM, tiny
 from utils import lora_targets
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_base(directory: Path, gigabytes: float, shard_size: str, layout: str):

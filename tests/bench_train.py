@@ -51,7 +51,7 @@ def parse_args():
     parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 64], help="samples a step")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way, after one untimed")
     parser.add_argument("--ways", nargs="+", default=["book", "padded", "prefix", "trainer"])
-    parser.add_argument("--max_pack_len", type=int, default=2048)
+    parser.add_argument("--max_pack_len", type=int, default=1024)
     parser.add_argument("--attn_implementation", default="sdpa", choices=train.ATTENTIONS)
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
@@ -148,7 +148,7 @@ class OwnSteps:
 
     def batches(self, data, indices):
         packing = "prefix" if self.way == "prefix" else "none"
-        collator = utils.Collator(data, packing, self.args.max_pack_len, rows_per_batch=2)
+        collator = utils.Collator(data, packing, self.args.max_pack_len, 2, mix_personas=self.device.type == "cuda")
         return collator(data.by_persona(indices) if packing == "prefix" else indices)
 
     def loss(self, module, batch, tokens):
@@ -319,6 +319,8 @@ def table(args):
         path, tokenizer, generation_config = load_data(args, directory)
         data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, generation_config, 512, 256, is_skip=True)
         device, dtype = train.join_processes(), getattr(torch, args.dtype)
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # or Trainer would wrap its model for several processes
+            del os.environ[variable]
         rate = matmul_rate(device, dtype)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(

@@ -1,0 +1,69 @@
+"""Pictures of the chat page for the README: images/6_2.png (desktop) and images/6_2_phone.png.
+
+python3 tests/shoot_page.py --model_path output_dir/demo/merged
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from playwright.sync_api import expect, sync_playwright
+from web_client import ROOT, Server
+
+from baichuan.script import ArgumentParser, UserError, entry_point
+
+QUESTIONS = ["你的金箍棒有多重？", "花果山好玩吗？"]
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_path", default="output_dir/demo/merged", help="model to serve")
+    parser.add_argument("--adapter_path", help="adapter to serve, with the base model's answers beside its own")
+    parser.add_argument("--images", type=Path, default=ROOT / "images", help="directory of the pictures")
+    parser.add_argument("--language", default="zh-CN", help="the browser's language")
+    parser.add_argument("--questions", nargs="+", default=QUESTIONS, help="what 孙悟空 is asked")
+    return parser.parse_args(argv)
+
+
+def shoot(browser, args, url: str, name: str, width: int, height: int):
+    context = browser.new_context(locale=args.language, viewport={"width": width, "height": height})
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#question .submit-button")).to_be_visible()
+    if args.adapter_path:
+        page.locator(".sidebar input[type=checkbox]").first.dispatch_event("click")
+    for number, question in enumerate(args.questions, start=1):
+        page.locator("#question textarea").fill(question)
+        page.locator("#question textarea").press("Enter")
+        expect(page.locator("#chat .bot.message")).to_have_count(number)
+        expect(page.locator("#question .submit-button")).to_be_visible(timeout=60_000)
+    page.mouse.move(0, 0)
+    page.screenshot(path=args.images / name, animations="disabled")
+    context.close()
+
+
+@entry_point
+def main(argv=None):
+    args = parse_args(argv)
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise UserError("chromium is not there: apt-get install chromium fonts-noto-cjk")
+    args.images.mkdir(exist_ok=True)
+    flags = ["--adapter_path", args.adapter_path] if args.adapter_path else []
+    with tempfile.TemporaryDirectory() as directory, sync_playwright() as playwright:
+        server = Server(Path(directory) / "log", args.model_path, *flags)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            shoot(browser, args, server.url, "6_2.png", 1280, 820)
+            shoot(browser, args, server.url, "6_2_phone.png", 390, 780)
+        finally:
+            browser.close()
+            server.close()
+
+
+if __name__ == "__main__":
+    main()
