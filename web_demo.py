@@ -120,6 +120,7 @@ class Conversation:
 CSS = """
 #bar { align-items: end; flex-wrap: nowrap } #bar button { flex-grow: 0; min-width: max-content }
 #chat, #base_chat { height: calc(100dvh - 17rem) !important; min-height: 16rem }
+#base_chat .top-panel { display: none } /* its own bin would empty only what is seen */
 #note { min-height: 1.4em; opacity: .8 }
 """
 # The Enter that ends a choice of an input method is not one that sends. On a phone the sidebar begins closed.
@@ -273,9 +274,7 @@ class Page:
                         value = min(max(kind(high if value is None else value), low), high)
                         slider = {"value": value, "step": step, "label": text(name), "buttons": []}
                         number = name == "seed"
-                        settings.append(
-                            gr.Number(label=text(name), placeholder="—") if number else gr.Slider(low, high, **slider)
-                        )
+                        settings.append(gr.Number(-1, label=text(name)) if number else gr.Slider(low, high, **slider))
                 download = gr.Button(text("download"), size="sm")
                 lines = gr.Textbox(visible=False)
             with gr.Row(elem_id="bar"):
@@ -357,7 +356,7 @@ def main(argv=None):
         prevent_thread_lock=True,
         footer_links=[],
         run_history=False,
-        state_session_capacity=1000,  # conversations in memory; then the oldest go
+        state_session_capacity=500,  # conversations in memory; then the oldest go
         app_kwargs={"middleware": [Middleware(guard.Gate, demo=demo)]},
         i18n=gr.I18n(**guard.TEXTS),
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no font from elsewhere

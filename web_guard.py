@@ -23,7 +23,7 @@ SETTINGS = {  # type, lowest, highest, step; the sliders keep to it, and what ar
     "top_p": (float, 0.05, 1.0, 0.05),
     "top_k": (int, 0, 100, 1),
     "repetition_penalty": (float, 1.0, 2.0, 0.05),
-    "seed": (int, 0, 2**32 - 1, 1),
+    "seed": (int, -1, 2**32 - 1, 1),  # -1, or nothing: a random one
 }
 JOINER = "\u2060"  # takes no space and breaks no line
 
@@ -67,12 +67,13 @@ def checked_settings(request, do_sample, *values) -> dict:
     """`do_sample` and the values in the order of SETTINGS, as `Speaker.answer` takes them."""
     settings = {"do_sample": checked_switch(request, "do_sample", do_sample)}
     for (name, (kind, low, high, _)), value in zip(SETTINGS.items(), values):
-        if name != "seed" or value is not None:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high or kind(value) != value:
-                raise Refusal(request, "not_number", what=name, low=low, high=high)
-            value = kind(value)
-        settings[name] = value
+        if name == "seed" and (value is None or value == -1):
+            settings[name] = None
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not low <= value <= high or kind(value) != value:
+            raise Refusal(request, "not_number", what=name, low=low, high=high)
+        settings[name] = kind(value)
     return settings
 
 

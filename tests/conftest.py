@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,9 @@ def adapter_weights(directory) -> dict:
     from safetensors.torch import load_file
 
     return load_file(Path(directory) / "adapter_model.safetensors")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

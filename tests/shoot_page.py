@@ -16,7 +16,7 @@ from web_client import ROOT, Server
 
 from baichuan.script import ArgumentParser, UserError, entry_point
 
-QUESTIONS = ["你的金箍棒有多重？", "花果山好玩吗？"]
+QUESTIONS = ["你一个筋斗能翻多远？", "你的本事是跟谁学的？"]
 
 
 def parse_args(argv=None):

@@ -1,17 +1,21 @@
 """The walk of the README on the sample, script after script: a stand-in learns its roles and answers."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHARED, free_port
 from rouge_chinese import Rouge
 
 import merge_params
 import train
 import utils
-from baichuan import BaichuanForCausalLM, tiny
+from baichuan import BaichuanConfig, BaichuanForCausalLM, tiny
 from baichuan.loading import load_tokenizer
 from data_helper import read_samples
 
@@ -87,3 +91,57 @@ def test_the_stand_in_has_the_published_layout(walk):
     assert 1_000_000 < model.num_parameters() < 3_000_000
     names = set(model.state_dict())
     assert {"model.layers.0.self_attn.W_pack.weight", "model.norm.weight", "lm_head.weight"} <= names
+
+
+if (SHARED / "rolebench").is_dir():
+
+    def test_the_books_commands_on_the_real_files(tmp_path):
+        """RoleBench and the published tokenizer over a small random model: 40 steps, merge, an answer."""
+        model_dir, run_dir = tmp_path / "Baichuan2-7B-Chat", tmp_path / "output_dir"
+        train_path, test_path = str(tmp_path / "train.json"), str(tmp_path / "test.json")
+        torch.manual_seed(0)
+        config = BaichuanConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
+        BaichuanForCausalLM(config).save_pretrained(model_dir)
+        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+            shutil.copy(SHARED / "baichuan2-7b-chat" / name, model_dir)
+        config = json.loads((model_dir / "config.json").read_text())
+        published = json.loads((SHARED / "baichuan2-7b-chat/config.json").read_text())
+        assert {name: config[name] for name in ("auto_map", "model_type", "vocab_size", "model_max_length")} == {
+            name: published[name] for name in ("auto_map", "model_type", "vocab_size", "model_max_length")
+        }
+
+        def run(command: str, **environment):
+            result = subprocess.run(
+                command.split(), cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+            )
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        bin_dir = Path(sys.executable).parent
+        paths = f"--train_path {train_path} --test_path {test_path}"
+        rolebench = SHARED / "rolebench"
+        run(f"{sys.executable} data_helper.py --data_dir {rolebench} {paths}")
+        lines = Path(train_path).read_text(encoding="utf-8").splitlines(keepends=True)
+        assert len(lines) == 8020
+        Path(train_path).write_text("".join(lines[::25][:320]), encoding="utf-8")
+        Path(test_path).write_text("".join(Path(test_path).read_text().splitlines(keepends=True)[:40]))
+        out = run(
+            f"{bin_dir}/deepspeed --master_port {free_port()} train.py {paths} --model_name_or_path {model_dir} "
+            "--per_device_train_batch_size 2 --max_len 512 --max_src_len 256 --learning_rate 1e-4 --weight_decay 0.1 "
+            "--num_train_epochs 1 --gradient_accumulation_steps 4 --warmup_ratio 0.03 --seed 1234 --show_loss_step 10 "
+            f"--lora_dim 16 --lora_alpha 64 --save_model_step 20 --lora_dropout 0.1 --output_dir {run_dir} "
+            "--gradient_checkpointing --ds_file ds_zero2_no_offload.json --is_skip",
+            CUDA_VISIBLE_DEVICES="0",
+            PATH=f"{bin_dir}:{os.environ['PATH']}",
+        )
+        assert "40 steps of 8 samples" in out
+        assert [path.name for _, path in utils.checkpoints(run_dir)] == ["epoch-1-step-20", "epoch-1-step-40"]
+        run(
+            f"{sys.executable} merge_params.py --ori_model_dir {model_dir} --model_dir {run_dir}/epoch-1-step-40 "
+            f"--save_model_dir {run_dir}/epoch-1-step-40-merge"
+        )
+        answer = run(
+            f"{sys.executable} web_demo.py --model_path {run_dir}/epoch-1-step-40-merge --device cpu "
+            f"--desc_path {rolebench}/profiles-zh_desc.json --ask 你是谁？ --role 孙悟空"
+        )
+        assert answer.strip()

@@ -253,7 +253,9 @@ def test_settings_act_on_the_next_answer(tab, speaker):
     tab.set("max_new_tokens", 16)
     tab.set("temperature", 1.5)
     tab.set("top_k", 50)
-    tab.page.get_by_label("Seed").fill("7")
+    seed = tab.page.get_by_label("Seed")
+    expect(seed).to_have_value("-1")  # a random one, unless
+    seed.fill("7")
     tab.ask("你是谁？", 1)
     settings = greedy(16, do_sample=True, temperature=1.5, top_p=0.85, top_k=50, seed=7)
     messages = conversation("你是谁？", role=FIRST, description=DESCRIPTIONS[FIRST])

@@ -434,8 +434,8 @@ REFUSED_FORMS = [
     ("top_k", -1, "from 0 to 100"),
     ("top_k", 10**400, "from 0 to 100"),
     ("repetition_penalty", 0.5, "from 1.0 to 2.0"),
-    ("seed", -1, "from 0 to 4294967295"),
-    ("seed", "x", "from 0 to 4294967295"),
+    ("seed", -2, "from -1 to 4294967295"),
+    ("seed", "x", "from -1 to 4294967295"),
 ]
 ROUNDLESS = [None, {}, 5, "index", {"index": None}, {"index": "0"}, {"index": 99}, {"index": -2}, {"index": [0, 1]}]
 NOT_OF_THE_PAGE = [
