@@ -5,7 +5,7 @@
     python3 web_demo.py --ask "你是谁？" --role 李白        # one greedy answer on the terminal, and no page
 
 In the order of reading: the arguments, a conversation, the page. Beside it stand baichuan/speaker.py, which answers,
-web_guard.py, which checks everything a browser sends, and web_demo_texts.json, the page's texts in each language.
+baichuan/page_guard.py, which checks everything a browser sends, and page_texts.json, the page's texts in each language.
 """
 
 import json
@@ -22,7 +22,7 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
-import web_guard as guard
+from baichuan import page_guard as guard
 from baichuan.loading import model_directory_problems
 from baichuan.script import ArgumentParser, UserError, entry_point
 from baichuan.speaker import Speaker, TooLong
@@ -253,7 +253,7 @@ class Page:
         return conversation, conversation.bubbles("response"), conversation.bubbles("base") if compared else []
 
     def build(self) -> gr.Blocks:
-        """`preprocess=False` throughout: values arrive as the browser sent them, and web_guard.py checks them."""
+        """`preprocess=False` throughout: values arrive as the browser sent them, and baichuan/page_guard.py checks them."""
         text, first = gr.I18n(), next(iter(self.profiles))
         tuned, defaults = self.speaker.adapter is not None, self.speaker.model.generation_config
         with gr.Blocks(title="Baichuan2 · 角色对话", fill_height=True, analytics_enabled=False) as demo:

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from web_client import DESC_PATH, FORM, ROOT, Server, Visitor, free_port
 
 import web_demo
-import web_guard
+from baichuan import page_guard
 from baichuan.generation_utils import messages_to_ids
 from baichuan.loading import load_model, load_tokenizer
 from baichuan.speaker import PrefixCaches, Speaker
@@ -525,9 +525,9 @@ def test_what_the_page_does_not_send(visitor, body):
 
 
 def test_more_than_a_request_may_hold(visitor):
-    response = visitor.post(b"x" * (web_guard.MAX_BODY + 1))
+    response = visitor.post(b"x" * (page_guard.MAX_BODY + 1))
     assert response.status_code == 413 and "at most 8,000" in response.json()["error"]
-    assert "字" in Visitor(visitor.http.base_url, "zh").post(b"x" * (web_guard.MAX_BODY + 1)).json()["error"]
+    assert "字" in Visitor(visitor.http.base_url, "zh").post(b"x" * (page_guard.MAX_BODY + 1)).json()["error"]
 
 
 @pytest.mark.parametrize("path", CLOSED)
@@ -563,9 +563,9 @@ def test_shown_text_is_no_html(text):
     parser.handle_endtag = parser.handle_comment = parser.handle_decl = found.append
     seen = []
     parser.handle_data = seen.append
-    parser.feed(web_guard.literal(text))
+    parser.feed(page_guard.literal(text))
     parser.close()
-    assert found == [] and "".join(seen).replace(web_guard.JOINER, "") == text
+    assert found == [] and "".join(seen).replace(page_guard.JOINER, "") == text
 
 
 def test_languages_have_the_same_texts():
@@ -573,7 +573,7 @@ def test_languages_have_the_same_texts():
         language: {
             key: {name for _, name, _, _ in string.Formatter().parse(text) if name} for key, text in texts.items()
         }
-        for language, texts in web_guard.TEXTS.items()
+        for language, texts in page_guard.TEXTS.items()
     }
     assert fields["en"] == fields["zh"]
 
@@ -595,4 +595,4 @@ def test_nothing_phones_home_and_no_traceback(server):
 
 
 def test_free_port_is_free():
-    assert web_guard.port_problems("127.0.0.1", free_port()) == []
+    assert page_guard.port_problems("127.0.0.1", free_port()) == []

@@ -14,7 +14,7 @@ import gradio as gr
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-TEXTS = json.loads(Path(__file__).with_name("web_demo_texts.json").read_text(encoding="utf-8"))  # language → key → text
+TEXTS = json.loads(Path(__file__).with_name("page_texts.json").read_text(encoding="utf-8"))  # language → key → text
 MAX_NAME, MAX_DESCRIPTION, MAX_QUESTION, MAX_ROUNDS = 40, 2000, 8000, 100  # characters; rounds of a conversation
 MAX_BODY = 4 << 20  # bytes of a request: somebody who pastes a megabyte is still told so in words
 SETTINGS = {  # type, lowest, highest, step; the sliders keep to it, and what arrives is checked against it
