@@ -27,7 +27,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.agreement import Agreement, compare, compute_in_float32, logits_of
 from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import load_tokenizer, model_directory_problems
+from baichuan.loading import load_tokenizer, model_directory_problems, pick_device
 from baichuan.script import ArgumentParser, UserError, entry_point, whole_directory
 from baichuan.weight_files import Weights, load_shard, read_json, write_weights
 from data_helper import persona, read_samples
@@ -72,19 +72,6 @@ def parse_args(argv=None):
     add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
     add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
-
-
-def pick_device(name: str) -> torch.device:
-    """cpu, -1, auto or a GPU's number → a device that is there. Raises: UserError."""
-    if name == "auto":
-        name = "0" if torch.cuda.is_available() else "cpu"
-    if name in ("cpu", "-1"):
-        return torch.device("cpu")
-    if not name.isdecimal():
-        raise UserError(f"--device {name}: is no device: use cpu, auto or the number of a GPU")
-    if int(name) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: CUDA finds {torch.cuda.device_count()} GPUs here: use --device cpu")
-    return torch.device("cuda", int(name))
 
 
 # ---------------------------------------------------------------- the adapter

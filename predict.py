@@ -28,12 +28,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
 from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import load_model, load_tokenizer, model_directory_problems
+from baichuan.loading import load_model, load_tokenizer, model_directory_problems, pick_device
 from baichuan.scoring import COLUMNS, Scores, interval
 from baichuan.script import ArgumentParser, UserError, entry_point
 from baichuan.weight_files import Weights
 from data_helper import read_rows, read_samples, without_address
-from merge_params import pick_device
 
 CAVEAT = (
     "All general questions of RoleBench's test set also occur in its training set, under another role: "

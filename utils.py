@@ -399,10 +399,3 @@ def model_digest(directory) -> str:
             file.seek(max(0, path.stat().st_size - (1 << 20)))
             parts.append(file.read())
     return digest(*parts)
-
-
-def __getattr__(name):  # TEMPORARY until every script imports baichuan.loading
-    import baichuan.loading
-    import baichuan.script
-
-    return getattr(baichuan.script, name, None) or getattr(baichuan.loading, name)

@@ -23,11 +23,10 @@ import torch
 from starlette.middleware import Middleware
 
 from baichuan import page_guard as guard
-from baichuan.loading import model_directory_problems
+from baichuan.loading import model_directory_problems, pick_device
 from baichuan.script import ArgumentParser, UserError, entry_point
 from baichuan.speaker import Speaker, TooLong
 from data_helper import persona, read_profiles, read_rows, without_address
-from merge_params import pick_device
 
 PERIOD = 0.05  # seconds between two updates of a growing answer
 

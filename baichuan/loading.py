@@ -59,3 +59,16 @@ def load_model(directory, dtype: torch.dtype, attn_implementation: str = "sdpa")
         return BaichuanForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
         raise UserError(f"{directory}: the model cannot be loaded: {error}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, -1, auto or a GPU's number → a device that is there. Raises: UserError."""
+    if name == "auto":
+        name = "0" if torch.cuda.is_available() else "cpu"
+    if name in ("cpu", "-1"):
+        return torch.device("cpu")
+    if not name.isdecimal():
+        raise UserError(f"--device {name}: is no device: use cpu, auto or the number of a GPU")
+    if int(name) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: CUDA finds {torch.cuda.device_count()} GPUs here: use --device cpu")
+    return torch.device("cuda", int(name))

@@ -68,8 +68,8 @@ def interval(scores: Scores, baseline: Scores, rows: np.ndarray, resamples: int,
     """95 % bootstrap intervals of scores − baseline over the questions of `rows`: (2, 4), lower and upper ends.
 
     Both models answered the same questions, so each resample draws questions, not answers (Efron & Tibshirani 1993).
-    A question drawn twice lowers distinct-2, of both models; what is used is the spread of the resampled differences,
-    laid around the difference that was measured.
+    A question drawn twice lowers distinct-2, of both models, so that its resampled differences lie beside the measured
+    one; they are moved there.
     """
     generator = np.random.default_rng(seed)
     difference = scores.measure(rows) - baseline.measure(rows)
@@ -78,5 +78,8 @@ def interval(scores: Scores, baseline: Scores, rows: np.ndarray, resamples: int,
     for resample in resampled:
         counts = np.bincount(generator.choice(drawable, len(drawable)), minlength=len(rows))
         resample[:] = scores.measure(counts) - baseline.measure(counts)
-    resampled[:, np.isnan(difference)] = 0  # a column with nothing to measure stays nan
-    return difference + np.nanpercentile(resampled - np.nanmean(resampled, axis=0), (2.5, 97.5), axis=0)
+    nothing = np.isnan(difference)  # to measure
+    resampled[:, nothing] = 0
+    distinct = COLUMNS.index("distinct-2")
+    resampled[:, distinct] += difference[distinct] - resampled[:, distinct].mean()
+    return np.where(nothing, np.nan, np.nanpercentile(resampled, (2.5, 97.5), axis=0))

@@ -74,6 +74,7 @@ def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
         vocab_size=vocab_size,
         character_coverage=0.9998,
         byte_fallback=True,
+        required_chars="▁",  # a space, which few Chinese sentences have
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
