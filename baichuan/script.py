@@ -2,12 +2,14 @@
 
 import argparse
 import functools
+import glob
 import os
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 
@@ -100,12 +102,21 @@ def whole_directory(path, overwrite: bool = False):
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already; name another directory or remove it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         rename_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: Path):
+    """Remove what processes that were killed had begun to write for `path`: 15 GB each for a model of 7B."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def rename_directory(temporary: Path, path: Path):

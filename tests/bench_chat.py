@@ -20,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from baichuan import tiny
+from baichuan.loading import pick_device
 from baichuan.script import ArgumentParser, entry_point
 from baichuan.speaker import Speaker
 from data_helper import persona, read_profiles
-from merge_params import pick_device
 from web_demo import Conversation, Page
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """Draw the attention mask of a real training step: images/prefix_mask.png.
 
-    python3 tests/draw_mask.py        # a step of eight samples of data/sample, under a tokenizer trained on it
+python3 tests/draw_mask.py        # a step of eight samples of data/sample, under a tokenizer trained on it
 """
 
 import sys
@@ -34,9 +34,7 @@ def main():
 
     own, persona = row["segments"][0].tolist()
     supervised = {place + 1 for place in row["loss_positions"][:, 0].tolist()}
-    kinds = [
-        "persona" if own[i] == persona[i] else "answer" if i in supervised else "sample" for i in range(len(own))
-    ]
+    kinds = ["persona" if own[i] == persona[i] else "answer" if i in supervised else "sample" for i in range(len(own))]
     allowed = utils.prefix_mask(row["segments"])[0, 0]
     length = len(own)
     image = Image.new("RGB", (MARGIN + length * CELL + 20, TOP + length * CELL + 20), "white")
@@ -59,7 +57,9 @@ def main():
     title = f"a step of 8 samples: {length} tokens in one row, {padded} in padded rows; each token (down) sees (across)"
     draw.text((8, 10), title, fill="black", font=font)
     image.save(ROOT / "images/prefix_mask.png", optimize=True)
-    print(f"images/prefix_mask.png: {length} tokens, {len(supervised)} of them supervised; padded rows: {padded} tokens")
+    print(
+        f"images/prefix_mask.png: {length} tokens, {len(supervised)} of them supervised; padded rows: {padded} tokens"
+    )
 
 
 if __name__ == "__main__":

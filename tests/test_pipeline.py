@@ -76,7 +76,16 @@ def test_loss_on_rephrased_questions_is_halved(walk, samples):
 
 def test_the_page_answers_from_the_command_line(walk):
     """`make demo CHECK=1` ends with this."""
-    command = [sys.executable, "web_demo.py", "--model_path", walk[1], "--ask", "你的金箍棒有多重？", "--role", "孙悟空"]
+    command = [
+        sys.executable,
+        "web_demo.py",
+        "--model_path",
+        walk[1],
+        "--ask",
+        "你的金箍棒有多重？",
+        "--role",
+        "孙悟空",
+    ]
     command += ["--desc_path", "data/sample/profiles-zh_desc.json"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,0 +1,124 @@
+"""The processes of a training run: how they meet, what their device can do, and how they end together."""
+
+import atexit
+import os
+import re
+import signal
+import socket
+from contextlib import contextmanager
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from baichuan.script import OneProcessError, UserError
+
+
+def join_processes() -> torch.device:
+    """Meet the other processes of the launcher, or be a group of one; returns this process's device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed  # here, so that --help and wrong arguments need not wait for it
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    # On the CPU DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = deepspeed.get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+        atexit.register(dist.destroy_process_group)
+    return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def precision(config: dict, main_process: bool) -> torch.dtype:
+    """The dtype of base and adapters that the DeepSpeed configuration asks for, as far as the device knows it."""
+    from deepspeed import get_accelerator
+
+    if config.get("bf16", {}).get("enabled") and not get_accelerator().is_bf16_supported():
+        config["bf16"]["enabled"] = False
+        config["fp16"] = {"enabled": get_accelerator().is_fp16_supported()}
+        if main_process:
+            print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
+    if config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
+
+
+def refuse_differences(identity: dict):
+    """Raise UserError on every process if `identity`, what the run is, differs between them."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, identity)
+    differing = [name for name in identity if any(other.get(name) != identity[name] for other in found)]
+    if differing:
+        raise UserError(f"the processes differ in {', '.join(differing)}: give all hosts the same files and flags")
+
+
+@contextmanager
+def one_line_for_each_end():
+    """Around a run: memory that does not suffice, and the end of another process, become one line each."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            raise OneProcessError(
+                "the device has too little memory free: lower --per_device_train_batch_size or --max_len and "
+                "--max_pack_len, or add --gradient_checkpointing; --resume goes on from what is saved"
+            ) from error
+        if isinstance(error, dist.DistError) or re.search("gloo|NCCL", text):
+            raise UserError(
+                f"the connection to another process failed or broke off ({text.splitlines()[0][-200:]}): its own message "
+                "stands above or on its host; --resume goes on from what is saved"
+            ) from error
+        raise
+
+
+class StopRequest:
+    """True once Ctrl-C, SIGTERM or the end of the `deepspeed` command has asked the run to stop.
+
+    Inside `with`, the signals no longer kill, so that the run can save first. The launcher's end counts too: a
+    `deepspeed` command that is killed leaves its children behind, unseen, and on the same output directory.
+    """
+
+    def __enter__(self):
+        self.signal = None
+        self._launcher = self._find_launcher()
+        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, _):
+        self.signal = number
+
+    def __bool__(self) -> bool:
+        if self.signal is None and self._find_launcher() != self._launcher:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    @staticmethod
+    def _find_launcher() -> int | None:
+        """The process that started `deepspeed.launcher.launch` on this host, which started this process."""
+        try:
+            parent = psutil.Process(os.getppid())
+            return parent.ppid() if "deepspeed.launcher.launch" in parent.cmdline() else None
+        except psutil.Error:
+            return None
+
+
+def leave_signals_to_parent(worker_id: int):
+    """Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of its workers.
+
+    The launcher passes SIGTERM on to them as well. They end with the one that trains, however it ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

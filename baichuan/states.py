@@ -1,0 +1,119 @@
+"""States: what an interrupted run needs to go on, bit for bit. Written whole or not at all, and without frozen weights.
+
+    output_dir/state/epoch-1-step-300/
+        run.json        what the run is, so that no other one goes on from here, and the log's unfinished mean
+        process-0.pt    of each process: adapters, its share of the optimizer, the place on the learning-rate curve
+
+The place in the data and the random numbers of dropout follow from the step and --seed, so nothing is kept of them.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from baichuan.script import UserError, remove_leftovers, rename_directory, writing
+
+
+def checkpoints(directory) -> list[tuple[int, Path]]:
+    """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
+    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def newest_state(output_dir) -> tuple[int, Path | None]:
+    """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
+    return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
+
+
+def read_run(state: Path, identity: dict) -> dict:
+    """The run.json of a state. Raises: UserError if it was saved by a run that is not the one of `identity`."""
+    try:
+        run = json.loads((state / "run.json").read_text(encoding="utf-8"))
+        saved, losses = run["identity"], [float(loss) for loss in run["losses"]]
+        differing = [name for name in identity if saved.get(name) != identity[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew") from None
+    if differing:
+        remedy = "change that back, or start in another --output_dir"
+        raise UserError(*(f"{state}: was saved with {n} {saved.get(n)}, not {identity[n]}: {remedy}" for n in differing))
+    return {"identity": saved, "losses": losses}
+
+
+def save_state(engine, directory: Path, run: dict):
+    """Write a state from all processes at once; it gets its name when it is complete, and older ones go.
+
+    DeepSpeed's own save_checkpoint would do, but for its pickled classes, which only run-anything unpickling reads.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    rank = dist.get_rank()
+    if rank == 0:
+        remove_leftovers(directory)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    with writing(directory), open(temporary / f"process-{rank}.pt", "wb") as file:
+        torch.save(_parts(engine), file)
+        file.flush()
+        os.fsync(file.fileno())
+    dist.barrier()
+    if rank == 0:
+        with writing(directory):
+            text = json.dumps(run, indent=2, ensure_ascii=False)
+            (temporary / "run.json").write_text(text, encoding="utf-8")
+            rename_directory(temporary, directory)
+        for _, old in checkpoints(directory.parent)[:-1]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_state(engine, state: Path):
+    """Put adapters, optimizer, schedule and loss scale back where `save_state` found them. Raises: UserError."""
+    path = state / f"process-{dist.get_rank()}.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, never code
+        ours = _parts(engine)
+        for kind in ("adapters", "master weights"):
+            for tensor, found in zip(ours[kind], saved[kind], strict=True):
+                tensor.data.copy_(found)
+        engine.optimizer.optimizer.load_state_dict(saved["optimizer"])
+        engine.lr_scheduler.load_state_dict(saved["schedule"])
+        vars(engine.optimizer.loss_scaler).update(saved["loss scale"])
+    except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError) as error:
+        raise UserError(f"{path}: is damaged, or no state of this run: {str(error).splitlines()[0]}") from error
+
+
+def _parts(engine) -> dict:
+    """ZeRO-2 keeps on each process the adapters whole, but its share only of their float32 copy and of Adam's moments."""
+    zero = engine.optimizer
+    return {
+        "adapters": [parameter for parameter in engine.module.parameters() if parameter.requires_grad],
+        "master weights": zero.single_partition_of_fp32_groups,
+        "optimizer": zero.optimizer.state_dict(),
+        "schedule": engine.lr_scheduler.state_dict(),
+        "loss scale": {k: v for k, v in vars(zero.loss_scaler).items() if isinstance(v, (bool, int, float))},
+    }
+
+
+def digest(*parts) -> str:
+    """A short fingerprint of bytes, arrays and texts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
+    return found.hexdigest()[:16]
+
+
+def model_digest(directory) -> str:
+    """A fingerprint of a model directory that reads megabytes, not gigabytes: config, sizes, both ends of the weights."""
+    parts = [(Path(directory) / "config.json").read_bytes()]
+    for path in sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]):
+        with open(path, "rb") as file:
+            parts += [f"{path.name} {path.stat().st_size}", file.read(1 << 20)]
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            parts.append(file.read())
+    return digest(*parts)
