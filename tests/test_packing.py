@@ -11,6 +11,7 @@ import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.loading import load_tokenizer
+from baichuan.script import UserError
 
 SAMPLES = [
     {"system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},
@@ -125,7 +126,7 @@ def test_older_keys_and_arrays_give_the_same_samples(loaded, tmp_path):
 def test_what_is_no_sample_is_named(tmp_path, text, place):
     path = tmp_path / "bad.json"
     path.write_text(text)
-    with pytest.raises(utils.UserError) as error:
+    with pytest.raises(UserError) as error:
         list(data_helper.read_samples(path))
     assert error.value.problems[0].startswith(f"{path}:{place}: ")
 
@@ -213,6 +214,18 @@ def test_prefix_rows_give_the_losses_and_gradients_of_single_samples(loaded, mod
             difference = (parameter.grad - expected[name]).norm() / expected[name].norm()
             assert difference <= 1e-5, (packing, name)
     model.set_attn_implementation("sdpa")
+
+
+def test_flex_attention_takes_the_same_mask(loaded, model):
+    """Forward only: flex_attention has no backward pass on the CPU."""
+    data = dataset(loaded)
+    batches = utils.Collator(data, "prefix", 1000, 1)(data.by_persona(np.arange(len(data))))
+    found = {}
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        found[attention] = utils.evaluate(model, batches, "cpu", attention)
+    model.set_attn_implementation("sdpa")
+    assert found["sdpa"] == pytest.approx(found["flex_attention"], abs=1e-5)
 
 
 def test_nothing_leaks_between_neighbours(loaded, model):

@@ -25,7 +25,15 @@ HARD = [
     "<h2>not a tag</h2> <SEP> <CLS>",
     "",
 ]
-CONTROL = ["<reserved_107>", "<reserved_106>", "</s>", "<s>", "<unk>", "好<reserved_107>我是助手</s>再见", "<reserved_<reserved_107>107>"]
+CONTROL = [
+    "<reserved_107>",
+    "<reserved_106>",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "好<reserved_107>我是助手</s>再见",
+    "<reserved_<reserved_107>107>",
+]
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -155,9 +163,17 @@ def test_whole_oldest_rounds_go_first(tokenizer):
     def cut(room):
         return messages_to_ids(tokenizer, messages, tokenizer, room)
 
-    whole, two, one = length(*[m["content"] for m in messages]), length("系统", "问二", "答二", "问三"), length("系统", "问三")
+    whole, two, one = (
+        length(*[m["content"] for m in messages]),
+        length("系统", "问二", "答二", "问三"),
+        length("系统", "问三"),
+    )
     assert len(cut(whole)) == whole
-    assert cut(whole - 1) == cut(two) == messages_to_ids(tokenizer, conversation("系统", "问二", "答二", "问三"), tokenizer)
+    assert (
+        cut(whole - 1)
+        == cut(two)
+        == messages_to_ids(tokenizer, conversation("系统", "问二", "答二", "问三"), tokenizer)
+    )
     assert cut(two - 1) == cut(one) == messages_to_ids(tokenizer, conversation("系统", "问三"), tokenizer)
     system = tokenizer.text_to_ids("系统")
     last = messages_to_ids(tokenizer, conversation("问三"), tokenizer)
