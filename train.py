@@ -9,12 +9,10 @@
 `python3 train.py …` runs a single process without the launcher. Without a CUDA GPU everything runs on the CPU.
 """
 
-import atexit
 import json
 import math
 import os
 import signal
-import socket
 import warnings
 from pathlib import Path
 
@@ -25,8 +23,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from baichuan import loading, script
+from baichuan import loading, processes, script
+from baichuan.checks import deepspeed_config, refuse_wrong_arguments
+from baichuan.processes import join_processes
 from baichuan.script import UserError
+from baichuan.states import digest, load_state, model_digest, newest_state, read_run, save_state
 from data_helper import read_samples
 
 MODEL_FILES = "config.json, generation_config.json, tokenizer.model and the weights"
@@ -78,6 +79,12 @@ def parse_args(argv=None):
         "--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only"
     )
     output.add_argument("--save_total_limit", type=int, help="adapters to keep, the newest ones; default: all")
+    output.add_argument(
+        "--sample_answers",
+        type=int,
+        default=2,
+        help="test questions a role whose answers TensorBoard shows, at each save",
+    )
     output.add_argument("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     return parser.parse_args(argv)
@@ -86,92 +93,7 @@ def parse_args(argv=None):
 ATTENTIONS = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
 
 
-# ---------------------------------------------------------------- what can be wrong, found out first
-
-
-def argument_problems(args) -> list[str]:
-    problems = []
-    for name in (
-        *("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        *("num_train_epochs", "show_loss_step", "max_pack_len"),
-    ):
-        if getattr(args, name) < 1:
-            problems.append(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("learning_rate", "lora_alpha"):
-        if not 0 < getattr(args, name) < math.inf:
-            problems.append(f"--{name} must be positive, not {getattr(args, name)}")
-    for name in ("save_model_step", "seed"):
-        if not 0 <= getattr(args, name) < 2**32:
-            problems.append(f"--{name} must be from 0 to 2³²−1, not {getattr(args, name)}")
-    if args.save_total_limit is not None and args.save_total_limit < 1:
-        problems.append(f"--save_total_limit must be at least 1, not {args.save_total_limit}")
-    if not args.resume and (newest_state(args) or utils.checkpoints(args.output_dir)):
-        problems.append(
-            f"{args.output_dir}: holds a run already; --resume goes on with it, or name another --output_dir"
-        )
-    for name, end in (("lora_dropout", 1), ("warmup_ratio", 1), ("weight_decay", math.inf)):
-        if not 0 <= getattr(args, name) < end:
-            problems.append(f"--{name} must be in [0, {end}), not {getattr(args, name)}")
-    if args.packing == "prefix" and args.max_pack_len < args.max_len:
-        problems.append(
-            f"--max_pack_len {args.max_pack_len} is less than --max_len {args.max_len}: a row holds a sample"
-        )
-    if args.packing == "prefix" and args.attn_implementation == "flash_attention_2":
-        problems.append("--attn_implementation flash_attention_2 knows no prefix rows: choose sdpa, or --packing none")
-    return problems
-
-
-def newest_state(args) -> Path | None:
-    states = utils.checkpoints(Path(args.output_dir) / "state")
-    return states[-1][1] if states else None
-
-
-def identity_problems(state: Path, identity: dict) -> list[str]:
-    """Where the run that saved a state is not the one that would go on from it."""
-    saved = json.loads((state / "run.json").read_text(encoding="utf-8"))
-    return [
-        f"{state}: was saved with {name} {saved.get(name)}, not {identity[name]}: change that back, or start in another "
-        "--output_dir"
-        for name in identity
-        if saved.get(name) != identity[name]
-    ]
-
-
-def deepspeed_config(args) -> dict:
-    """The DeepSpeed file with the values that the flags decide. Raises: UserError."""
-    try:
-        config = json.loads(Path(args.ds_file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{args.ds_file}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{args.ds_file}: must be one JSON object")
-    problems = []
-    for key in ("scheduler", "train_batch_size", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):
-        if key in config:
-            problems.append(f"{args.ds_file}: remove {key}: train.py's flags decide it")
-    sections = {key: config.get(key, {}) for key in ("zero_optimization", "optimizer", "bf16", "fp16")}
-    for key, section in sections.items():
-        if not isinstance(section, dict):
-            problems.append(f"{args.ds_file}: {key} must be an object")
-    if problems:
-        raise UserError(*problems)
-    if sections["zero_optimization"].get("stage") not in (1, 2):
-        problems.append(f"{args.ds_file}: zero_optimization.stage must be 2 (or 1): only adapters are trained here")
-    for key in ("bf16", "fp16"):
-        if not isinstance(sections[key].get("enabled", False), bool):
-            problems.append(f"{args.ds_file}: {key}.enabled must be true or false")
-    if sections["bf16"].get("enabled") and sections["fp16"].get("enabled"):
-        problems.append(f"{args.ds_file}: enable bf16 or fp16, not both; neither gives float32")
-    if "type" not in sections["optimizer"]:
-        problems.append(f'{args.ds_file}: optimizer.type is missing; "AdamW" with "torch_adam": true needs no compiler')
-    if problems:
-        raise UserError(*problems)
-    config["optimizer"].setdefault("params", {}).update(lr=args.learning_rate, weight_decay=args.weight_decay)
-    # A step's backward passes are summed by hand (their number varies), so to DeepSpeed every step is one micro-batch.
-    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    config["gradient_accumulation_steps"] = 1
-    config.setdefault("steps_per_print", 10**9)
-    return config
+# ---------------------------------------------------------------- samples
 
 
 def read_data(args, tokenizer, generation_config, world_size: int, main_process: bool):
@@ -201,15 +123,15 @@ def read_data(args, tokenizer, generation_config, world_size: int, main_process:
     return datasets
 
 
-def run_identity(args, config: dict, train_data, world_size: int) -> dict:
+def run_identity(args, train_data, world_size: int) -> dict:
     """What decides the result of a run to the last bit, except for what only decides its speed."""
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
     return {
-        "training data": utils.digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
-        "base model": utils.model_digest(args.model_name_or_path),
+        "training data": digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
+        "base model": model_digest(args.model_name_or_path),
         "processes": world_size,
-        "DeepSpeed configuration": utils.digest(json.dumps(config, sort_keys=True)),
+        "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),
         **{f"--{name}": getattr(args, name) for name in flags},
     }
 
@@ -218,44 +140,7 @@ def step_size(args, world_size: int) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
 
 
-# ---------------------------------------------------------------- processes, precision, model
-
-
-def join_processes() -> torch.device:
-    """Meet the other processes of the launcher, or be a group of one; returns this process's device."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed  # here, so that --help and wrong arguments need not wait for it
-
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
-    # On the CPU DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    accelerator = deepspeed.get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-    if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-        atexit.register(dist.destroy_process_group)
-    return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
-
-
-def precision(config: dict, main_process: bool) -> torch.dtype:
-    """The dtype of base and adapters that the DeepSpeed configuration asks for, as far as the device knows it."""
-    from deepspeed import get_accelerator
-
-    if config.get("bf16", {}).get("enabled") and not get_accelerator().is_bf16_supported():
-        config["bf16"]["enabled"] = False
-        config["fp16"] = {"enabled": get_accelerator().is_fp16_supported()}
-        if main_process:
-            print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
-    if config.get("bf16", {}).get("enabled"):
-        return torch.bfloat16
-    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
+# ---------------------------------------------------------------- model and optimizer
 
 
 def model_with_adapters(args, dtype: torch.dtype):
@@ -292,6 +177,7 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
 
 
 def start_engine(model, config: dict, total_steps: int, warmup_ratio: float):
+    """DeepSpeed around the model, its adapters and the optimizer of the configuration. Raises: UserError."""
     import deepspeed
 
     def schedule(optimizer):  # LambdaLR counts from 0
@@ -300,7 +186,10 @@ def start_engine(model, config: dict, total_steps: int, warmup_ratio: float):
         )
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # DeepSpeed has a class for none of its own
+        raise UserError(f"--ds_file: DeepSpeed refuses the configuration: {script.first_line(error)}") from error
     return engine
 
 
@@ -325,36 +214,64 @@ def train_step(engine, batches, tokens: int, world_size: int, attn_implementatio
     return loss, stop > 0
 
 
+def update(engine, dtype: torch.dtype) -> float:
+    """Let the optimizer take its step; the gradient's norm before clipping, nan where the run cannot go on from it.
+
+    In float16 the loss is scaled so that small gradients do not vanish. When large ones overflow instead, DeepSpeed
+    leaves the step out and lowers the scale; that is no error until the scale can fall no further.
+    """
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed's, without a class of its own
+        if "loss scale already at minimum" not in str(error):
+            raise
+        return math.nan
+    norm = float(engine.get_global_grad_norm() or 0.0)  # where it is no number, DeepSpeed says -1 or infinite
+    handled = dtype == torch.float16 and engine.optimizer.overflow
+    return norm if handled or 0 <= norm < math.inf else math.nan
+
+
+def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
+    """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
+    from predict import answer_batch, conversation, greedy  # here, since it needs more than training does
+
+    questions: dict[str, dict[str, dict]] = {}
+    for sample in read_samples(test_path):
+        asked = questions.setdefault(sample["role"], {})
+        if len(asked) < per_role:
+            asked[sample["prompt"]] = conversation(sample["system"], sample["prompt"])
+    model.eval()
+    texts = {}
+    for role, asked in questions.items():
+        answers = answer_batch(model, tokenizer, list(asked.values()), greedy(generation_config, 128))
+        texts[f"answers/{role}"] = "\n\n".join(f"**{q}**  \n{answer.text}" for q, answer in zip(asked, answers))
+    model.train()
+    return texts
+
+
 @script.entry_point
+@processes.one_line_for_each_end()
 def main(argv=None):
     args = parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; nothing a user could act on
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     main_process = rank == 0
+    output_dir = Path(args.output_dir)
 
     # 1. Find out all that is wrong before anything slow.
-    problems = argument_problems(args)
-    problems += loading.model_directory_problems(args.model_name_or_path)
-    problems += [f"{path}: there is no such file" for path in args_files(args) if not Path(path).is_file()]
-    config = {}
-    try:
-        config = deepspeed_config(args)
-    except UserError as error:
-        problems += error.problems
-    except OSError:
-        pass  # named above
-    if problems:
-        raise UserError(*problems)
+    refuse_wrong_arguments(args)
+    config = deepspeed_config(args)
     tokenizer, generation_config = loading.load_tokenizer(args.model_name_or_path)
     train_data, test_data = read_data(args, tokenizer, generation_config, world_size, main_process)
-    identity = run_identity(args, config, train_data, world_size)
-    state = newest_state(args)
-    if state and (problems := identity_problems(state, identity)):
-        raise UserError(*problems)
+    run = {"identity": run_identity(args, train_data, world_size), "losses": []}
+    first, state = newest_state(output_dir)
+    if state:
+        run = read_run(state, run["identity"])
 
     # 2. Processes, model, optimizer.
     device = join_processes()
-    dtype = precision(config, main_process)
+    processes.refuse_differences(run["identity"] | {"the state in --output_dir": first})
+    dtype = processes.precision(config, main_process)
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, dtype)
     how = (args.packing, args.max_pack_len, args.per_device_train_batch_size, device.type == "cuda")
@@ -364,7 +281,8 @@ def main(argv=None):
     )
     test_rows = utils.Collator(test_data, *how)(test_data.by_persona(np.arange(len(test_data))))[rank::world_size]
     engine = start_engine(model, config, len(steps), args.warmup_ratio)
-    output_dir = Path(args.output_dir)
+    if state:
+        load_state(engine, state)
     if main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         with script.whole_files(output_dir / "train_args.json") as (file,):
@@ -372,21 +290,21 @@ def main(argv=None):
         model.print_trainable_parameters()
         print(
             f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; "
-            f"{str(dtype).removeprefix('torch.')} on {world_size} × {device.type}; to {args.output_dir}"
+            f"{str(dtype).removeprefix('torch.')} on {world_size} × {device.type}; to {output_dir}"
         )
         if args.resume:
-            print(
-                f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew"
-            )
+            print(f"going on from {state}" if state else f"{output_dir}: no state is saved there yet; starting anew")
+        if first == len(steps):
+            print(f"{output_dir}: is complete, nothing is left to do")
 
     # 3. Train.
-    first = 0
-    if state:
-        engine.load_checkpoint(str(state.parent), tag=state.name, load_module_strict=False)
-        first = utils.checkpoints(state.parent)[-1][0]
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+    def broken(what: str) -> UserError:
+        numbers = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
+        return UserError(
+            f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
+            f"another precision. {newest_state(output_dir)[1] or 'No state'} is the last one saved"
+        )
+
     loader = DataLoader(
         steps,
         batch_size=None,
@@ -394,49 +312,45 @@ def main(argv=None):
         num_workers=1,
         prefetch_factor=4,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=processes.leave_signals_to_parent,
     )
-    log = utils.Log(output_dir / "runs", len(steps), first, main_process)
-    for step, (batches, tokens) in enumerate(loader, start=first + 1):
-        torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
-        loss, stop = train_step(engine, batches, tokens, world_size, args.attn_implementation, bool(signals))
-        if not math.isfinite(loss):
-            numbers = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
-            raise UserError(
-                f"{args.train_path}: the loss of step {step} is {loss}, with samples {numbers}; look at them, lower "
-                f"--learning_rate or train in another precision. {newest_state(args) or 'No state'} is the last one saved"
+    log = utils.Log(output_dir / "runs", len(steps), first, run["losses"], main_process)
+    with processes.StopRequest() as stop_request:
+        for step, (batches, tokens) in enumerate(loader, start=first + 1):
+            torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
+            loss, stop = train_step(
+                engine, batches, tokens, world_size, args.attn_implementation, stop=bool(stop_request)
             )
-        learning_rate = engine.get_lr()[0]
-        engine.step()
-        log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
-        if step % args.show_loss_step == 0:
-            log.show(step, learning_rate, float(engine.get_global_grad_norm() or 0.0))
+            if not math.isfinite(loss):
+                raise broken(f"the loss of step {step} is {loss}")
+            learning_rate = engine.get_lr()[0]
+            grad_norm = update(engine, dtype)
+            if math.isnan(grad_norm):
+                raise broken(f"the gradient of step {step} is not finite")
+            log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
+            if step % args.show_loss_step == 0:
+                log.show(step, learning_rate, grad_norm)
 
-        name = f"epoch-{(step - 1) // steps.steps_per_epoch + 1}-step-{step}"
-        if step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0):
-            test_loss = utils.evaluate(engine.module, test_rows, device, args.attn_implementation, main_process)
-            if main_process:
+            name = f"epoch-{(step - 1) // steps.steps_per_epoch + 1}-step-{step}"
+            save = step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0)
+            if save:
+                test_loss = utils.evaluate(engine.module, test_rows, device, args.attn_implementation, main_process)
+                if not math.isfinite(test_loss):
+                    raise broken(f"the loss on {args.test_path} after step {step} is {test_loss}")
+            if save and main_process:
                 perplexity = math.exp(min(test_loss, 700))
                 log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
+                if args.sample_answers:
+                    how = (tokenizer, generation_config, args.test_path, args.sample_answers)
+                    log.texts(step, sample_answers(model, *how))
                 utils.save_adapter(model, tokenizer, output_dir / name, args.save_total_limit)
                 tqdm.write(f"{output_dir / name}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
-            utils.save_state(engine, output_dir / "state" / name, identity, main_process)
-        elif stop:
-            utils.save_state(engine, output_dir / "state" / name, identity, main_process)
-        if stop and step < len(steps):
-            if main_process:
-                print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on from there")
-            raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
-
-
-def leave_signals_to_parent(worker_id: int):
-    """Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def args_files(args) -> tuple[str, ...]:
-    return args.train_path, args.test_path, args.ds_file
+            if save or stop:
+                save_state(engine, output_dir / "state" / name, run | {"losses": log.losses})
+            if stop and step < len(steps):
+                if main_process:
+                    print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")
+                raise SystemExit(128 + (stop_request.signal or signal.SIGTERM))
 
 
 if __name__ == "__main__":

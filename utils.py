@@ -1,10 +1,8 @@
 """Small things that more than one script needs."""
 
 import functools
-import hashlib
-import json
-import re
 import shutil
+import threading
 import time
 from array import array
 from collections import Counter
@@ -21,7 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from baichuan.script import rename_directory, whole_directory, writing
+from baichuan.script import whole_directory, writing
+from baichuan.states import checkpoints
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -312,13 +311,21 @@ def evaluate(model, batches, device, implementation: str, show_progress: bool = 
 
 
 class Log:
-    """TensorBoard events and the progress bar, on the main process; elsewhere it does nothing."""
+    """TensorBoard events and the progress bar, on the main process; elsewhere it does nothing.
 
-    def __init__(self, directory: Path, total_steps: int, done: int, main_process: bool):
+    Args:
+        done: steps of the state that a resumed run goes on from.
+        losses: those since the last report, as that state holds them.
+    """
+
+    def __init__(self, directory: Path, total_steps: int, done: int, losses: list[float], main_process: bool):
         # purge_step hides what an interrupted run logged beyond the state that this one goes on from.
         self.writer = SummaryWriter(directory, purge_step=done + 1) if main_process else None
+        # TensorBoard's thread hands its errors on to the next call, which raises them; it need not print them as well.
+        threading.excepthook = lambda failure: None
         self.bar = tqdm(desc="training", total=total_steps, initial=done, unit="step", disable=not main_process)
         self.reset()
+        self.losses = losses
 
     def reset(self):
         self.losses, self.samples, self.tokens, self.start = [], 0, 0, time.perf_counter()
@@ -344,11 +351,11 @@ class Log:
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
-
-def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
-    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
-    return sorted((int(match[1]), path) for match, path in named if match)
+    def texts(self, step: int, values: dict[str, str]):
+        """Markdown, which TensorBoard shows under TEXT."""
+        for name, value in values.items():
+            self.writer.add_text(name, value, step)
+        self.writer.flush()
 
 
 def save_adapter(model, tokenizer, directory: Path, keep: int | None = None):
@@ -358,44 +365,3 @@ def save_adapter(model, tokenizer, directory: Path, keep: int | None = None):
         tokenizer.save_pretrained(new)
     for _, old in checkpoints(directory.parent)[: -keep if keep else 0]:
         shutil.rmtree(old)
-
-
-def save_state(engine, directory: Path, identity: dict, main_process: bool):
-    """Write what a resumed run needs: adapters, optimizer and schedule, from all processes; no frozen weights.
-
-    It gets its name once all processes have written and `identity`, what the run is, lies beside; then older states go.
-    """
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    if main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    with writing(directory):
-        engine.save_checkpoint(
-            str(temporary.parent), tag=temporary.name, save_latest=False, exclude_frozen_parameters=True
-        )
-    dist.barrier()
-    if main_process:
-        (temporary / "run.json").write_text(json.dumps(identity, indent=2, ensure_ascii=False), encoding="utf-8")
-        rename_directory(temporary, directory)
-        for _, old in checkpoints(directory.parent)[:-1]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def digest(*parts) -> str:
-    """A short fingerprint of bytes, arrays and texts."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
-    return found.hexdigest()[:16]
-
-
-def model_digest(directory) -> str:
-    """A fingerprint of a model directory that reads megabytes, not gigabytes: config, sizes, both ends of the weights."""
-    parts = [(Path(directory) / "config.json").read_bytes()]
-    for path in sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]):
-        with open(path, "rb") as file:
-            parts += [f"{path.name} {path.stat().st_size}", file.read(1 << 20)]
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            parts.append(file.read())
-    return digest(*parts)

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import turn_markers
 from baichuan.script import UserError
 
@@ -50,6 +50,14 @@ def load_tokenizer(directory):
         return BaichuanTokenizer.from_pretrained(directory), generation_config
     except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
         raise UserError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
+
+
+def load_config(directory) -> BaichuanConfig:
+    """The config.json of a model directory. Raises: UserError."""
+    try:
+        return BaichuanConfig.from_pretrained(directory)
+    except Exception as error:  # json, transformers and its checks of types each have their own
+        raise UserError(f"{directory}/config.json: is no Baichuan2 configuration: {error}") from error
 
 
 def load_model(directory, dtype: torch.dtype, attn_implementation: str = "sdpa"):

@@ -21,6 +21,10 @@ class UserError(Exception):
         return [str(problem) for problem in self.args]
 
 
+class OneProcessError(UserError):
+    """A problem that the other processes of the run do not have, so that each process tells its own."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line each, like every other error here, without the usage text."""
 
@@ -39,16 +43,18 @@ def entry_point(main):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
                 stream.reconfigure(errors="backslashreplace")
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes on a host, one
         try:
             return main(argv)
         except UserError as error:
             problems = error.problems
+            speaks |= isinstance(error, OneProcessError)
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # as shells report Ctrl-C
         except OSError as error:  # disk full, permission, a directory where a file should be, …
             where = f"{error.filename}: " if error.filename else ""
             problems = [f"{where}{error.strerror or error}"]
-        for problem in problems if os.environ.get("RANK", "0") == "0" else []:  # of several processes, one speaks
+        for problem in problems if speaks else []:
             print("error:", " ".join(problem.split("\n")), file=sys.stderr)
         raise SystemExit(2)
 
@@ -65,8 +71,9 @@ def whole_files(*paths):
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     handles = []
     try:
-        for path in temporary:
+        for path, target in zip(temporary, paths):
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
             handles.append(open(path, "w", encoding="utf-8", newline="\n"))
         yield handles
         for handle in handles:
@@ -84,11 +91,27 @@ def whole_files(*paths):
 
 @contextmanager
 def writing(path):
-    """Around torch's and safetensors' own writing: their errors for a full disk become one that names `path`."""
+    """Around what libraries write: each has its own error for a full disk, and here they become one that names `path`."""
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OneProcessError(f"{path}: cannot be written: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, or its class if it says nothing."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def unwritable(directory) -> str | None:
+    """Why nothing could be written to a directory that may still have to be made, or None."""
+    path = Path(directory).absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir():
+        return f"{path} is no directory"
+    return None if os.access(path, os.W_OK | os.X_OK) else f"{path} is read-only"
 
 
 @contextmanager
@@ -116,7 +139,7 @@ def remove_leftovers(path: Path):
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = left.name.split(".")[-2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def rename_directory(temporary: Path, path: Path):
@@ -125,9 +148,9 @@ def rename_directory(temporary: Path, path: Path):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    old = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        old = path.with_name(f".{path.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from baichuan.script import UserError, remove_leftovers, rename_directory, writing
+from baichuan.script import UserError, first_line, rename_directory, writing
 
 
 def checkpoints(directory) -> list[tuple[int, Path]]:
@@ -42,19 +42,24 @@ def read_run(state: Path, identity: dict) -> dict:
         raise UserError(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew") from None
     if differing:
         remedy = "change that back, or start in another --output_dir"
-        raise UserError(*(f"{state}: was saved with {n} {saved.get(n)}, not {identity[n]}: {remedy}" for n in differing))
+        raise UserError(
+            *(f"{state}: was saved with {n} {saved.get(n)}, not {identity[n]}: {remedy}" for n in differing)
+        )
     return {"identity": saved, "losses": losses}
 
 
 def save_state(engine, directory: Path, run: dict):
     """Write a state from all processes at once; it gets its name when it is complete, and older ones go.
 
-    DeepSpeed's own save_checkpoint would do, but for its pickled classes, which only run-anything unpickling reads.
+    DeepSpeed's own save_checkpoint writes objects of its classes, which only a pickle that may run code brings back.
+
+    Args:
+        run: `identity`, what the run is, and `losses`, those since the log's last report.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     rank = dist.get_rank()
     if rank == 0:
-        remove_leftovers(directory)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
         temporary.mkdir(parents=True)
     dist.barrier()
     with writing(directory), open(temporary / f"process-{rank}.pt", "wb") as file:
@@ -80,20 +85,20 @@ def load_state(engine, state: Path):
         ours = _parts(engine)
         for kind in ("adapters", "master weights"):
             for tensor, found in zip(ours[kind], saved[kind], strict=True):
-                tensor.data.copy_(found)
+                tensor.copy_(found)
         engine.optimizer.optimizer.load_state_dict(saved["optimizer"])
         engine.lr_scheduler.load_state_dict(saved["schedule"])
         vars(engine.optimizer.loss_scaler).update(saved["loss scale"])
     except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError) as error:
-        raise UserError(f"{path}: is damaged, or no state of this run: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: is damaged, or no state of this run: {first_line(error)}") from error
 
 
 def _parts(engine) -> dict:
     """ZeRO-2 keeps on each process the adapters whole, but its share only of their float32 copy and of Adam's moments."""
     zero = engine.optimizer
     return {
-        "adapters": [parameter for parameter in engine.module.parameters() if parameter.requires_grad],
-        "master weights": zero.single_partition_of_fp32_groups,
+        "adapters": [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad],
+        "master weights": [partition.data for partition in zero.single_partition_of_fp32_groups],
         "optimizer": zero.optimizer.state_dict(),
         "schedule": engine.lr_scheduler.state_dict(),
         "loss scale": {k: v for k, v in vars(zero.loss_scaler).items() if isinstance(v, (bool, int, float))},
