@@ -9,7 +9,7 @@ class BaichuanConfig(PreTrainedConfig):
     """Sizes of the decoder; the fields and their names are those of the published config.json.
 
     Raises:
-        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is not positive.
+        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is out of its range.
     """
 
     model_type = "baichuan"
@@ -39,8 +39,9 @@ class BaichuanConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Called by @strict after every construction."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            most = 1000 if name == "num_hidden_layers" else 2**24  # a damaged file must not fill the memory
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most}, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

@@ -138,7 +138,8 @@ class NormHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, hidden_size) → logits (…, V) in float32."""
-        return F.linear(x, self.weight).float() * self.reciprocal_norms()
+        logits, norms = F.linear(x, self.weight).float(), self.reciprocal_norms()
+        return logits * norms if norms.requires_grad else logits.mul_(norms)  # in place: V numbers a token are many
 
     def reciprocal_norms(self) -> torch.Tensor:
         """1 / ‖row‖₂ of every row: (V,) in float32, which float16 rows need on the CPU too."""

@@ -319,8 +319,8 @@ def table(args):
         path, tokenizer, generation_config = load_data(args, directory)
         data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, generation_config, 512, 256, is_skip=True)
         device, dtype = train.join_processes(), getattr(torch, args.dtype)
-        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # or Trainer would wrap its model for several processes
-            del os.environ[variable]
+        launched = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        # … or Trainer would wrap its model for several processes; DeepSpeed gets them back below.
         rate = matmul_rate(device, dtype)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(
@@ -352,7 +352,10 @@ def table(args):
             gradient_accumulation_steps=4,
         )
         config = train.deepspeed_config(flags) | {"bf16": {"enabled": args.dtype == "bfloat16"}}
+        os.environ.update(launched)
         engine = train.start_engine(model, config, 10_000, 0.03)
+        for name in launched:
+            del os.environ[name]
         print(
             "\n| samples a step | way | samples/s | ratio | tokens/sample | supervised tokens/s | peak GiB | gradient difference | share of matrix rate |"
             + (" epoch of 8,020, s |" if device.type == "cuda" else "")

@@ -1,0 +1,501 @@
+"""More than a thousand damaged inputs, drawn with a seed: whole output, or exit status 2 and a line for each problem.
+
+Each draw damages one file of a set that works, or the command line, and calls a script's main. Whatever was wrong, there
+is no traceback, no partial output and nothing left behind.
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FLOAT32, ROOT, adapter_weights
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import data_helper
+import merge_params
+import predict
+import train
+import utils
+import web_demo
+from baichuan import BaichuanForCausalLM, tiny
+from baichuan.states import checkpoints
+
+SCRIPTS = {
+    "data_helper.py": data_helper,
+    "train.py": train,
+    "merge_params.py": merge_params,
+    "predict.py": predict,
+    "web_demo.py": web_demo,
+    "baichuan.tiny": tiny,
+}
+SAMPLE = ROOT / "data/sample"
+
+# ---------------------------------------------------------------- damage
+
+ODD_VALUES = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2.5,
+    1e308,
+    math.nan,
+    10**30,
+    "",
+    " ",
+    "x",
+    "孙悟空",
+    "\ud800",
+    "../..",
+    "9" * 400,
+]
+ODD_VALUES += [
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    ["x", 1],
+    "auto",
+    "relu",
+    "<reserved_106>",
+    {"a": {"b": [1]}},
+    2**31,
+    -0.5,
+]
+
+
+def places(value, path=()):
+    """The paths to all values in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield from places(part, (*path, key))
+
+
+def damaged_json(text: str, draw: random.Random) -> str:
+    """One value replaced, removed, doubled or renamed."""
+    value = json.loads(text)
+    *parents, last = draw.choice([path for path in places(value) if path] or [("x",)])
+    holder = value
+    for key in parents:
+        holder = holder[key]
+    act = draw.choice(["replace", "replace", "replace", "remove", "rename", "top"])
+    if act == "top":
+        value = draw.choice(ODD_VALUES)
+    elif act == "remove":
+        del holder[last]
+    elif act == "rename" and isinstance(holder, dict):
+        holder[str(last) + draw.choice(["_", " ", "2"])] = holder.pop(last)
+    else:
+        holder[last] = copy.deepcopy(draw.choice(ODD_VALUES))
+    return json.dumps(value, ensure_ascii=draw.random() < 0.5)
+
+
+def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
+    """A bit turned, a part cut out, doubled, overwritten or added."""
+    start = draw.randrange(len(data) + 1)
+    end = min(len(data), start + draw.choice([1, 2, 10, 1000]))
+    act = draw.choice(["bit", "cut", "double", "overwrite", "insert", "end", "beginning", "empty"])
+    if act == "bit" and data:
+        place = min(start, len(data) - 1)
+        return data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+    return {
+        "cut": data[:start] + data[end:],
+        "double": data[:end] + data[start:],
+        "overwrite": data[:start] + draw.randbytes(end - start) + data[end:],
+        "insert": data[:start]
+        + draw.choice([b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"{", b'"'])
+        + data[start:],
+        "end": data[:start],
+        "beginning": data[start:],
+    }.get(act, b"")
+
+
+def damage(path: Path, draw: random.Random):
+    """Damage a file in its place: as JSON, as one line of JSON lines, or as bytes; or make it something else."""
+    data = path.read_bytes()
+    lines_of_json = path.suffix == ".jsonl" or (path.suffix == ".json" and b"\n{" in data)
+    if draw.random() < 0.04:
+        path.unlink()
+        if draw.random() < 0.5:
+            path.mkdir()
+    elif path.suffix == ".json" and not lines_of_json and draw.random() < 0.7:
+        path.write_bytes(damaged_json(data.decode(), draw).encode("utf-8", "surrogatepass"))
+    elif lines_of_json and draw.random() < 0.7:
+        lines = data.decode().splitlines()
+        number = draw.randrange(len(lines))
+        lines[number] = damaged_json(lines[number], draw)
+        path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    else:
+        path.write_bytes(damaged_bytes(data, draw))
+
+
+JUNK = [
+    "",
+    " ",
+    "-1",
+    "0",
+    "1",
+    "2.5",
+    "1e999",
+    "nan",
+    "inf",
+    "9" * 30,
+    "9" * 5000,
+    "x",
+    "孙悟空",
+    "\udce9",
+    "--",
+    "-h2",
+    "/",
+    ".",
+]
+JUNK += [
+    "/dev/null",
+    "/proc/self/mem",
+    "/nowhere/x",
+    "~",
+    "a\nb",
+    "auto",
+    "cpu",
+    "cuda:0",
+    "0",
+    "x" * 300,
+    "none",
+    "all",
+    "*",
+    "%s",
+]
+
+
+def damaged_command(argv: list[str], draw: random.Random) -> list[str]:
+    """A value replaced, a word left out, doubled, moved or added."""
+    argv = list(argv)
+    place = draw.randrange(len(argv))
+    act = draw.choice(["value", "value", "value", "remove", "double", "swap", "add"])
+    if act == "value":
+        values = [i for i, word in enumerate(argv) if not word.startswith("--")]
+        argv[draw.choice(values)] = draw.choice(JUNK)
+    elif act == "remove":
+        del argv[place]
+    elif act == "double":
+        argv.insert(place, argv[place])
+    elif act == "swap":
+        other = draw.randrange(len(argv))
+        argv[place], argv[other] = argv[other], argv[place]
+    else:
+        argv.insert(place, draw.choice([*JUNK, "--resume", "--overwrite", "--no_such_flag", "--seed", "--roles"]))
+    return argv
+
+
+# ---------------------------------------------------------------- what may come of it
+
+
+def files_in(directory: Path) -> dict[str, tuple]:
+    found = {path: path.lstat() for path in directory.rglob("*")}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items() if not path.is_dir()}
+
+
+class Run:
+    """Calls a script's main and judges what became of it. Counts what it saw, and collects what should not be."""
+
+    def __init__(self, capfd):
+        self.capfd, self.succeeded, self.refused, self.failures = capfd, 0, 0, []
+
+    def __call__(self, script: str, argv: list[str], outputs: Path, whole) -> None:
+        """outputs: all that the script writes goes there; whole(script, outputs): asserts that it is complete."""
+        try:
+            self.judge(script, argv, outputs, whole)
+        except AssertionError as failure:
+            self.failures.append(str(failure))
+
+    def judge(self, script, argv, outputs, whole):
+        before, case = files_in(outputs), f"{script} {argv}"
+        status = 0
+        try:
+            SCRIPTS[script].main(argv)
+        except SystemExit as error:
+            status = error.code
+        except BaseException as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise AssertionError(f"{case}: ended in {error!r}, {place.filename}:{place.lineno}") from error
+        printed = "".join(self.capfd.readouterr())
+        assert "Traceback (most recent" not in printed, f"{case}:\n{printed}"
+        if status == 0:
+            self.succeeded += 1
+            if "--help" not in argv and "-h" not in argv:
+                whole(script, outputs)
+            return
+        self.refused += 1
+        assert status == 2, f"{case}: status {status}\n{printed}"
+        lines = [line for line in re.split(r"[\n\r]", printed) if line.startswith("error: ")]
+        assert lines, f"{case}: says nothing\n{printed}"
+        assert all(len(line) > len("error: ") + 5 for line in lines), lines
+        assert files_in(outputs) == before, f"{case}: left something behind"
+
+
+@pytest.fixture
+def run(capfd, monkeypatch, tmp_path):
+    """Calls go on in a directory of their own, where a wrong flag may write. Yields a `Run`; files are in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    watched = Run(capfd)
+    yield watched
+    assert not watched.failures, "\n".join([f"{len(watched.failures)} failures", *watched.failures])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A working set of everything, small enough that a step takes no time: model, adapters, samples, RoleBench files."""
+    place = tmp_path_factory.mktemp("small")
+    sizes = ["--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "2000", "--steps", "0"]
+    tiny.main(["--save_dir", str(place / "model"), "--data_dir", str(SAMPLE), *sizes])
+    config = json.loads((place / "model/generation_config.json").read_text())
+    (place / "model/generation_config.json").write_text(json.dumps(config | {"max_new_tokens": 2}))
+
+    model = BaichuanForCausalLM.from_pretrained(place / "model")
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=utils.lora_targets(model), task_type="CAUSAL_LM"))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    lora.save_pretrained(place / "adapter", save_embedding_layers=False)
+    shutil.copytree(place / "adapter", place / "adapter-bin")
+    weights = place / "adapter-bin/adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    shutil.copytree(place / "model", place / "model-bin")
+    weights = place / "model-bin/model.safetensors"
+    torch.save(load_file(weights), place / "model-bin/pytorch_model.bin")
+    weights.unlink()
+
+    (place / "rolebench").mkdir()
+    for source in SAMPLE.glob("*.json*"):
+        shutil.copy(source, place / "rolebench")
+    samples = [
+        {"role": "孙悟空", "system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},
+        {"role": "李白", "system": "你是李白。", "prompt": "饮酒否？", "response": "将进酒，杯莫停。"},
+    ]
+    for name in ("train.json", "test.json"):
+        (place / name).write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8")
+    (place / "ds.json").write_text(json.dumps(FLOAT32 | {"bf16": {"enabled": False}}))
+    return place
+
+
+# Each: (script, files that are damaged, arguments, a check of what it has written); {} is the directory of a copy of `small`.
+DATA = ("data_helper.py", "rolebench/*", "--data_dir {}/rolebench --roles all --train_path {}/out/train.json "
+        "--test_path {}/out/test.json")  # fmt: skip
+TRAIN = ("train.py", "model/*.json model/tokenizer.model model/model.safetensors train.json test.json ds.json",
+         "--model_name_or_path {}/model --train_path {}/train.json --test_path {}/test.json --ds_file {}/ds.json "
+         "--output_dir {}/out/run --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --lora_dim 2 "
+         "--show_loss_step 1 --sample_answers 0")  # fmt: skip
+MERGE = ("merge_params.py", "adapter/adapter_* model/*.json model/tokenizer.model model/model.safetensors",
+         "--ori_model_dir {}/model --model_dir {}/adapter --save_model_dir {}/out/merged --probes 1")  # fmt: skip
+MERGE_BIN = ("merge_params.py", "adapter-bin/adapter_model.bin model-bin/pytorch_model.bin",
+             "--ori_model_dir {}/model-bin --model_dir {}/adapter-bin --save_model_dir {}/out/merged --probes 1")  # fmt: skip
+PREDICT = ("predict.py", "test.json model/*.json model/tokenizer.model",
+           "--model_path {}/model --test_path {}/test.json --output_path {}/out/answers.jsonl --max_new_tokens 2 "
+           "--resamples 2 --data_dir {}/rolebench")  # fmt: skip
+ASK = ("web_demo.py", "rolebench/profiles* adapter/adapter_* model/*.json model/tokenizer.model",
+       "--model_path {}/model --adapter_path {}/adapter --desc_path {}/rolebench/profiles-zh_desc.json --ask 你是谁？")  # fmt: skip
+TINY = ("baichuan.tiny", "rolebench/*", "--save_dir {}/out/tiny --data_dir {}/rolebench --hidden_size 32 --steps 0 "
+        "--num_hidden_layers 1 --vocab_size 2000")  # fmt: skip
+
+
+def assert_whole(script: str, out: Path):
+    """What a script that succeeded has written can be read, and nothing temporary is beside it."""
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    if script == "data_helper.py":
+        for path in out.glob("*.json"):
+            assert list(data_helper.read_samples(path))
+    for _, adapter in checkpoints(out / "run"):
+        assert all(tensor.isfinite().all() for tensor in adapter_weights(adapter).values())
+        assert checkpoints(out / "run/state")
+    for model in (out / "merged", out / "tiny"):
+        if model.exists():
+            assert load_file(model / "model.safetensors") and (model / "tokenizer.model").exists()
+            json.loads((model / "config.json").read_text(encoding="utf-8"))
+    for answers in out.glob("answers*.jsonl"):
+        assert all(map(json.loads, answers.read_text(encoding="utf-8").splitlines()))
+
+
+def fresh(small: Path, place: Path) -> Path:
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(small, place)
+    (place / "out").mkdir()
+    return place
+
+
+@pytest.mark.parametrize(
+    "script, files, arguments, count",
+    [(*DATA, 420), (*TRAIN, 150), (*MERGE, 130), (*MERGE_BIN, 60), (*PREDICT, 60), (*ASK, 70), (*TINY, 30)],
+    ids=["data_helper", "train", "merge", "merge-bin", "predict", "web_demo", "tiny"],
+)
+def test_damaged_files(small, run, tmp_path, script, files, arguments, count):
+    for seed in range(count):
+        draw, place = random.Random(f"{script} {seed}"), fresh(small, tmp_path / f"set-{seed}")
+        damaged = draw.choice(sorted(path for pattern in files.split() for path in place.glob(pattern)))
+        damage(damaged, draw)
+        run(script, arguments.format(*[place] * 9).split(), place / "out", assert_whole)
+        shutil.rmtree(place)
+    assert run.refused > count / 4, "the damage has to be seen"
+
+
+@pytest.mark.parametrize(
+    "script, files, arguments, count",
+    [(*DATA, 60), (*TRAIN, 90), (*MERGE, 50), (*PREDICT, 40), (*ASK, 40), (*TINY, 20)],
+    ids=["data_helper", "train", "merge", "predict", "web_demo", "tiny"],
+)
+def test_damaged_command_lines(small, run, tmp_path, script, files, arguments, count):
+    for seed in range(count):
+        draw, place = random.Random(f"{script} {seed}"), fresh(small, tmp_path / f"set-{seed}")
+        argv = damaged_command(arguments.format(*[place] * 9).split(), draw)
+        run(script, argv, place / "out", lambda script, out: None)
+        shutil.rmtree(place)
+    assert run.refused > count / 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script, run, tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        SCRIPTS[script].main(["--help"])
+    assert ended.value.code == 0
+    flags = re.split(r"\n  (?=-)", capfd.readouterr().out)[1:]
+    assert len(flags) > 4
+    assert all(len(flag.split(None, 2)) == 3 and re.search("[a-z]{3} ", flag) for flag in flags), flags
+
+
+COMMANDS = [
+    ["data_helper.py", "--data_dir", "nowhere"],
+    ["data_helper.py", "--roles"],
+    ["data_helper.py", "--seed", "x"],
+    ["data_helper.py", "--train_path", "/dev/null/x", "--data_dir", "data/sample"],
+    ["data_helper.py", "--desc_path", "LICENSE"],
+    ["train.py"],
+    ["train.py", "--model_name_or_path", "LICENSE"],
+    ["train.py", "--ds_file", "LICENSE"],
+    ["train.py", "--train_path", "images/6_1.png", "--max_len", "0"],
+    ["train.py", "--output_dir", "LICENSE/run"],
+    ["merge_params.py"],
+    ["merge_params.py", "--ori_model_dir", "x", "--model_dir", "data", "--save_model_dir", "images"],
+    ["merge_params.py", "--ori_model_dir", "x", "--model_dir", "x", "--save_model_dir", "y", "--device", "99"],
+    ["predict.py", "--model_path", "nowhere"],
+    ["predict.py", "--model_path", "data", "--test_path", "LICENSE", "--batch_size", "0"],
+    ["web_demo.py", "--model_path", "nowhere"],
+    ["web_demo.py", "--port", "99999", "--desc_path", "LICENSE"],
+    ["web_demo.py", "--port", "x"],
+    ["-m", "baichuan.tiny"],
+    ["-m", "baichuan.tiny", "--save_dir", "images"],
+    ["-m", "baichuan.tiny", "--save_dir", "/dev/null/x", "--data_dir", "nowhere"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_real_commands(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("file", ["adapter-bin/adapter_model.bin", "model-bin/pytorch_model.bin"])
+@pytest.mark.parametrize("script", ["merge_params.py", "web_demo.py", "train.py"])
+def test_a_pickle_that_carries_code_is_refused(small, run, tmp_path, capfd, script, file):
+    place = fresh(small, tmp_path / "set")
+    torch.save({"base_model.model.model.norm.weight": Code(tmp_path / "ran")}, place / file)
+    arguments = {
+        "merge_params.py": MERGE_BIN[2],
+        "web_demo.py": ASK[2].replace("/adapter", "/adapter-bin").replace("/model", "/model-bin"),
+        "train.py": TRAIN[2].replace("/model ", "/model-bin "),
+    }[script]
+    if script == "train.py" and "adapter" in file:
+        pytest.skip("train.py reads no adapter")
+    run(script, arguments.format(*[place] * 9).split(), place / "out", lambda script, out: pytest.fail("was accepted"))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- numbers that go wrong
+
+
+def train_arguments_of(place: Path, *more) -> list[str]:
+    return [*TRAIN[2].format(*[place] * 9).split(), *map(str, more)]
+
+
+def error_line(arguments, capfd) -> str:
+    with pytest.raises(SystemExit) as ended:
+        train.main(arguments)
+    assert ended.value.code == 2
+    (line,) = re.findall("error: .*", capfd.readouterr().err)
+    return line
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_stop_the_run_with_step_and_samples(small, tmp_path, capfd, number):
+    place = fresh(small, tmp_path / "set")
+    weights = load_file(place / "model/model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = number
+    save_file(weights, place / "model/model.safetensors", metadata={"format": "pt"})
+    line = error_line(train_arguments_of(place), capfd)
+    assert re.search(r"train.json: the loss of step 1 is (nan|inf), with samples [12], [12]; ", line)
+    assert "No state is the last one saved" in line
+    assert not checkpoints(place / "out/run") and not checkpoints(place / "out/run/state")
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_state(small, tmp_path, capfd, monkeypatch):
+    """The gradient of step 3 is made infinite after a state of step 2 was saved; the loss itself is still finite."""
+    place, update = fresh(small, tmp_path / "set"), train.update
+
+    def overflowing(engine, dtype):
+        if engine.global_steps == 2:
+            for gradients in engine.optimizer.averaged_gradients.values():
+                gradients[0].fill_(math.inf)
+        return update(engine, dtype)
+
+    monkeypatch.setattr(train, "update", overflowing)
+    flags = ["--num_train_epochs", 4, "--save_model_step", 1]
+    line = error_line(train_arguments_of(place, *flags), capfd)
+    state = place / "out/run/state/epoch-2-step-2"
+    assert "the gradient of step 3 is not finite, with samples" in line and f"{state} is the last one saved" in line
+    assert [path.name for _, path in checkpoints(place / "out/run")] == ["epoch-1-step-1", "epoch-2-step-2"]
+    monkeypatch.undo()
+    train.main(train_arguments_of(place, *flags, "--resume"))  # what was kept is good
+    train.main([*train_arguments_of(fresh(small, tmp_path / "other"), *flags)])
+    ours, theirs = (adapter_weights(tmp_path / name / "out/run/epoch-4-step-4") for name in ("set", "other"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_huge_learning_rate_is_not_saved(small, tmp_path, capfd):
+    """The first update ruins the adapters: the test loss of what would be saved tells, before it is."""
+    place = fresh(small, tmp_path / "set")
+    line = error_line(train_arguments_of(place, "--learning_rate", 1e30, "--num_train_epochs", 3), capfd)
+    assert "test.json after step 1 is nan" in line or "the loss of step 2 is" in line
+    assert not checkpoints(place / "out/run")
+
+
+def test_a_loss_scale_that_cannot_fall_further_stops_the_run():
+    class Engine:
+        def step(self):
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+
+    assert math.isnan(train.update(Engine(), torch.float16))

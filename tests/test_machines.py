@@ -1,0 +1,259 @@
+"""Machines other than the usual: several of them, none with bfloat16, odd paths, nothing to write to, no network.
+
+Run by hand with the whole suite on Python 3.11; README.md names the other versions that were tried.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, adapter_weights, free_port, scalars
+
+import train
+
+BIN = Path(sys.executable).parent
+ROOT_USER = os.geteuid() == 0 and sys.platform == "linux"
+
+
+def environment(**more) -> dict[str, str]:
+    """This process's, without what conftest.py and training in this process set."""
+    ours = ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | more
+
+
+def run(command, **options) -> str:
+    """The output of a command, which has to succeed."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.fixture
+def bfloat16_file(tmp_path):
+    """The project's DeepSpeed file; on a copy, since its precision is what changes here."""
+    return shutil.copy(ROOT / "ds_zero2_no_offload.json", tmp_path)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """accelerator(bf16=…, fp16=…) makes DeepSpeed's accelerator say what it can do."""
+    train.join_processes()
+    from deepspeed import get_accelerator
+
+    def says(bf16: bool, fp16: bool):
+        monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: bf16)
+        monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: fp16)
+
+    return says
+
+
+def test_without_bfloat16_or_float16_training_is_in_float32(
+    accelerator, train_arguments, bfloat16_file, tmp_path, capsys
+):
+    accelerator(bf16=False, fp16=False)
+    train.main(train_arguments(tmp_path / "run", "--ds_file", bfloat16_file, "--sample_answers", 0))
+    assert "this device has no bfloat16; training in float32" in capsys.readouterr().out
+    weights = adapter_weights(tmp_path / "run/epoch-1-step-25")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_without_bfloat16_training_is_in_float16(
+    accelerator, train_arguments, bfloat16_file, tmp_path, capsys, monkeypatch
+):
+    """Gradients overflow while the loss scale, 65536 at first, falls: those steps count neither as nan nor as done."""
+    overflows, update = [], train.update
+
+    def watched(engine, dtype):
+        before = [p.detach().clone() for p in engine.module.parameters() if p.requires_grad]
+        norm = update(engine, dtype)
+        same = all(map(torch.equal, before, (p for p in engine.module.parameters() if p.requires_grad)))
+        overflows.append(bool(engine.optimizer.overflow))
+        assert same or not overflows[-1]
+        return norm
+
+    monkeypatch.setattr(train, "update", watched)
+    accelerator(bf16=False, fp16=True)
+    train.main(train_arguments(tmp_path / "run", "--ds_file", bfloat16_file, "--sample_answers", 0))
+    assert "this device has no bfloat16; training in float16" in capsys.readouterr().out
+    weights = adapter_weights(tmp_path / "run/epoch-1-step-25")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    losses = [value for _, value in scalars(tmp_path / "run", "train_loss")]
+    assert len(losses) == 25 and losses[-1] < losses[0] - 0.1
+    assert overflows[0] and not overflows[-1]
+
+
+# ---------------------------------------------------------------- the launcher's environment
+
+
+@pytest.mark.parametrize("visible", ["0", ""])
+def test_the_launcher_with_cuda_visible_devices(train_arguments, tmp_path, visible):
+    """The README's line, on a machine with or without that GPU."""
+    command = ["deepspeed", "--master_port", free_port(), "train.py", *train_arguments(tmp_path, "--sample_answers", 0)]
+    printed = run(command, env=environment(CUDA_VISIBLE_DEVICES=visible))
+    assert "25 steps of 8 samples" in printed and "float32 on 1 ×" in printed
+    assert (tmp_path / "epoch-1-step-25/adapter_model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- odd paths, a read-only home, no network
+
+# Python runs this at its start: it writes down each attempt to look a name up or to reach another machine.
+WATCH_NETWORK = """
+import sys
+
+def watch(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in (None, "", "localhost", "::1", "0.0.0.0") and not str(host).startswith("127."):
+        with open({log!r}, "a") as file:
+            file.write(f"{{sys.argv[:1]}} {{event}} {{host}}\\n")
+
+sys.addaudithook(watch)
+"""
+
+
+def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path):
+    """Every script in a directory with spaces and Chinese characters, under a home that nothing can be written to.
+
+    As root it has no network at all but the loopback; anywhere, no script tries to reach another machine.
+    """
+    place = tmp_path / "角色 扮演 (一)"
+    home, log = tmp_path / "home", tmp_path / "network.log"
+    for directory in (place, home, tmp_path / "site"):
+        directory.mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(WATCH_NETWORK.format(log=str(log)), encoding="utf-8")
+    model = shutil.copytree(checkpoint, place / "模型 7B")
+    caches = {
+        name: "" for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TRITON_CACHE_DIR") if name in os.environ
+    }
+    env = environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"), **caches)
+    for name in caches:
+        del env[name]
+    isolated = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"] if ROOT_USER else []
+    python = [*isolated, "python3"]
+    train_path, test_path, merged = place / "train 训练.json", place / "test.json", place / "merged 合并"
+    desc = ["--desc_path", ROOT / "data/sample/profiles-zh_desc.json"]
+    try:
+        if ROOT_USER:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", home], check=True)
+        else:
+            home.chmod(0o500)
+        data = ["--data_dir", ROOT / "data/sample", "--train_path", train_path, "--test_path", test_path]
+        run([*python, "data_helper.py", *data], env=env)
+        flags = ["--model_name_or_path", model, "--train_path", train_path, "--test_path", test_path]
+        flags += ["--ds_file", float32_ds_file, "--output_dir", place / "output dir", "--sample_answers", 1]
+        flags += ["--gradient_accumulation_steps", 16]
+        run([*isolated, "deepspeed", "--master_port", free_port(), "train.py", *flags], env=env)
+        (adapter,) = (place / "output dir").glob("epoch-*")
+        run(
+            [*python, "merge_params.py", "--ori_model_dir", model, "--model_dir", adapter, "--save_model_dir", merged],
+            env=env,
+        )
+        predict = ["--model_path", merged, "--test_path", test_path, "--output_path", place / "answers 回答.jsonl"]
+        run([*python, "predict.py", *predict, "--max_new_tokens", 4, "--resamples", 1], env=env)
+        run([*python, "web_demo.py", "--model_path", merged, *desc, "--ask", "你是谁？", "--role", "孙悟空"], env=env)
+        page = [*python, "web_demo.py", "--model_path", merged, *desc, "--port", free_port()]
+        with subprocess.Popen(list(map(str, page)), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as serving:
+            assert any("http://127.0.0.1" in line for line in serving.stdout)
+            serving.terminate()
+    finally:
+        if ROOT_USER:
+            subprocess.run(["umount", home], check=True)
+        else:
+            home.chmod(0o700)
+    assert not log.exists(), log.read_text()
+    assert not list(home.iterdir())
+
+
+# ---------------------------------------------------------------- two hosts
+
+if ROOT_USER and shutil.which("ip"):
+
+    @pytest.fixture
+    def hosts():
+        """Two network namespaces with a cable between them: [(name, interface, address)]."""
+        pair = [(f"host{n}-{os.getpid()}", f"cable{n}", f"10.77.0.{n + 1}") for n in range(2)]
+
+        def ip(*arguments):
+            subprocess.run(["ip", *arguments], check=True)
+
+        try:
+            for name, _, _ in pair:
+                ip("netns", "add", name)
+            ip("link", "add", "cable0", "netns", pair[0][0], "type", "veth", "peer", "cable1", "netns", pair[1][0])
+            for name, interface, address in pair:
+                ip("-n", name, "address", "add", f"{address}/24", "dev", interface)
+                ip("-n", name, "link", "set", interface, "up")
+                ip("-n", name, "link", "set", "lo", "up")
+            yield pair
+        finally:
+            for name, _, _ in pair:
+                subprocess.run(["ip", "netns", "delete", name])
+
+    def start_on_hosts(hosts, hostfile, arguments):
+        """The README's command on each host."""
+        hostfile.write_text("".join(f"{address} slots=1\n" for _, _, address in hosts))
+        port = free_port()
+        return [
+            subprocess.Popen(
+                list(map(str, ["ip", "netns", "exec", name, "deepspeed", "--hostfile", hostfile, "--no_ssh"]))
+                + ["--node_rank", str(rank), "--master_addr", hosts[0][2], "--master_port", str(port), "train.py"]
+                + list(map(str, arguments[rank])),
+                cwd=ROOT,
+                env=environment(GLOO_SOCKET_IFNAME=interface),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, (name, interface, _) in enumerate(hosts)
+        ]
+
+    def test_two_hosts_train_as_two_processes_of_one(hosts, train_arguments, tmp_path):
+        flags = ["--gradient_accumulation_steps", 4, "--lora_dropout", 0.1, "--sample_answers", 0]
+        arguments = train_arguments(tmp_path / "two", *flags)
+        runs = start_on_hosts(hosts, tmp_path / "hostfile", [arguments, arguments])
+        printed = [run.communicate(timeout=300)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], printed
+        assert "12 steps of 16 samples" in printed[0] and "samples" not in printed[1].split("tokenizing")[-1]
+        one = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "train.py"]
+        run([*one, *train_arguments(tmp_path / "one", *flags)], env=environment())
+        ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-12") for name in ("two", "one"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs)
+        for curve in ("train_loss", "grad_norm", "ppl"):
+            assert scalars(tmp_path / "two", curve) == scalars(tmp_path / "one", curve)
+
+    def test_hosts_with_different_data_are_refused(hosts, train_arguments, samples, tmp_path):
+        other = tmp_path / "train.json"
+        other.write_text("".join(Path(samples[0]).read_text().splitlines(keepends=True)[::-1]))
+        arguments = [train_arguments(tmp_path / "run"), train_arguments(tmp_path / "run", "--train_path", other)]
+        runs = start_on_hosts(hosts, tmp_path / "hostfile", arguments)
+        for launched in runs:
+            printed, _ = launched.communicate(timeout=120)
+            assert launched.returncode == 2 and "error: the processes differ in training data" in printed
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_versions_of_python_at_hand_compile_every_file():
+    """3.11 to 3.13 run the whole suite; here each that is installed at least reads the code."""
+    versions = [shutil.which(f"python3.{minor}") for minor in (11, 12, 13, 14)]
+    sources = sorted(map(str, [*ROOT.glob("*.py"), *(ROOT / "baichuan").glob("*.py")]))
+    check = (
+        "import ast, json, sys\nfor path in json.load(sys.stdin): ast.parse(open(path, encoding='utf-8').read(), path)"
+    )
+    for python in filter(None, versions):
+        subprocess.run([python, "-c", check], input=json.dumps(sources), text=True, check=True)
