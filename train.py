@@ -274,7 +274,7 @@ def main(argv=None):
     dtype = processes.precision(config, main_process)
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, dtype)
-    how = (args.packing, args.max_pack_len, args.per_device_train_batch_size, device.type == "cuda")
+    how = (args.packing, args.max_pack_len, args.per_device_train_batch_size)
     collator = utils.Collator(train_data, *how)
     steps = utils.Steps(
         train_data, collator, step_size(args, world_size), args.num_train_epochs, args.seed, rank, world_size

@@ -148,7 +148,7 @@ class OwnSteps:
 
     def batches(self, data, indices):
         packing = "prefix" if self.way == "prefix" else "none"
-        collator = utils.Collator(data, packing, self.args.max_pack_len, 2, mix_personas=self.device.type == "cuda")
+        collator = utils.Collator(data, packing, self.args.max_pack_len, 2)
         return collator(data.by_persona(indices) if packing == "prefix" else indices)
 
     def loss(self, module, batch, tokens):
@@ -229,7 +229,7 @@ class TrainerSteps:
             per_device_train_batch_size=2,
             gradient_accumulation_steps=len(indices) // 2,
             max_steps=steps,
-            learning_rate=1e-4,
+            learning_rate=0.0,  # its weights stay comparable from one size to the next
             max_grad_norm=0.0,
             bf16=self.args.dtype == "bfloat16" and self.device.type == "cuda",
             use_cpu=self.device.type == "cpu",

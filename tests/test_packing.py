@@ -167,9 +167,6 @@ def test_rows_hold_every_sample_once_and_keep_their_length(loaded):
         supervised = [label for row in rows for label in row["loss_positions"][:, 1].tolist()]
         assert supervised == [id for index in indices for id in data.sample(index)[0][data.sample(index)[1] :].tolist()]
     assert len(rows) == 1
-    apart = utils.Collator(data, "prefix", 10_000, 2, mix_personas=False)(indices)
-    assert len(apart) == len(data.personas)
-    assert sum(row["input_ids"].shape[1] for row in apart) == rows[0]["input_ids"].shape[1]
     assert rows[0]["input_ids"].shape[1] == len(data.ids) + sum(map(len, data.personas))
 
 
