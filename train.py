@@ -315,7 +315,7 @@ def main(argv=None):
         worker_init_fn=processes.leave_signals_to_parent,
     )
     log = utils.Log(output_dir / "runs", len(steps), first, run["losses"], main_process)
-    with processes.StopRequest() as stop_request:
+    with log, processes.StopRequest() as stop_request:
         for step, (batches, tokens) in enumerate(loader, start=first + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
             loss, stop = train_step(

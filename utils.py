@@ -326,6 +326,14 @@ class Log:
         self.reset()
         self.losses = losses
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
     def reset(self):
         self.losses, self.samples, self.tokens, self.start = [], 0, 0, time.perf_counter()
 

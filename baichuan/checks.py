@@ -101,9 +101,12 @@ def deepspeed_config(args) -> dict:
         problems.append(f"{args.ds_file}: enable bf16 or fp16, not both; neither gives float32")
     if "type" not in sections["optimizer"]:
         problems.append(f'{args.ds_file}: optimizer.type is missing; "AdamW" with "torch_adam": true needs no compiler')
+    params = sections["optimizer"].setdefault("params", {})
+    if not isinstance(params, dict) or not isinstance(params.setdefault("torch_adam", True), bool):
+        problems.append(f"{args.ds_file}: optimizer.params must be an object, and its torch_adam true or false")
     if problems:
         raise UserError(*problems)
-    config["optimizer"].setdefault("params", {}).update(lr=args.learning_rate, weight_decay=args.weight_decay)
+    params.update(lr=args.learning_rate, weight_decay=args.weight_decay)
     # A step's backward passes are summed by hand (their number varies), so to DeepSpeed every step is one micro-batch.
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     config["gradient_accumulation_steps"] = 1

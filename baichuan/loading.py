@@ -42,22 +42,29 @@ def model_directory_problems(directory) -> list[str]:
     return problems
 
 
-def load_tokenizer(directory):
-    """(tokenizer, generation_config) of a model directory. Raises: UserError."""
-    try:
-        generation_config = GenerationConfig.from_pretrained(directory)
-        turn_markers(generation_config)
-        return BaichuanTokenizer.from_pretrained(directory), generation_config
-    except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
-        raise UserError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
-
-
 def load_config(directory) -> BaichuanConfig:
     """The config.json of a model directory. Raises: UserError."""
     try:
         return BaichuanConfig.from_pretrained(directory)
     except Exception as error:  # json, transformers and its checks of types each have their own
         raise UserError(f"{directory}/config.json: is no Baichuan2 configuration: {error}") from error
+
+
+def load_tokenizer(directory):
+    """(tokenizer, generation_config) of a model directory. Raises: UserError."""
+    config = load_config(directory)
+    try:
+        generation_config = GenerationConfig.from_pretrained(directory)
+        markers = turn_markers(generation_config)
+        tokenizer = BaichuanTokenizer.from_pretrained(directory)
+        if not tokenizer.text_to_ids("。") or not isinstance(tokenizer.init_kwargs.get("auto_map", {}), dict):
+            raise ValueError("a file is damaged")
+        largest = max(len(tokenizer) - 1, tokenizer.eos_token_id, *markers.values())
+        if largest >= config.vocab_size:
+            raise ValueError(f"it has the token {largest}, config.json says that there are {config.vocab_size}")
+    except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
+        raise UserError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
+    return tokenizer, generation_config
 
 
 def load_model(directory, dtype: torch.dtype, attn_implementation: str = "sdpa"):

@@ -7,7 +7,6 @@ tensors under the same names, the same JSON files. It is pre-trained on the sing
 answer belongs to which question: that is left for train.py to teach.
 """
 
-import json
 import random
 import re
 import sys
@@ -22,7 +21,7 @@ from transformers import GenerationConfig, set_seed
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.script import ArgumentParser, UserError, entry_point, whole_directory
-from data_helper import persona
+from data_helper import persona, read_profiles, read_rows
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
 SYMBOLS = [
@@ -51,13 +50,12 @@ def parse_args(argv=None):
 def read_sentences(data_dir: str) -> list[str]:
     """The sentences of personas, questions and answers of the training files, each by itself, without repetition."""
     data_dir = Path(data_dir)
-    profiles = json.loads((data_dir / "profiles-zh_desc.json").read_text(encoding="utf-8"))
+    profiles = read_profiles(data_dir / "profiles-zh_desc.json")
     personas = "\n".join(persona(role, description) for role, description in profiles.items())
     sentences = re.findall(r"[^。\n]+。?\n?", personas)  # whole, they would be several times as long as all else
     for kind in ("role_specific", "general"):
-        for line in (data_dir / f"rolebench-zh_{kind}_train.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            sentences += [record["question"], *record["generated"]]
+        for row in read_rows(data_dir / f"rolebench-zh_{kind}_train.jsonl", None):
+            sentences += [row["question"], *row["generated"]]
     return list(dict.fromkeys(sentences))
 
 
@@ -126,7 +124,10 @@ def main(argv=None):
         vocab_file = directory / "tokenizer.model"
         try:
             vocab_file.write_bytes(train_tokenizer(sentences, args.vocab_size))
-        except RuntimeError as error:  # SentencePiece: vocabulary larger than the text has pieces, and the like
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # SentencePiece: vocabulary larger than the text has pieces, and the like
             raise UserError(f"--vocab_size {args.vocab_size}: {str(error).splitlines()[-1]}") from error
         tokenizer = BaichuanTokenizer(
             str(vocab_file), user_token_id=USER_TOKEN_ID, assistant_token_id=ASSISTANT_TOKEN_ID, model_max_length=4096

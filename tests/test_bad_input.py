@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -40,6 +41,7 @@ SCRIPTS = {
     "baichuan.tiny": tiny,
 }
 SAMPLE = ROOT / "data/sample"
+SECONDS = 60  # for a call; most take less than one
 
 # ---------------------------------------------------------------- damage
 
@@ -226,6 +228,7 @@ class Run:
     def judge(self, script, argv, outputs, whole):
         before, case = files_in(outputs), f"{script} {argv}"
         status = 0
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             SCRIPTS[script].main(argv)
         except SystemExit as error:
@@ -233,6 +236,8 @@ class Run:
         except BaseException as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise AssertionError(f"{case}: ended in {error!r}, {place.filename}:{place.lineno}") from error
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         printed = "".join(self.capfd.readouterr())
         assert "Traceback (most recent" not in printed, f"{case}:\n{printed}"
         if status == 0:
@@ -251,9 +256,14 @@ class Run:
 @pytest.fixture
 def run(capfd, monkeypatch, tmp_path):
     """Calls go on in a directory of their own, where a wrong flag may write. Yields a `Run`; files are in `tmp_path`."""
+
+    def too_long(*_):
+        raise TimeoutError(f"no end after {SECONDS} seconds")
+
     monkeypatch.chdir(tmp_path)
-    watched = Run(capfd)
+    watched, before = Run(capfd), signal.signal(signal.SIGALRM, too_long)
     yield watched
+    signal.signal(signal.SIGALRM, before)
     assert not watched.failures, "\n".join([f"{len(watched.failures)} failures", *watched.failures])
 
 
@@ -290,7 +300,9 @@ def small(tmp_path_factory) -> Path:
     ]
     for name in ("train.json", "test.json"):
         (place / name).write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8")
-    (place / "ds.json").write_text(json.dumps(FLOAT32 | {"bf16": {"enabled": False}}))
+    # Without torch_adam, whose false would have DeepSpeed compile an Adam of its own for minutes.
+    optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.95], "eps": 1e-8}}
+    (place / "ds.json").write_text(json.dumps(FLOAT32 | {"bf16": {"enabled": False}, "optimizer": optimizer}))
     return place
 
 
@@ -338,6 +350,7 @@ def fresh(small: Path, place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, files, arguments, count",
     [(*DATA, 420), (*TRAIN, 150), (*MERGE, 130), (*MERGE_BIN, 60), (*PREDICT, 60), (*ASK, 70), (*TINY, 30)],
@@ -353,6 +366,7 @@ def test_damaged_files(small, run, tmp_path, script, files, arguments, count):
     assert run.refused > count / 4, "the damage has to be seen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, files, arguments, count",
     [(*DATA, 60), (*TRAIN, 90), (*MERGE, 50), (*PREDICT, 40), (*ASK, 40), (*TINY, 20)],
