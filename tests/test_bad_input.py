@@ -410,7 +410,7 @@ COMMANDS = [
     ["web_demo.py", "--model_path", "nowhere"],
     ["web_demo.py", "--port", "99999", "--desc_path", "LICENSE"],
     ["web_demo.py", "--port", "x"],
-    ["-m", "baichuan.tiny"],
+    ["-m", "baichuan.tiny", "--steps", "x"],
     ["-m", "baichuan.tiny", "--save_dir", "images"],
     ["-m", "baichuan.tiny", "--save_dir", "/dev/null/x", "--data_dir", "nowhere"],
 ]
