@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
@@ -27,8 +26,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.agreement import Agreement, compare, compute_in_float32, logits_of
 from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import load_tokenizer, model_directory_problems, pick_device
-from baichuan.script import ArgumentParser, UserError, entry_point, whole_directory
+from baichuan.loading import (
+    load_adapter,
+    load_config,
+    load_tokenizer,
+    model_directory_problems,
+    pick_device,
+    refuse_misfits,
+)
+from baichuan.script import ArgumentParser, UserError, entry_point, few, whole_directory
 from baichuan.weight_files import Weights, load_shard, read_json, write_weights
 from data_helper import persona, read_samples
 
@@ -110,6 +116,10 @@ def read_adapter(directory: Path) -> dict[str, Update]:
     if problems:
         raise UserError(*problems)
     settings = {name: defaults[name] for name in FOLLOWED} | settings
+    patterns = [settings[name] or {} for name in ("rank_pattern", "alpha_pattern")]
+    numbers = [settings["r"], settings["lora_alpha"], *(n for p in patterns if isinstance(p, dict) for n in p.values())]
+    if not all(isinstance(p, dict) for p in patterns) or not all(type(n) in (int, float) and n > 0 for n in numbers):
+        raise UserError(f"{directory / 'adapter_config.json'}: ranks and alphas must be positive numbers")
 
     path = adapter_file(directory)
     factors: dict[str, dict[str, torch.Tensor]] = {}  # {module: {"A": …, "B": …}}
@@ -128,8 +138,8 @@ def read_adapter(directory: Path) -> dict[str, Update]:
     updates = {}
     for module, pair in factors.items():
         rank, alpha = (
-            settings[patterns].get(get_pattern_key(settings[patterns], module), settings[name])
-            for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+            pattern.get(get_pattern_key(pattern, module), settings[name])
+            for pattern, name in zip(patterns, ("r", "lora_alpha"))
         )
         if pair.keys() != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {rank}:
             problems.append(f"{path}: {module} has no lora_A and lora_B of rank {rank}, which adapter_config.json says")
@@ -146,11 +156,6 @@ def adapter_file(directory: Path) -> Path:
         if (directory / name).exists():
             return directory / name
     raise UserError(f"{directory}: holds no adapter_model.safetensors: name the directory of an adapter")
-
-
-def few(problems: list[str]) -> list[str]:
-    """What is wrong in every layer is told by five lines."""
-    return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)
 
 
 def digest(directory: Path) -> str:
@@ -177,9 +182,7 @@ def read_inputs(args):
     updates = read(read_adapter, args.model_dir)
     probes = read(read_probes, args, base) if base else None
     if weights:
-        with torch.device("meta"):
-            model = BaichuanForCausalLM(base[0])
-        problems += few([f"{args.ori_model_dir}: {problem}" for problem in weights.problems(model)])
+        read(refuse_misfits, args.ori_model_dir, base[0], weights)
     if weights and updates:
         problems += few([f"{args.model_dir}: {problem}" for problem in misfits(weights, updates)])
     if weights and not args.check_only and free_bytes(args.save_model_dir) < weights.bytes:
@@ -209,7 +212,8 @@ def target_problems(args) -> list[str]:
 
 def free_bytes(path: Path) -> int:
     """Of the disk where `path` is to be."""
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, BaichuanTokenizer]:
@@ -219,10 +223,7 @@ def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, Baichu
     if (kind := read_json(directory / "config.json").get("model_type")) != "baichuan":
         raise UserError(f"{directory}: is a model of the type {kind}: name a Baichuan2 model")
     tokenizer, generation_config = load_tokenizer(directory)
-    try:
-        return BaichuanConfig.from_pretrained(directory), generation_config, tokenizer
-    except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
+    return load_config(directory), generation_config, tokenizer
 
 
 def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
@@ -283,6 +284,7 @@ def save_baichuan(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTo
     with torch.device("meta"):
         model = BaichuanForCausalLM(config)
     config.architectures = [type(model).__name__]
+    config.auto_map = {}  # whatever code the base named, here it is this project's
     custom_object_save(model, directory, config=config)
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -296,7 +298,8 @@ def load_model(directory: Path, device: torch.device) -> torch.nn.Module:
     weights = Weights(directory)
     llama = read_json(directory / "config.json").get("model_type") == "llama"
     kind, config_kind = (LlamaForCausalLM, LlamaConfig) if llama else (BaichuanForCausalLM, BaichuanConfig)
-    config = config_kind.from_pretrained(directory)
+    config = load_config(directory, config_kind)
+    refuse_misfits(directory, config, weights, kind)
     model = kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=weights.dtype)
     compute_in_float32(model)
     return model.to(device).eval()
@@ -304,7 +307,7 @@ def load_model(directory: Path, device: torch.device) -> torch.nn.Module:
 
 def adapter_logits(base: Path, adapter: Path, probes, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The probes' logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
-    model = PeftModel.from_pretrained(load_model(base, device), adapter)
+    model = load_adapter(load_model(base, device), adapter)
     with_adapter = logits_of(model.get_base_model(), probes)
     with model.disable_adapter():
         return with_adapter, logits_of(model.get_base_model(), probes)

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, set_seed
 
 from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import load_model, load_tokenizer, model_directory_problems, pick_device
+from baichuan.loading import load_model, load_tokenizer, model_directory_problems, pick_device, refuse_to_fail_later
 from baichuan.scoring import COLUMNS, Scores, interval
-from baichuan.script import ArgumentParser, UserError, entry_point
+from baichuan.script import ArgumentParser, UserError, entry_point, number_problems
 from baichuan.weight_files import Weights
 from data_helper import read_rows, read_samples, without_address
 
@@ -196,19 +196,20 @@ def answer_all(args, model_path: Path, path: Path, questions: list[Question], de
         print(f"{path}: has all answers of {model_path} already")
         return [answers[number] for number in range(len(questions))]
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, generation_config = load_tokenizer(model_path)
     model = load_model(model_path, Weights(model_path).dtype).to(device).eval()
     if args.sample:
         generation_config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
     else:
         generation_config = greedy(generation_config, args.max_new_tokens)
+    refuse_to_fail_later(model_path, model, tokenizer, generation_config)
     prompts = [conversation(question.system, question.prompt) for question in questions]
     # Questions of about the same length go together; the longest first, so that memory fails at once or not at all.
     order = sorted(
         range(len(questions)), key=lambda number: -sum(len(message["content"]) for message in prompts[number])
     )
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(path, "a" if answers else "w", encoding="utf-8") as file,
         tqdm(total=len(questions), initial=len(answers), desc=model_path.name, unit=" answers") as progress,
@@ -218,7 +219,7 @@ def answer_all(args, model_path: Path, path: Path, questions: list[Question], de
         for batch in batches:
             if not (missing := [number for number in batch if number not in answers]):
                 continue
-            set_seed(args.seed + batch[0])  # a run that was interrupted draws what it would have drawn
+            set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
             found = dict(
                 zip(batch, answer_batch(model, tokenizer, [prompts[number] for number in batch], generation_config))
             )
@@ -285,9 +286,7 @@ def read_inputs(args) -> tuple[torch.device, list[Question]]:
         except UserError as error:
             problems.extend(error.problems)
 
-    for name in ("batch_size", "max_new_tokens", "resamples"):
-        if getattr(args, name) < 1:
-            problems.append(f"--{name} {getattr(args, name)}: must be at least 1")
+    problems += number_problems(args, {"batch_size": 1, "max_new_tokens": 1, "resamples": 1, "seed": 0})
     for model in filter(None, (args.model_path, args.baseline_path)):
         if (model / "adapter_config.json").exists():
             problems.append(f"{model}: is an adapter: merge it into its base with merge_params.py first")

@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from baichuan.loading import load_config, model_directory_problems
-from baichuan.script import UserError, unwritable
+from baichuan.script import UserError, number_problems, unwritable
 from baichuan.states import checkpoints, newest_state
 
 
@@ -24,23 +25,19 @@ def refuse_wrong_arguments(args):
 
 
 def argument_problems(args) -> list[str]:
-    problems = []
-    for name in (
-        *("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        *("num_train_epochs", "show_loss_step", "max_pack_len"),
-    ):
-        if getattr(args, name) < 1:
-            problems.append(f"--{name} must be at least 1, not {getattr(args, name)}")
+    positive = ("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps")
+    positive += ("num_train_epochs", "show_loss_step", "max_pack_len", "save_total_limit")
+    least = dict.fromkeys(positive, 1) | dict.fromkeys(("save_model_step", "sample_answers", "seed"), 0)
+    problems = number_problems(args, least)
     for name in ("learning_rate", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:
             problems.append(f"--{name} must be positive, not {getattr(args, name)}")
-    for name in ("save_model_step", "sample_answers", "seed"):
-        if not 0 <= getattr(args, name) < 2**32:
-            problems.append(f"--{name} must be from 0 to 2³²−1, not {getattr(args, name)}")
-    if args.save_total_limit is not None and args.save_total_limit < 1:
-        problems.append(f"--save_total_limit must be at least 1, not {args.save_total_limit}")
     if problem := unwritable(args.output_dir):
         problems.append(f"--output_dir {args.output_dir}: cannot be written: {problem}")
+    elif re.search("[\ud800-\udfff]", args.output_dir):  # how Python holds bytes of a name that are no text
+        problems.append(
+            f"--output_dir {args.output_dir}: TensorBoard takes names in UTF-8 only: name another directory"
+        )
     elif not args.resume and (newest_state(args.output_dir)[1] or checkpoints(args.output_dir)):
         problems.append(
             f"{args.output_dir}: holds a run already; --resume goes on with it, or name another --output_dir"
@@ -99,6 +96,9 @@ def deepspeed_config(args) -> dict:
             problems.append(f"{args.ds_file}: {key}.enabled must be true or false")
     if sections["bf16"].get("enabled") and sections["fp16"].get("enabled"):
         problems.append(f"{args.ds_file}: enable bf16 or fp16, not both; neither gives float32")
+    clipping = config.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or not 0 <= clipping < math.inf:
+        problems.append(f"{args.ds_file}: gradient_clipping must be a number, 0 or more, not {clipping!r}")
     if "type" not in sections["optimizer"]:
         problems.append(f'{args.ds_file}: optimizer.type is missing; "AdamW" with "torch_adam": true needs no compiler')
     params = sections["optimizer"].setdefault("params", {})

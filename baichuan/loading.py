@@ -1,22 +1,18 @@
 """Model directories: what they lack, and what they hold, with errors that name the file."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import turn_markers
-from baichuan.script import UserError
-
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+from baichuan.generation_utils import messages_to_ids, turn_markers
+from baichuan.script import UserError, few
+from baichuan.weight_files import WEIGHT_FILES, Weights
 
 
 def model_directory_problems(directory) -> list[str]:
@@ -42,12 +38,21 @@ def model_directory_problems(directory) -> list[str]:
     return problems
 
 
-def load_config(directory) -> BaichuanConfig:
+def load_config(directory, kind=BaichuanConfig):
     """The config.json of a model directory. Raises: UserError."""
     try:
-        return BaichuanConfig.from_pretrained(directory)
+        return kind.from_pretrained(directory)
     except Exception as error:  # json, transformers and its checks of types each have their own
-        raise UserError(f"{directory}/config.json: is no Baichuan2 configuration: {error}") from error
+        raise UserError(f"{directory}/config.json: is no {kind.__name__}: {error.__cause__ or error}") from error
+
+
+def refuse_unknown_tokens(generation_config, vocab_size: int):
+    """Raise ValueError if a token of generation_config.json is none of the model's."""
+    for name, value in vars(generation_config).items():
+        if name.endswith("_token_id") and value is not None:
+            ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+            if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
+                raise ValueError(f"generation_config.json: {name} {value!r} is no token of the model")
 
 
 def load_tokenizer(directory):
@@ -56,10 +61,14 @@ def load_tokenizer(directory):
     try:
         generation_config = GenerationConfig.from_pretrained(directory)
         markers = turn_markers(generation_config)
+        refuse_unknown_tokens(generation_config, config.vocab_size)
         tokenizer = BaichuanTokenizer.from_pretrained(directory)
         if not tokenizer.text_to_ids("。") or not isinstance(tokenizer.init_kwargs.get("auto_map", {}), dict):
             raise ValueError("a file is damaged")
-        largest = max(len(tokenizer) - 1, tokenizer.eos_token_id, *markers.values())
+        json.dumps(tokenizer.init_kwargs, default=str, ensure_ascii=False).encode()  # as it will be saved
+        if turn_markers(tokenizer) != markers:
+            raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
+        largest = max(len(tokenizer) - 1, tokenizer.eos_token_id)
         if largest >= config.vocab_size:
             raise ValueError(f"it has the token {largest}, config.json says that there are {config.vocab_size}")
     except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
@@ -67,13 +76,60 @@ def load_tokenizer(directory):
     return tokenizer, generation_config
 
 
-def load_model(directory, dtype: torch.dtype, attn_implementation: str = "sdpa"):
-    """The model of a directory, on the CPU. Raises: UserError naming what does not fit."""
+def refuse_misfits(directory, config, weights: Weights, kind=BaichuanForCausalLM):
+    """Raise UserError naming the stored tensors that are not those of the model `kind(config)`.
+
+    To be called before that is built: the model that a damaged config.json asks for may exceed the memory.
+    """
+    if config.num_hidden_layers > len(weights.tensors):
+        raise UserError(f"{directory}: config.json asks for {config.num_hidden_layers} layers, which the weights lack")
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            model = kind(config)
+    except Exception as error:  # sizes that do not go together fail anywhere in torch and transformers
+        raise UserError(f"{directory}/config.json: no model can be built from it: {error}") from error
+    if problems := weights.problems(model):
+        raise UserError(*few([f"{directory}: {problem}" for problem in problems]))
+
+
+def load_model(directory, dtype: torch.dtype | str, attn_implementation: str = "sdpa"):
+    """The model of a directory, on the CPU; dtype "auto" is the checkpoint's. Raises: UserError naming what does not fit."""
+    refuse_misfits(directory, load_config(directory), Weights(Path(directory)))
     logging.set_verbosity_error()  # its table of tensors that do not fit; the error below names them
     try:
         return BaichuanForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attn_implementation)
     except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
         raise UserError(f"{directory}: the model cannot be loaded: {error}") from error
+
+
+def load_adapter(model, directory) -> PeftModel:
+    """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
+    try:
+        # Its layers take memory once their numbers are found, not when a damaged setting asks for them.
+        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True)
+        if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ValueError(f"{lacking[0]} is missing")
+    except Exception as error:  # a damaged file, or one for a model of another shape: PEFT has no class for it
+        raise UserError(f"{directory}: the adapter cannot be loaded: {error}") from error
+    return adapter
+
+
+def refuse_to_fail_later(directory, model, tokenizer, generation_config: GenerationConfig):
+    """Generate one token, since settings of an adapter or of generation_config.json turn out wrong only then.
+
+    Raises: UserError.
+    """
+    ids = torch.tensor(
+        [messages_to_ids(tokenizer, [{"role": "user", "content": "你好"}], tokenizer)], device=model.device
+    )
+    config = deepcopy(generation_config)
+    config.update(max_new_tokens=1)
+    try:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any, as deep as the setting is used
+        raise UserError(f"{directory}: answering fails, with generation_config.json as it is: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

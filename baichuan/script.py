@@ -4,6 +4,7 @@ import argparse
 import functools
 import glob
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -51,6 +52,10 @@ def entry_point(main):
             speaks |= isinstance(error, OneProcessError)
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # as shells report Ctrl-C
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's, on the CPU without a class of its own
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+                raise
+            problems, speaks = [f"too little memory is free: {first_line(error)}"], True
         except OSError as error:  # disk full, permission, a directory where a file should be, …
             where = f"{error.filename}: " if error.filename else ""
             problems = [f"{where}{error.strerror or error}"]
@@ -74,7 +79,8 @@ def whole_files(*paths):
         for path, target in zip(temporary, paths):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target)
-            handles.append(open(path, "w", encoding="utf-8", newline="\n"))
+            # A file name that is no UTF-8 reaches Python as half surrogates, which JSON writes with backslashes.
+            handles.append(open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n"))
         yield handles
         for handle in handles:
             handle.flush()
@@ -82,6 +88,7 @@ def whole_files(*paths):
             handle.close()
         for source, target in zip(temporary, paths):
             source.replace(target)
+            put_on_disk(target.parent)
     finally:
         for handle in handles:
             handle.close()
@@ -98,10 +105,25 @@ def writing(path):
         raise OneProcessError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
+def number_problems(args, least: dict[str, int]) -> list[str]:
+    """Which of the integer flags are below their least value, or beyond what 32 bits hold."""
+    values = {name: (getattr(args, name), low) for name, low in least.items() if getattr(args, name) is not None}
+    return [
+        f"--{name} {value}: must be from {low} to 2³²−1"
+        for name, (value, low) in values.items()
+        if not low <= value < 2**32
+    ]
+
+
 def first_line(error: Exception) -> str:
     """Of what an error says, or its class if it says nothing."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def few(problems: list[str]) -> list[str]:
+    """What is wrong in every layer is told by five lines."""
+    return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)
 
 
 def unwritable(directory) -> str | None:
@@ -144,15 +166,26 @@ def remove_leftovers(path: Path):
 
 def rename_directory(temporary: Path, path: Path):
     """Give a finished directory its name, once its files are on disk; what had the name before goes."""
-    for file in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    put_on_disk(*temporary.rglob("*"), temporary)
     old = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(path)
+    temporary.rename(path)
+    put_on_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path):
+    """Remove a directory, which is whole under its name until it is gone under it."""
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def put_on_disk(*paths):
+    """Wait until files, and the names in directories, would outlast a power cut."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import DynamicCache
 
 from .generation_utils import messages_to_ids
-from .loading import load_model, load_tokenizer
+from .loading import load_adapter, load_model, load_tokenizer, refuse_to_fail_later
 from .script import UserError
 
 SHORTEST_REPLY = 16  # tokens; a question that leaves less room is too long
@@ -79,16 +79,13 @@ class Speaker:
         model.generation_config = generation_config
         if device.type == "cpu" and model.dtype == torch.float16:
             model = model.float()
+        adapter = load_adapter(model, adapter_path) if adapter_path else None  # its layers enter `model`
         try:
-            adapter = (
-                PeftModel.from_pretrained(model, adapter_path) if adapter_path else None
-            )  # its layers enter `model`
-        except Exception as error:  # a damaged file, or one for a model of another shape
-            raise UserError(f"{adapter_path}: does not fit {model_path}: {error}") from error
-        try:
-            return cls(model.to(device).eval(), tokenizer, adapter)
+            model = model.to(device).eval()
+            refuse_to_fail_later(adapter_path or model_path, model, tokenizer, generation_config)
         except torch.OutOfMemoryError as error:
             raise UserError(f"{device}: too little memory is free for {model_path}: give --device cpu") from error
+        return cls(model, tokenizer, adapter)
 
     def fit(self, messages: list[dict], wanted: int) -> tuple[list[int], int, bool]:
         """Share the context out: persona and question come first, then the reply, then the earlier rounds.

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import GenerationConfig, set_seed
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.script import ArgumentParser, UserError, entry_point, whole_directory
+from baichuan.script import ArgumentParser, UserError, entry_point, number_problems, whole_directory
 from data_helper import persona, read_profiles, read_rows
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
@@ -118,6 +119,9 @@ def pretrain(model, tokenizer, sentences: list[str], steps: int, batch_size: int
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
+    least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "steps": 0, "batch_size": 1, "seed": 0}
+    if problems := number_problems(args, least):
+        raise UserError(*problems)
     set_seed(args.seed)
     sentences = read_sentences(args.data_dir)
     with whole_directory(args.save_dir) as directory:
@@ -132,14 +136,17 @@ def main(argv=None):
         tokenizer = BaichuanTokenizer(
             str(vocab_file), user_token_id=USER_TOKEN_ID, assistant_token_id=ASSISTANT_TOKEN_ID, model_max_length=4096
         )
-        config = BaichuanConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 11 // 4,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=max(1, args.hidden_size // 32),
-            stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.data_dir}",
-        )
+        try:
+            config = BaichuanConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=args.hidden_size,
+                intermediate_size=args.hidden_size * 11 // 4,
+                num_hidden_layers=args.num_hidden_layers,
+                num_attention_heads=max(1, args.hidden_size // 32),
+                stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.data_dir}",
+            )
+        except StrictDataclassError as error:
+            raise UserError(f"--hidden_size, --num_hidden_layers: {error.__cause__ or error}") from error
         model = BaichuanForCausalLM(config)
         model.generation_config = GenerationConfig(
             **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},

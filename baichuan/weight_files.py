@@ -1,7 +1,6 @@
 """The weight files of a model directory, read and written so that memory holds one shard at a time."""
 
 import json
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from baichuan.loading import WEIGHT_FILES
 from baichuan.script import UserError
 
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
@@ -97,7 +101,9 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
         reason = "holds other things than named tensors: get the weights as safetensors"
     except FileNotFoundError:
         reason = "is missing: fetch it with the other files of the directory"
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file does to torch, pickle and safetensors has no common class
         reason = "is damaged or incomplete: fetch or write it again"
         if "unsupported global" in str(error).lower():  # torch's word for a function or class the pickle names
             reason = "is a pickle that asks for more than tensors, and may run code: get the weights as safetensors"

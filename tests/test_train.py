@@ -246,6 +246,7 @@ def test_wrong_arguments(train_arguments, tmp_path, capsys, change, message):
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "not both"),
         ({"bf16": {"enabled": "auto"}}, "must be true or false"),
         ({"optimizer": {}}, "optimizer.type is missing"),
+        ({"gradient_clipping": "1"}, "gradient_clipping must be a number"),
     ],
 )
 def test_wrong_deepspeed_files(train_arguments, tmp_path, capsys, change, message):
@@ -255,12 +256,13 @@ def test_wrong_deepspeed_files(train_arguments, tmp_path, capsys, change, messag
     assert any(str(path) in line and message in line for line in lines), lines
 
 
-def test_weights_that_do_not_fit_are_one_line(train_arguments, checkpoint, tmp_path, capsys):
+def test_weights_that_do_not_fit_are_named(train_arguments, checkpoint, tmp_path, capsys):
     directory = shutil.copytree(checkpoint, tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
-    (line,) = errors_of(capsys, train_arguments(tmp_path / "out", "--model_name_or_path", directory))
-    assert "embed_tokens.weight has shape" in line
+    first, *others = errors_of(capsys, train_arguments(tmp_path / "out", "--model_name_or_path", directory))
+    assert "has shape" in first and "(2000, 128)" in "".join([first, *others])
+    assert len(others) == 5 and "more problems like these" in others[-1]
     assert not (tmp_path / "out").exists()
 
 

@@ -269,7 +269,7 @@ def test_an_adapter_that_does_not_fit(run, checkpoint, adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text(Path(adapter, "adapter_config.json").read_text())
     (tmp_path / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
     flags = ["--model_path", checkpoint, "--adapter_path", tmp_path, "--desc_path", DESC_PATH, "--ask", "你是谁？"]
-    assert f"error: {tmp_path}: does not fit" in run(*flags).err
+    assert f"error: {tmp_path}: the adapter cannot be loaded" in run(*flags).err
 
 
 @pytest.fixture(scope="session")
