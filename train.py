@@ -27,7 +27,7 @@ from baichuan import loading, processes, script
 from baichuan.checks import deepspeed_config, refuse_wrong_arguments
 from baichuan.processes import join_processes
 from baichuan.script import UserError
-from baichuan.states import digest, load_state, model_digest, newest_state, read_run, save_state
+from baichuan.states import claim, digest, load_state, model_digest, newest_state, read_run, save_state
 from data_helper import read_samples
 
 MODEL_FILES = "config.json, generation_config.json, tokenizer.model and the weights"
@@ -188,7 +188,13 @@ def start_engine(model, config: dict, total_steps: int, warmup_ratio: float):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
-    except (AssertionError, LookupError, TypeError, ValueError) as error:  # DeepSpeed has a class for none of its own
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # DeepSpeed has a class for none of its own
         raise UserError(f"--ds_file: DeepSpeed refuses the configuration: {script.first_line(error)}") from error
     return engine
 
@@ -281,10 +287,12 @@ def main(argv=None):
     )
     test_rows = utils.Collator(test_data, *how)(test_data.by_persona(np.arange(len(test_data))))[rank::world_size]
     engine = start_engine(model, config, len(steps), args.warmup_ratio)
+    if args.sample_answers and main_process:
+        loading.refuse_to_fail_later(args.model_name_or_path, model, tokenizer, generation_config)
     if state:
         load_state(engine, state)
     if main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        claim(output_dir)
         with script.whole_files(output_dir / "train_args.json") as (file,):
             json.dump(vars(args), file, ensure_ascii=False, indent=2)
         model.print_trainable_parameters()

@@ -1,7 +1,6 @@
 """Small things that more than one script needs."""
 
 import functools
-import shutil
 import threading
 import time
 from array import array
@@ -19,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from baichuan.script import whole_directory, writing
+from baichuan.script import remove_directory, whole_directory, writing
 from baichuan.states import checkpoints
 
 # ---------------------------------------------------------------- samples → token ids
@@ -371,4 +370,4 @@ def save_adapter(model, tokenizer, directory: Path, keep: int | None = None):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
     for _, old in checkpoints(directory.parent)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+        remove_directory(old)

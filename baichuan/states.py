@@ -7,10 +7,11 @@
 The place in the data and the random numbers of dropout follow from the step and --seed, so nothing is kept of them.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from baichuan.script import UserError, first_line, rename_directory, writing
+from baichuan.script import UserError, first_line, put_on_disk, remove_directory, rename_directory, writing
 
 
 def checkpoints(directory) -> list[tuple[int, Path]]:
@@ -30,6 +31,26 @@ def checkpoints(directory) -> list[tuple[int, Path]]:
 def newest_state(output_dir) -> tuple[int, Path | None]:
     """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
     return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
+
+
+def claim(output_dir: Path):
+    """Keep other runs out of `output_dir`, and remove what killed ones left half-written there.
+
+    Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with
+    this process. Raises: UserError if another run is writing there.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+            raise UserError(
+                f"{output_dir}: another run is writing there; wait for its end, or name another --output_dir"
+            ) from None
+    for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
+        shutil.rmtree(left)
+    return lock
 
 
 def read_run(state: Path, identity: dict) -> dict:
@@ -59,13 +80,11 @@ def save_state(engine, directory: Path, run: dict):
     temporary = directory.with_name(f".{directory.name}.tmp")
     rank = dist.get_rank()
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
         temporary.mkdir(parents=True)
     dist.barrier()
-    with writing(directory), open(temporary / f"process-{rank}.pt", "wb") as file:
-        torch.save(_parts(engine), file)
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(directory):
+        torch.save(_parts(engine), temporary / f"process-{rank}.pt")
+        put_on_disk(temporary / f"process-{rank}.pt")
     dist.barrier()
     if rank == 0:
         with writing(directory):
@@ -73,7 +92,7 @@ def save_state(engine, directory: Path, run: dict):
             (temporary / "run.json").write_text(text, encoding="utf-8")
             rename_directory(temporary, directory)
         for _, old in checkpoints(directory.parent)[:-1]:
-            shutil.rmtree(old)
+            remove_directory(old)
     dist.barrier()
 
 
@@ -89,7 +108,7 @@ def load_state(engine, state: Path):
         engine.optimizer.optimizer.load_state_dict(saved["optimizer"])
         engine.lr_scheduler.load_state_dict(saved["schedule"])
         vars(engine.optimizer.loss_scaler).update(saved["loss scale"])
-    except (OSError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError) as error:
+    except Exception as error:  # what a damaged file does to torch, pickle and DeepSpeed has no common class
         raise UserError(f"{path}: is damaged, or no state of this run: {first_line(error)}") from error
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, adapter_weights, free_port, scalars
 
 import train
-from baichuan import BaichuanForCausalLM
+from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.states import checkpoints
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
@@ -101,7 +101,7 @@ def assert_same(output, expected):
     assert [step for step, _ in scalars(output, "train_loss")] == list(range(3, STEPS + 1, 3))
     assert [step for step, _ in scalars(output, "ppl")] == [4, 8, 10, 12, 16, 20]
     assert [path.name for _, path in checkpoints(output / "state")] == ["epoch-2-step-20"]
-    assert not [path for path in output.rglob("*") if ".old" in path.name]
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
 
 
 def resume_to_the_end(arguments, output, processes=1) -> str:
@@ -113,6 +113,16 @@ def resume_to_the_end(arguments, output, processes=1) -> str:
 def count_operations(run_arguments, tmp_path) -> int:
     printed = finish(start(run_arguments(tmp_path / "count"), killer=(0, 0, tmp_path / "count")))
     return int(printed.split("operations ")[1])
+
+
+def assert_none_is_partial(output):
+    """What goes by the name of an adapter or a state can be used, whenever one looks."""
+    for _, adapter in checkpoints(output):
+        assert adapter_weights(adapter) and json.loads((adapter / "adapter_config.json").read_text()), adapter
+        assert BaichuanTokenizer.from_pretrained(adapter).text_to_ids("俺老孙")
+    for _, state in checkpoints(output / "state"):
+        assert json.loads((state / "run.json").read_text())["identity"]
+        assert torch.load(state / "process-0.pt", weights_only=True)["schedule"]
 
 
 # ---------------------------------------------------------------- killed
@@ -127,6 +137,7 @@ def killed_at_operations(run_arguments, output, operations) -> int:
         printed = finish(run)
         kills += run.returncode == -signal.SIGKILL
         assert run.returncode in (0, -signal.SIGKILL), printed
+        assert_none_is_partial(output)
     return kills
 
 
@@ -141,6 +152,7 @@ def killed_at_random_moments(run_arguments, output, processes, kills, seed) -> i
         os.killpg(run.pid, signal.SIGKILL)
         finish(run)
         killed += run.returncode == -signal.SIGKILL
+        assert_none_is_partial(output)
     return killed
 
 
@@ -252,6 +264,26 @@ def test_a_run_is_not_begun_over_another(run_arguments, finished, capsys):
     assert "--resume goes on with it" in error_of(run_arguments(finished), capsys)
 
 
+CLAIM = """
+import pathlib, sys
+from baichuan.states import claim
+claim(pathlib.Path(sys.argv[1]))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_write_to_one_directory(run_arguments, finished, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "run")  # which this process has not claimed
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM, output], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert b"claimed" in other.stdout.readline()
+        assert "another run is writing there" in error_of(short(run_arguments, output), capsys)
+        other.kill()  # which leaves the directory to the next run
+    train.main(short(run_arguments, output))
+
+
 def error_of(arguments, capsys) -> str:
     with pytest.raises(SystemExit) as error:
         train.main(arguments)
@@ -341,14 +373,12 @@ if os.geteuid() == 0 and sys.platform == "linux":
         assert run.returncode == 2 and "Traceback" not in printed, printed
         (line,) = [line for line in printed.splitlines() if "error:" in line]
         assert "No space left on device" in line or "cannot be written" in line
+        assert_none_is_partial(disk / "run")
         for _, adapter in checkpoints(disk / "run"):
             expected = uninterrupted(1) / adapter.name
             if expected.exists():
                 ours, theirs = adapter_weights(adapter), adapter_weights(expected)
                 assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-            assert (adapter / "tokenizer_config.json").exists()
-        for _, state in checkpoints(disk / "run/state"):
-            assert torch.load(state / "process-0.pt", weights_only=True)["schedule"]
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         resume_to_the_end(run_arguments(disk / "run"), disk / "run")
         assert_same(disk / "run", uninterrupted(1))
