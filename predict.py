@@ -30,7 +30,7 @@ from transformers import GenerationConfig, set_seed
 from baichuan.generation_utils import messages_to_ids
 from baichuan.loading import load_model, load_tokenizer, model_directory_problems, pick_device, refuse_to_fail_later
 from baichuan.scoring import COLUMNS, Scores, interval
-from baichuan.script import ArgumentParser, UserError, entry_point, number_problems
+from baichuan.script import ArgumentParser, UserError, entry_point, number_problems, put_on_disk
 from baichuan.weight_files import Weights
 from data_helper import read_rows, read_samples, without_address
 
@@ -189,12 +189,16 @@ def read_answers(path: Path, settings: dict) -> dict[int, Answer]:
 
 
 def answer_all(args, model_path: Path, path: Path, questions: list[Question], device) -> list[Answer]:
-    """Answer the questions that `path` has no answer for yet, and add them to it batch by batch."""
-    settings = run_settings(args, model_path)
+    """Answer the questions, batch by batch into `path`.part, which takes the name `path` once it holds all answers.
+
+    An interrupted run goes on from that.
+    """
+    settings, part = run_settings(args, model_path), path.with_name(f"{path.name}.part")
     answers = {} if args.overwrite else read_answers(path, settings)
     if len(answers) == len(questions):
         print(f"{path}: has all answers of {model_path} already")
         return [answers[number] for number in range(len(questions))]
+    answers = {} if args.overwrite else read_answers(part, settings)
 
     tokenizer, generation_config = load_tokenizer(model_path)
     model = load_model(model_path, Weights(model_path).dtype).to(device).eval()
@@ -211,7 +215,7 @@ def answer_all(args, model_path: Path, path: Path, questions: list[Question], de
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(path, "a" if answers else "w", encoding="utf-8") as file,
+        open(part, "a" if answers else "w", encoding="utf-8") as file,
         tqdm(total=len(questions), initial=len(answers), desc=model_path.name, unit=" answers") as progress,
     ):
         if not answers:
@@ -231,6 +235,8 @@ def answer_all(args, model_path: Path, path: Path, questions: list[Question], de
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             progress.update(len(missing))
+    put_on_disk(part)
+    part.replace(path)
     return [answers[number] for number in range(len(questions))]
 
 

@@ -291,8 +291,8 @@ def main(argv=None):
         loading.refuse_to_fail_later(args.model_name_or_path, model, tokenizer, generation_config)
     if state:
         load_state(engine, state)
+    claim(output_dir)
     if main_process:
-        claim(output_dir)
         with script.whole_files(output_dir / "train_args.json") as (file,):
             json.dump(vars(args), file, ensure_ascii=False, indent=2)
         model.print_trainable_parameters()

@@ -26,7 +26,7 @@ from baichuan import page_guard as guard
 from baichuan.loading import model_directory_problems, pick_device
 from baichuan.script import ArgumentParser, UserError, entry_point
 from baichuan.speaker import Speaker, TooLong
-from data_helper import persona, read_profiles, read_rows, without_address
+from data_helper import persona, read_profiles, read_rows, text_problem, without_address
 
 PERIOD = 0.05  # seconds between two updates of a growing answer
 
@@ -62,6 +62,8 @@ def check(args) -> tuple[torch.device, dict[str, str]]:
         problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(profiles)}")
     if args.auth is not None and not re.fullmatch("[^:]+:.+", args.auth):
         problems.append("--auth: must be USER:PASSWORD, neither of them empty")
+    if args.ask is not None and (problem := text_problem(args.ask)):
+        problems.append(f"--ask {problem}")
     if args.ask is None:
         problems += guard.port_problems(args.server_name, args.port)
     if problems:

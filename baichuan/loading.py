@@ -68,9 +68,8 @@ def load_tokenizer(directory):
         json.dumps(tokenizer.init_kwargs, default=str, ensure_ascii=False).encode()  # as it will be saved
         if turn_markers(tokenizer) != markers:
             raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
-        largest = max(len(tokenizer) - 1, tokenizer.eos_token_id)
-        if largest >= config.vocab_size:
-            raise ValueError(f"it has the token {largest}, config.json says that there are {config.vocab_size}")
+        if len(tokenizer) != config.vocab_size:
+            raise ValueError(f"it has {len(tokenizer)} tokens, config.json says {config.vocab_size}")
     except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
         raise UserError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
     return tokenizer, generation_config
@@ -129,7 +128,7 @@ def refuse_to_fail_later(directory, model, tokenizer, generation_config: Generat
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any, as deep as the setting is used
-        raise UserError(f"{directory}: answering fails, with generation_config.json as it is: {error}") from error
+        raise UserError(f"{directory}: no answer can be generated with its weights and settings: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

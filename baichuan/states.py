@@ -15,11 +15,20 @@ import os
 import re
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from baichuan.script import UserError, first_line, put_on_disk, remove_directory, rename_directory, writing
+from baichuan.script import (
+    OneProcessError,
+    UserError,
+    first_line,
+    put_on_disk,
+    remove_directory,
+    rename_directory,
+    writing,
+)
 
 
 def checkpoints(directory) -> list[tuple[int, Path]]:
@@ -34,23 +43,32 @@ def newest_state(output_dir) -> tuple[int, Path | None]:
 
 
 def claim(output_dir: Path):
-    """Keep other runs out of `output_dir`, and remove what killed ones left half-written there.
+    """Keep other runs out of `output_dir`, and remove what killed ones left half-written there. For all processes.
 
-    Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with
-    this process. Raises: UserError if another run is writing there.
+    Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with the
+    first process, which notes in it who it is.
+
+    Raises:
+        UserError: another run is writing there, or a process of another host sees another directory.
     """
+    path, owner = output_dir / ".lock", [uuid4().bytes]
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
-            raise UserError(
-                f"{output_dir}: another run is writing there; wait for its end, or name another --output_dir"
-            ) from None
-    for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
-        shutil.rmtree(left)
-    return lock
+    if dist.get_rank() == 0:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+                remedy = "wait for its end, or name another --output_dir"
+                raise UserError(f"{output_dir}: another run is writing there; {remedy}") from None
+        os.write(lock, owner[0])
+        os.fsync(lock)
+        for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
+            shutil.rmtree(left)
+    dist.broadcast_object_list(owner)
+    if dist.get_rank() != 0 and not (path.exists() and path.read_bytes() == owner[0]):
+        remedy = "give all hosts the same one, on a shared disk"
+        raise OneProcessError(f"{output_dir}: is not the directory that the first host writes to; {remedy}")
 
 
 def read_run(state: Path, identity: dict) -> dict:

@@ -21,7 +21,7 @@ from tqdm import trange
 from transformers import GenerationConfig, set_seed
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.script import ArgumentParser, UserError, entry_point, number_problems, whole_directory
+from baichuan.script import ArgumentParser, UserError, entry_point, number_problems, whole_directory, writing
 from data_helper import persona, read_profiles, read_rows
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
@@ -156,8 +156,9 @@ def main(argv=None):
         )
         if args.steps:
             pretrain(model, tokenizer, sentences, args.steps, args.batch_size, args.seed)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        with writing(args.save_dir):
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
     print(
         f"{args.save_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences"
     )

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test but that of --download, which sets its own hub, may look for a network
 
 ROOT = Path(__file__).parent.parent
+ROOT_USER = os.geteuid() == 0 and sys.platform == "linux"  # may mount disks and make network namespaces
 SHARED = ROOT.parent / "shared"  # RoleBench and the published tokenizer, beside the checkout of those who have them
 
 
@@ -34,6 +37,23 @@ def samples(tmp_path_factory) -> tuple[str, str]:
     sample = ["--data_dir", str(ROOT / "data/sample"), "--roles", "all"]
     data_helper.main([*sample, "--train_path", train, "--test_path", test])
     return train, test
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """mount(size, at=None) → an empty disk of that many bytes; for root only."""
+    disks = []
+
+    def make(size: int, at: Path | None = None) -> Path:
+        disk = at or tmp_path / f"disk-{len(disks)}"
+        disk.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+        disks.append(disk)
+        return disk
+
+    yield make
+    for disk in disks:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 FLOAT32 = {

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, adapter_weights
+from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -147,13 +147,14 @@ def damaged_command(argv: list[str], draw: random.Random) -> list[str]:
 
 
 def files_in(directory: Path) -> dict[str, tuple]:
-    """All but what a run notes down when it begins: it may find out later that a weight is no number, say."""
+    """All but what a run notes down when it begins (it may find out later that a weight is no number, say), and but for
+    the answers so far, from which predict.py goes on."""
     found = {path: path.lstat() for path in directory.rglob("*")}
     notes = ("run/runs/", "run/train_args.json", "run/.lock")
     return {
         str(path): (stat.st_size, stat.st_mtime_ns)
         for path, stat in found.items()
-        if not path.is_dir() and not str(path.relative_to(directory)).startswith(notes)
+        if not (path.is_dir() or path.suffix == ".part" or str(path.relative_to(directory)).startswith(notes))
     }
 
 
@@ -369,6 +370,37 @@ def test_help_explains_every_flag(script, run, tmp_path, capfd):
     assert all(len(flag.split(None, 2)) == 3 and re.search("[a-z]{3} ", flag) for flag in flags), flags
 
 
+if ROOT_USER:
+    LLAMA = (*MERGE[:2], MERGE[2] + " --format llama")
+    DISKS = {"data": DATA, "merge": MERGE, "llama": LLAMA, "predict": PREDICT, "tiny": TINY}
+
+    @pytest.mark.parametrize("case", DISKS)
+    @pytest.mark.parametrize("kilobytes", [4, 100, 640])  # none, or too few for all that is to be written
+    def test_a_full_disk_is_one_line_and_leaves_nothing(small, run, mount, tmp_path, capfd, case, kilobytes):
+        place = fresh(small, tmp_path / "set")
+        script, _, arguments = DISKS[case]
+        arguments = arguments.format(*[place] * 9).split()
+        disk = mount(kilobytes * 1024, at=place / "out")
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(4096))
+        run(script, arguments, disk, assert_whole)
+        if run.succeeded:  # what this script writes is smaller
+            assert (case, kilobytes) in {("predict", 100), ("predict", 640), ("data", 640)}
+            return
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        run(script, arguments, disk, assert_whole)
+        assert run.succeeded == 1
+
+    @pytest.mark.parametrize("case", DISKS)
+    def test_a_read_only_disk_is_one_line(small, run, mount, tmp_path, case):
+        place = fresh(small, tmp_path / "set")
+        script, _, arguments = DISKS[case]
+        disk = mount(1 << 20, at=place / "out")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        run(script, arguments.format(*[place] * 9).split(), disk, lambda *_: pytest.fail("was written"))
+        assert run.refused == 1
+
+
 COMMANDS = [
     ["data_helper.py", "--data_dir", "nowhere"],
     ["data_helper.py", "--roles"],
@@ -434,7 +466,7 @@ def test_a_pickle_that_carries_code_is_refused(small, run, tmp_path, capfd, scri
 
 
 def train_arguments_of(place: Path, *more) -> list[str]:
-    return [*TRAIN[2].format(*[place] * 9).split(), *map(str, more)]
+    return [*TRAIN[2].format(*[place] * 9).split(), "--sample_answers", "0", *map(str, more)]
 
 
 def error_line(arguments, capfd) -> str:

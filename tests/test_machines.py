@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, adapter_weights, free_port, scalars
+from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
 
 import train
 
 BIN = Path(sys.executable).parent
-ROOT_USER = os.geteuid() == 0 and sys.platform == "linux"
 
 
 def environment(**more) -> dict[str, str]:
@@ -245,6 +244,15 @@ if ROOT_USER and shutil.which("ip"):
             printed, _ = launched.communicate(timeout=120)
             assert launched.returncode == 2 and "error: the processes differ in training data" in printed
         assert not (tmp_path / "run").exists()
+
+    def test_hosts_without_a_common_output_directory_are_refused(hosts, train_arguments, tmp_path):
+        arguments = [train_arguments(tmp_path / "one"), train_arguments(tmp_path / "two")]
+        runs = start_on_hosts(hosts, tmp_path / "hostfile", arguments)
+        printed = [launched.communicate(timeout=120)[0] for launched in runs]
+        assert [launched.returncode for launched in runs] == [2, 2], printed
+        assert f"error: {tmp_path / 'two'}: is not the directory that the first host writes to" in printed[1]
+        assert "error: the connection to another process failed" in printed[0] and "Traceback" not in "".join(printed)
+        assert not list((tmp_path / "two").iterdir())
 
 
 def test_the_versions_of_python_at_hand_compile_every_file():

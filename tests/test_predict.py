@@ -149,11 +149,11 @@ predict.main(sys.argv[1:])
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
     flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", *sampling]
     assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
-    torn = tmp_path / "torn.jsonl"
-    assert len(answers_of(torn)) == 32
-    torn.write_bytes(torn.read_bytes()[:-9])
+    torn, part = tmp_path / "torn.jsonl", tmp_path / "torn.jsonl.part"
+    assert len(answers_of(part)) == 32 and not torn.exists()
+    part.write_bytes(part.read_bytes()[:-9])
     run(checkpoint, samples, torn, *sampling)
-    assert answers_of(torn) == answers_of(tmp_path / "whole.jsonl")
+    assert answers_of(torn) == answers_of(tmp_path / "whole.jsonl") and not part.exists()
 
 
 def failure(capsys, *arguments) -> str:
