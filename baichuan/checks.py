@@ -69,10 +69,17 @@ def model_problems(args) -> list[str]:
     ]
 
 
+def machine_integer(digits: str) -> int:
+    """Raises: ValueError: more than 64 bits, which DeepSpeed would find out in the middle of a step."""
+    if abs(number := int(digits)) >= 2**63:
+        raise ValueError(f"the number {digits} is too large")
+    return number
+
+
 def deepspeed_config(args) -> dict:
     """The DeepSpeed file with the values that the flags decide. Raises: UserError."""
     try:
-        config = json.loads(Path(args.ds_file).read_text(encoding="utf-8"))
+        config = json.loads(Path(args.ds_file).read_text(encoding="utf-8"), parse_int=machine_integer)
     except OSError as error:
         raise UserError(f"{args.ds_file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -246,6 +246,7 @@ def test_wrong_arguments(train_arguments, tmp_path, capsys, change, message):
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "not both"),
         ({"bf16": {"enabled": "auto"}}, "must be true or false"),
         ({"optimizer": {}}, "optimizer.type is missing"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**30}}, "is too large"),
         ({"gradient_clipping": "1"}, "gradient_clipping must be a number"),
     ],
 )
