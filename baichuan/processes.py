@@ -41,9 +41,13 @@ def precision(config: dict, main_process: bool) -> torch.dtype:
     """The dtype of base and adapters that the DeepSpeed configuration asks for, as far as the device knows it."""
     from deepspeed import get_accelerator
 
-    if config.get("bf16", {}).get("enabled") and not get_accelerator().is_bf16_supported():
+    device = get_accelerator()
+    known = device.is_bf16_supported()
+    if device.device_name() == "cuda":  # GPUs before Ampere only emulate it, many times slower
+        known = torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.get("bf16", {}).get("enabled") and not known:
         config["bf16"]["enabled"] = False
-        config["fp16"] = {"enabled": get_accelerator().is_fp16_supported()}
+        config["fp16"] = {"enabled": device.is_fp16_supported()}
         if main_process:
             print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
     if config.get("bf16", {}).get("enabled"):

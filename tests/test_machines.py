@@ -15,6 +15,7 @@ import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
 
 import train
+from baichuan import processes
 
 BIN = Path(sys.executable).parent
 
@@ -68,6 +69,22 @@ def test_without_bfloat16_training_falls_back_and_says_so(
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     losses = [value for _, value in scalars(tmp_path / "run", "train_loss")]
     assert len(losses) == 25 and losses[-1] < losses[0] - 0.1
+
+
+def test_a_gpu_that_only_emulates_bfloat16_trains_in_float16(monkeypatch, capsys):
+    class OldGPU:
+        def device_name(self):
+            return "cuda"
+
+        def is_bf16_supported(self):  # as DeepSpeed sees it
+            return True
+
+        is_fp16_supported = is_bf16_supported
+
+    monkeypatch.setattr("deepspeed.get_accelerator", OldGPU)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert processes.precision({"bf16": {"enabled": True}}, main_process=True) == torch.float16
+    assert "training in float16" in capsys.readouterr().out
 
 
 def test_overflow_in_float16_is_neither_nan_nor_a_step(accelerator, train_arguments, tmp_path, monkeypatch):
