@@ -188,13 +188,8 @@ def start_engine(model, config: dict, total_steps: int, warmup_ratio: float):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:  # DeepSpeed has a class for none of its own
+    # It has no class for its own errors.
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"--ds_file: DeepSpeed refuses the configuration: {script.first_line(error)}") from error
     return engine
 

@@ -80,9 +80,9 @@ def refuse_misfits(directory, config, weights: Weights, kind=BaichuanForCausalLM
 
     To be called before that is built: the model that a damaged config.json asks for may exceed the memory.
     """
-    if config.num_hidden_layers > len(weights.tensors):
-        raise UserError(f"{directory}: config.json asks for {config.num_hidden_layers} layers, which the weights lack")
     try:
+        if config.num_hidden_layers > len(weights.tensors):  # even without numbers, many layers take memory
+            raise ValueError(f"it asks for {config.num_hidden_layers} layers, the weights have fewer")
         with torch.device("meta"):  # shapes without numbers
             model = kind(config)
     except Exception as error:  # sizes that do not go together fail anywhere in torch and transformers
@@ -123,12 +123,15 @@ def refuse_to_fail_later(directory, model, tokenizer, generation_config: Generat
     )
     config = deepcopy(generation_config)
     config.update(max_new_tokens=1)
+    training = model.training
+    model.eval()
     try:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any, as deep as the setting is used
         raise UserError(f"{directory}: no answer can be generated with its weights and settings: {error}") from error
+    model.train(training)
 
 
 def pick_device(name: str) -> torch.device:
