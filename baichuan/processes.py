@@ -37,17 +37,25 @@ def join_processes() -> torch.device:
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
 
 
+def has_bfloat16() -> bool:
+    """Whether the device computes in bfloat16. One that only emulates it is several times slower than in float32."""
+    from deepspeed import get_accelerator
+
+    device = get_accelerator()
+    if device.device_name() == "cuda":  # before Ampere it is emulated
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.device_name() == "cpu":  # before AVX-512 it is emulated
+        return device.is_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.is_bf16_supported()
+
+
 def precision(config: dict, main_process: bool) -> torch.dtype:
     """The dtype of base and adapters that the DeepSpeed configuration asks for, as far as the device knows it."""
     from deepspeed import get_accelerator
 
-    device = get_accelerator()
-    known = device.is_bf16_supported()
-    if device.device_name() == "cuda":  # GPUs before Ampere only emulate it, many times slower
-        known = torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.get("bf16", {}).get("enabled") and not known:
+    if config.get("bf16", {}).get("enabled") and not has_bfloat16():
         config["bf16"]["enabled"] = False
-        config["fp16"] = {"enabled": device.is_fp16_supported()}
+        config["fp16"] = {"enabled": bool(get_accelerator().is_fp16_supported())}  # on the CPU None stands for no
         if main_process:
             print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
     if config.get("bf16", {}).get("enabled"):

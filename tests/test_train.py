@@ -15,7 +15,7 @@ from peft import PeftModel
 
 import train
 import utils
-from baichuan import BaichuanForCausalLM
+from baichuan import BaichuanForCausalLM, processes
 from baichuan.loading import load_tokenizer
 from data_helper import read_samples
 
@@ -162,12 +162,27 @@ def test_two_processes_under_the_launcher_train_alike(trained, train_arguments, 
     assert run.stdout.count("25 steps of 8 samples") == 1  # only one process speaks
 
 
-def test_the_books_command_in_bfloat16(train_arguments, tmp_path):
+BOOK = ["--ds_file", ROOT / "ds_zero2_no_offload.json", "--gradient_checkpointing", "--is_skip", "--lora_dropout", 0.1]
+
+
+def test_the_books_command(train_arguments, tmp_path):
     """The project's own DeepSpeed file, dropout, checkpointing and skipping, through the launcher."""
-    more = ["--ds_file", ROOT / "ds_zero2_no_offload.json", "--gradient_checkpointing", "--is_skip"]
-    run = launch(1, train_arguments(tmp_path, *more, "--lora_dropout", 0.1), timeout=300)
+    run = launch(1, train_arguments(tmp_path, *BOOK), timeout=300)
     assert run.returncode == 0, run.stderr
-    assert "bfloat16 on 1 × cpu" in run.stdout
+    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32  # what this CPU has
+    assert f"{str(dtype)[6:]} on 1 × cpu" in run.stdout
+    assert ("this device has no bfloat16; training in float32" in run.stdout) == (dtype == torch.float32)
+    weights = adapter_weights(tmp_path / "epoch-1-step-25")
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    losses = [value for _, value in scalars(tmp_path, "train_loss")]
+    assert losses[-1] < losses[0]
+
+
+def test_the_books_command_in_bfloat16(train_arguments, tmp_path, capsys, monkeypatch):
+    """The same on a CPU that is said to have bfloat16, whether it has it or emulates it."""
+    monkeypatch.setattr(processes, "has_bfloat16", lambda: True)
+    train.main(train_arguments(tmp_path, *BOOK))
+    assert "bfloat16 on 1 × cpu" in capsys.readouterr().out
     weights = adapter_weights(tmp_path / "epoch-1-step-25")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     losses = [value for _, value in scalars(tmp_path, "train_loss")]
