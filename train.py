@@ -264,15 +264,15 @@ def main(argv=None):
     config = deepspeed_config(args)
     tokenizer, generation_config = loading.load_tokenizer(args.model_name_or_path)
     train_data, test_data = read_data(args, tokenizer, generation_config, world_size, main_process)
-    run = {"identity": run_identity(args, train_data, world_size), "losses": []}
+    identity = run_identity(args, train_data, world_size)
     first, state = newest_state(output_dir)
-    if state:
-        run = read_run(state, run["identity"])
 
     # 2. Processes, model, optimizer.
     device = join_processes()
-    processes.refuse_differences(run["identity"] | {"the state in --output_dir": first})
-    dtype = processes.precision(config, main_process)
+    dtype = processes.precision(config, main_process)  # the device's, which may be another one than before
+    identity["precision"] = str(dtype)
+    processes.refuse_differences(identity | {"the state in --output_dir": first})
+    run = read_run(state, identity) if state else {"identity": identity, "losses": []}
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, dtype)
     how = (args.packing, args.max_pack_len, args.per_device_train_batch_size)

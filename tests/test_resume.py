@@ -309,6 +309,10 @@ def test_another_run_is_refused(run_arguments, finished, samples, checkpoint, tm
     assert "with --learning_rate 0.001, not 0.1" in error_of(
         short(run_arguments, finished, "--learning_rate", 0.1), capsys
     )
+    with monkeypatch.context() as elsewhere:  # on a machine that computes in another precision
+        elsewhere.setattr(train.processes, "precision", lambda *_: torch.bfloat16)
+        other_machine = error_of(short(run_arguments, finished), capsys)
+    assert "with precision torch.float32, not torch.bfloat16" in other_machine
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "with processes 1, not 2" in error_of(short(run_arguments, finished), capsys)
 
