@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 POSITIONS = 64  # the last tokens of a text, whose logits are compared
 
@@ -73,3 +74,32 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreemen
     return Agreement(
         largest[worst], spread, torch.cat(divergence).mean().item(), torch.cat(same).float().mean().item(), worst
     )
+
+
+@torch.no_grad()
+def cache_error(model: torch.nn.Module, prompts: list[list[int]], pad: int, new_tokens: int = 4) -> float:
+    """How far `generate` with its cache is from whole passes: the largest root mean square of a token's logit errors.
+
+    The prompts are generated from as one batch, padded on the left, and each is then read whole, without a cache and
+    without padding. So the cache's order, the attention mask and the positions are all compared, in the model's dtype.
+
+    Returns:
+        the error in standard deviations of the expected logits: rounding leaves it near 0, a lost cache near 1.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)  # (b, l)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, repetition_penalty=1.0
+    )
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, return_dict_in_generate=True, output_logits=True
+    )
+    worst = 0.0
+    for row, prompt in enumerate(prompts):
+        whole = output.sequences[row : row + 1, width - len(prompt) :]
+        expected = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # (new_tokens, V)
+        found = torch.stack([logits[row] for logits in output.logits]).float()
+        errors = (found - expected).pow(2).mean(-1).sqrt() / expected.std(-1)
+        worst = max(worst, errors.nan_to_num(torch.inf).max().item())
+    return worst

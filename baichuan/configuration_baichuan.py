@@ -1,7 +1,29 @@
 """Configuration of Baichuan2-7B. A field that config.json lacks takes its 7B value; a field unknown here is kept."""
 
+import os
+
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+TESTED = ("5.10", "5.24")  # lowest and highest minor release of transformers under which answers were compared
+
+
+def refuse_untested_transformers(version: str = transformers.__version__):
+    """A release that renames an argument makes a model answer nonsense without a word, so an unknown one is refused.
+
+    Raises:
+        ImportError: names the remedy. BAICHUAN_ANY_TRANSFORMERS=1 in the environment insists.
+    """
+    lowest, highest, found = (tuple(map(int, text.split(".")[:2])) for text in (*TESTED, version))
+    if not lowest <= found <= highest and os.environ.get("BAICHUAN_ANY_TRANSFORMERS") != "1":
+        raise ImportError(
+            f"transformers {version} is installed; this model was tested with {TESTED[0]} to {TESTED[1]}: "
+            f'pip install "transformers=={TESTED[1]}.*", or set BAICHUAN_ANY_TRANSFORMERS=1 to go on all the same'
+        )
+
+
+refuse_untested_transformers()
 
 
 @strict
@@ -13,7 +35,7 @@ class BaichuanConfig(PreTrainedConfig):
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 125_696
     hidden_size: int = 4096

@@ -5,11 +5,13 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from baichuan.agreement import cache_error
 from baichuan.generation_utils import messages_to_ids, turn_markers
 from baichuan.script import UserError, few
 from baichuan.weight_files import WEIGHT_FILES, Weights
@@ -114,24 +116,34 @@ def load_adapter(model, directory) -> PeftModel:
 
 
 def refuse_to_fail_later(directory, model, tokenizer, generation_config: GenerationConfig):
-    """Generate one token, since settings of an adapter or of generation_config.json turn out wrong only then.
+    """Generate a few tokens: settings of an adapter or of generation_config.json, and a cache that a release of
+    transformers treats otherwise, turn out wrong only then.
 
     Raises: UserError.
     """
-    ids = torch.tensor(
-        [messages_to_ids(tokenizer, [{"role": "user", "content": "你好"}], tokenizer)], device=model.device
-    )
+    prompts = [
+        messages_to_ids(tokenizer, [{"role": "user", "content": question}], tokenizer)
+        for question in ("你好", "你是谁？从哪里来？")
+    ]
+    ids = torch.tensor(prompts[:1], device=model.device)
     config = deepcopy(generation_config)
     config.update(max_new_tokens=1)
     training = model.training
     model.eval()
     try:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        error = cache_error(model, prompts, tokenizer.pad_token_id)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any, as deep as the setting is used
         raise UserError(f"{directory}: no answer can be generated with its weights and settings: {error}") from error
-    model.train(training)
+    finally:
+        model.train(training)
+    if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 1e-6 and 0.01; 1 where a cache is lost
+        raise UserError(
+            f"{directory}: under transformers {transformers.__version__} answers differ with and without the cache of "
+            f"keys and values (by {error:.2g} of the logits' spread): pip install -r requirements.txt -c constraints.txt"
+        )
 
 
 def pick_device(name: str) -> torch.device:

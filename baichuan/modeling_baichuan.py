@@ -20,7 +20,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_baichuan import BaichuanConfig
-from .generation_utils import ChatMixin
+from .generation_utils import CACHE_NAME, ChatMixin
+
+# What transformers may pass beyond the parameters of `forward`; all of it goes on to the attention functions.
+KNOWN_ARGUMENTS = {
+    *("output_attentions", "output_hidden_states", "return_dict", "cache_position", "is_causal"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # lengths of packed sequences
+    *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),  # of generate_batch
+}
 
 
 class RMSNorm(nn.Module):
@@ -79,13 +86,13 @@ class Attention(nn.Module):
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask, cos, sin, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, **kwargs):
         batch, length, _ = hidden_states.shape
         packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)  # (b, l, 3, h, d)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, l, d)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
@@ -116,10 +123,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, attention_mask, cos, sin, past_key_values=None, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), attention_mask, cos, sin, past_key_values, **kwargs
-        )
+    def forward(self, hidden_states, attention_mask, cos, sin, cache=None, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos, sin, cache, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -166,7 +171,7 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -177,7 +182,7 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
 
     @classmethod
-    def from_pretrained(cls, directory, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """transformers' from_pretrained, except that a tensor that is missing, left over or misshapen is an error.
 
         Raises:
@@ -185,7 +190,7 @@ class BaichuanPreTrainedModel(PreTrainedModel):
             OSError: the directory has no config or no weights.
         """
         model, info = super().from_pretrained(
-            directory, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
@@ -193,7 +198,7 @@ class BaichuanPreTrainedModel(PreTrainedModel):
             problems.append(f"{name} has shape {tuple(stored)}, config.json asks for {tuple(expected)}")
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise ValueError(f"{directory}: the weights do not fit the model: {shown}")
+            raise ValueError(f"{pretrained_model_name_or_path}: the weights do not fit the model: {shown}")
         return (model, info) if output_loading_info else model
 
 
@@ -218,23 +223,38 @@ class BaichuanModel(BaichuanPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """`attention_mask` is (b, tokens so far) with 1 for real tokens, or a finished (b, 1, l, tokens so far) mask."""
+        """`attention_mask` is (b, tokens so far) with 1 for real tokens, or a finished (b, 1, l, tokens so far) mask.
+
+        The cache of keys and values comes under the name that the installed transformers uses, see `CACHE_NAME`.
+
+        Raises:
+            TypeError: an argument that nothing here knows. To ignore it would be to answer wrongly in silence.
+        """
+        if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument: {', '.join(sorted(unknown))}")
+        if CACHE_NAME == "cache":
+            cache = past_key_values if cache is None else cache
+        else:  # there `cache` is that of `generate_batch`, which the attention function fills by itself
+            if cache is not None:
+                kwargs["cache"] = cache
+            cache = past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, hidden)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
 
-        mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids)
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, cache, position_ids)
         cos, sin = rotary_cos_sin(position_ids, self.config.head_dim)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, cos, sin, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
+            hidden_states = layer(hidden_states, mask, cos, sin, cache=cache, **kwargs)
+        return BaseModelOutputWithPast(self.norm(hidden_states), cache)  # by place: the field's name has changed
 
 
 class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
@@ -259,6 +279,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         loss_positions: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits without `labels`; the loss, and no logits, with them.
@@ -282,6 +303,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -293,7 +315,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept]).to(hidden_states.dtype)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        cache = outputs.get(CACHE_NAME)
+        return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
 
     def loss(self, hidden_states, loss_positions, num_items_in_batch=None) -> torch.Tensor:
         """The head and the cross-entropy at the supervised positions alone, four fifths of the tokens having no label."""

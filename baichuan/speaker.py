@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
-from .generation_utils import messages_to_ids
+from .generation_utils import CACHE_NAME, messages_to_ids
 from .loading import load_adapter, load_model, load_tokenizer, refuse_to_fail_later
 from .script import UserError
 
@@ -38,14 +38,14 @@ class PrefixCaches:
 
     @torch.no_grad()
     def get(self, model, ids: Sequence[int], variant=None) -> DynamicCache:
-        """A copy for `generate(prompt, past_key_values=…)`, which adds to it; the prompt begins with `ids`.
+        """A copy for `generate(prompt, cache=…)`, which adds to it; the prompt begins with `ids`.
 
         variant: tells apart what one model computes in different states, such as its adapter on and off.
         """
         key = (tuple(ids), variant)
         if key not in self._caches:
             cache = DynamicCache(config=model.config)
-            model.model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache)
+            model.model(input_ids=torch.tensor([ids], device=model.device), **{CACHE_NAME: cache})
             self._caches[key] = cache
         self._caches.move_to_end(key)
         while len(self._caches) > 1 and sum(len(ids) for ids, _ in self._caches) > self.max_tokens:
@@ -128,7 +128,7 @@ class Speaker:
             torch.seed() if settings["seed"] is None else torch.manual_seed(settings["seed"])
             try:
                 cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), base)
-                yield from self.model.stream_answer(self.tokenizer, prompt, config, past_key_values=cache)
+                yield from self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})
             except RuntimeError as error:  # on a GPU it has a class of its own, on the CPU only a text
                 if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                     raise
