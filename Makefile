@@ -1,5 +1,6 @@
 # make setup  the environment in .venv
 # make test   lint and tests
+# make update the pins of constraints.txt moved to the newest releases, and the tests
 # make demo   data → stand-in → training → merge → chat page, on the sample; CHECK=1 asks one question and exits
 # make clean  what the demo wrote
 
@@ -8,14 +9,21 @@ BIN := .venv/bin
 DEMO := output_dir/demo
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test lint demo clean
+.PHONY: setup update test lint demo clean
 
 setup: .venv/ready
 
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -r requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
+
+update:
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/python3 tests/tools/pin.py
+	touch .venv/ready
+	$(MAKE) test
 
 lint: setup
 	ruff check .

@@ -90,11 +90,11 @@ def cache_error(model: torch.nn.Module, prompts: list[list[int]], pad: int, new_
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)  # (b, l)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     config = GenerationConfig(
-        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, repetition_penalty=1.0
+        **{"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": pad},
+        **{"do_sample": False, "repetition_penalty": 1.0},
+        **{"return_dict_in_generate": True, "output_logits": True},
     )
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, return_dict_in_generate=True, output_logits=True
-    )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     worst = 0.0
     for row, prompt in enumerate(prompts):
         whole = output.sequences[row : row + 1, width - len(prompt) :]
