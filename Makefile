@@ -41,7 +41,7 @@ $(DEMO)/merged/config.json: .venv/ready
 	mkdir -p $(DEMO)
 	python3 data_helper.py --data_dir data/sample --roles all \
 		--train_path $(DEMO)/train.json --test_path $(DEMO)/test.json
-	python3 -m baichuan.tiny --save_dir $(DEMO)/Baichuan2-tiny
+	python3 -m support.stand_in --save_dir $(DEMO)/Baichuan2-tiny
 	deepspeed --num_gpus 1 --master_port 5545 train.py --train_path $(DEMO)/train.json --test_path $(DEMO)/test.json \
 		--model_name_or_path $(DEMO)/Baichuan2-tiny --output_dir $(DEMO)/run --num_train_epochs 30 --save_total_limit 1 \
 		--per_device_train_batch_size 8 --learning_rate 5e-3 --lora_dropout 0 --weight_decay 0 --sample_answers 0

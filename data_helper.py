@@ -17,7 +17,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from baichuan.script import ArgumentParser, UserError, entry_point, whole_files
+from support.arguments import ArgumentParser
+from support.errors import UserError, entry_point
+from support.files import whole_files
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.
@@ -88,6 +90,12 @@ def parse_args(argv=None):
 def persona(role: str, description: str) -> str:
     """The system prompt of a role: the same text in training, on the chat page and in the evaluation."""
     return PERSONA.format(role=role, description=description)
+
+
+def conversation(system: str, prompt: str) -> list[dict]:
+    """A question as the messages that `messages_to_ids` lays out; without a system text there is no system message."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    return messages if system else messages[1:]
 
 
 def without_address(question: str, role: str) -> str:

@@ -14,29 +14,31 @@ its adapter, as PEFT computes them; only a result within the bound of its dtype 
 import hashlib
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
-from baichuan.agreement import Agreement, compare, compute_in_float32, logits_of
 from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import (
-    load_adapter,
-    load_config,
-    load_tokenizer,
-    model_directory_problems,
-    pick_device,
-    refuse_misfits,
-)
-from baichuan.script import ArgumentParser, UserError, entry_point, few, whole_directory
-from baichuan.weight_files import Weights, load_shard, read_json, write_weights
 from data_helper import persona, read_samples
+from support.arguments import ArgumentParser
+from support.comparison import Agreement, compare, compute_in_float32, logits_of
+from support.errors import Problems, UserError, entry_point, few
+from support.files import whole_directory
+from support.model_directory import (
+    ModelDirectory,
+    Weights,
+    load_adapter,
+    load_shard,
+    pick_device,
+    read_json,
+    write_weights,
+)
 
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
@@ -168,30 +170,19 @@ def digest(directory: Path) -> str:
 
 def read_inputs(args):
     """Everything the arguments name, read and checked. Raises: UserError with all problems found."""
-    problems = target_problems(args)
-
-    def read(function, *arguments):
-        try:
-            return function(*arguments)
-        except UserError as error:
-            problems.extend(error.problems)
-
-    device = read(pick_device, args.device)
-    base = read(read_base, args.ori_model_dir)
-    weights = read(Weights, args.ori_model_dir) if base else None
-    updates = read(read_adapter, args.model_dir)
-    probes = read(read_probes, args, base) if base else None
-    if weights:
-        read(refuse_misfits, args.ori_model_dir, base[0], weights)
-    if weights and updates:
-        problems += few([f"{args.model_dir}: {problem}" for problem in misfits(weights, updates)])
-    if weights and not args.check_only and free_bytes(args.save_model_dir) < weights.bytes:
-        problems.append(f"{args.save_model_dir}: the disk has less than {weights.bytes / 1e9:.3g} GB free: make room")
-    if base and updates:
-        read(refuse_second_merge, args.ori_model_dir, args.model_dir)
-    if problems:
-        raise UserError(*problems)
-    return device, base, weights, updates, probes
+    target = args.save_model_dir
+    with Problems() as problems:
+        problems += target_problems(args)
+        device = problems.of(pick_device, args.device)
+        base = problems.of(open_base, args.ori_model_dir)
+        updates = problems.of(read_adapter, args.model_dir)
+        probes = problems.of(read_probes, args, base) if base else None
+    with Problems() as problems:
+        problems += few([f"{args.model_dir}: {problem}" for problem in misfits(base.weights, updates)])
+        if not args.check_only and free_bytes(target) < base.weights.bytes:
+            problems.append(f"{target}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free: make room")
+        problems.of(refuse_second_merge, base, args.model_dir)
+    return device, base, updates, probes
 
 
 def target_problems(args) -> list[str]:
@@ -216,14 +207,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
-def read_base(directory: Path) -> tuple[BaichuanConfig, GenerationConfig, BaichuanTokenizer]:
-    """All of the base model but its weights. Raises: UserError."""
-    if problems := model_directory_problems(directory):
-        raise UserError(*problems)
-    if (kind := read_json(directory / "config.json").get("model_type")) != "baichuan":
-        raise UserError(f"{directory}: is a model of the type {kind}: name a Baichuan2 model")
-    tokenizer, generation_config = load_tokenizer(directory)
-    return load_config(directory), generation_config, tokenizer
+def open_base(path: Path) -> ModelDirectory:
+    base = ModelDirectory(path).check()
+    if (kind := base.config.model_type) != "baichuan":
+        raise UserError(f"{path}: is a model of the type {kind}: name a Baichuan2 model")
+    return base
 
 
 def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
@@ -237,22 +225,23 @@ def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
     return problems
 
 
-def refuse_second_merge(base: Path, adapter: Path):
+def refuse_second_merge(base: ModelDirectory, adapter: Path):
     """Raise UserError if `base` is the result of a merge, unless the adapter was trained on it.
 
     That an adapter was trained on a merged model shows in its settings, which name the base.
     """
-    if merge := read_json(base / "config.json").get("merged_adapter"):
+    if merge := base.settings.get("merged_adapter"):
         trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
         if merge["sha256"] == digest(adapter):
-            raise UserError(f"{base}: has this adapter merged into it already: name the base, {merge['base']}")
-        if Path(trained_on).name != base.resolve().name:
-            raise UserError(f"{base}: is itself merged; name the base that the adapter was trained on, {trained_on}")
+            raise UserError(f"{base.path}: has this adapter merged into it already: name the base, {merge['base']}")
+        if Path(trained_on).name != base.path.resolve().name:
+            raise UserError(
+                f"{base.path}: is itself merged; name the base that the adapter was trained on, {trained_on}"
+            )
 
 
-def read_probes(args, base) -> tuple[list[list[int]], list[str]]:
+def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]:
     """Samples to compare on: their ids, laid out as in training, and their questions. Raises: UserError."""
-    _, generation_config, tokenizer = base
     if args.probe_path and not args.probe_path.is_file():
         raise UserError(f"--probe_path {args.probe_path}: there is no such file: data_helper.py writes such files")
     samples = list(read_samples(args.probe_path)) if args.probe_path else PROBES
@@ -261,7 +250,7 @@ def read_probes(args, base) -> tuple[list[list[int]], list[str]]:
     samples = samples[:: -(-len(samples) // args.probes)]
     layout = (("system", "system"), ("user", "prompt"), ("assistant", "response"))
     messages = [[{"role": role, "content": sample[key]} for role, key in layout] for sample in samples]
-    ids = [messages_to_ids(tokenizer, conversation, generation_config)[:PROBE_LENGTH] for conversation in messages]
+    ids = [messages_to_ids(base.tokenizer, conversation)[:PROBE_LENGTH] for conversation in messages]
     return ids, [sample["prompt"] for sample in samples]
 
 
@@ -293,36 +282,40 @@ def save_baichuan(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTo
 # ---------------------------------------------------------------- the proof
 
 
-def load_model(directory: Path, device: torch.device) -> torch.nn.Module:
+def load_in_float32(directory: ModelDirectory, device: torch.device) -> torch.nn.Module:
     """A model of either format. On the CPU its parameters are the mapped files themselves, which nothing copies."""
-    weights = Weights(directory)
-    llama = read_json(directory / "config.json").get("model_type") == "llama"
-    kind, config_kind = (LlamaForCausalLM, LlamaConfig) if llama else (BaichuanForCausalLM, BaichuanConfig)
-    config = load_config(directory, config_kind)
-    refuse_misfits(directory, config, weights, kind)
-    model = kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=weights.dtype)
+    model = directory.load_mapped()
     compute_in_float32(model)
-    return model.to(device).eval()
+    return model.to(device)
 
 
-def adapter_logits(base: Path, adapter: Path, probes, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def adapter_logits(
+    base: ModelDirectory, adapter: Path, probes, device
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The probes' logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
-    model = load_adapter(load_model(base, device), adapter)
+    model = load_adapter(load_in_float32(base, device), adapter)
     with_adapter = logits_of(model.get_base_model(), probes)
     with model.disable_adapter():
         return with_adapter, logits_of(model.get_base_model(), probes)
 
 
-def prove(args, directory: Path, probes: list[list[int]], questions: list[str], device: torch.device):
-    """Compare the model in `directory` with base and adapter, of which one is in memory at a time, and print how it did.
+def prove(
+    args,
+    base: ModelDirectory,
+    merged: ModelDirectory,
+    probes: list[list[int]],
+    questions: list[str],
+    device: torch.device,
+):
+    """Compare the merged model with base and adapter, of which one is in memory at a time, and print how it did.
 
     Raises:
         UserError: the two differ by more than the bound of the dtype.
     """
-    expected, base = adapter_logits(args.ori_model_dir, args.model_dir, probes, device)
-    found = logits_of(load_model(directory, device), probes)
-    dtype = Weights(directory).dtype
-    print_comparison(compare(expected, found), compare(expected, base), dtype, sum(map(len, expected)), len(probes))
+    expected, alone = adapter_logits(base, args.model_dir, probes, device)
+    found = logits_of(load_in_float32(merged, device), probes)
+    dtype = merged.weights.dtype
+    print_comparison(compare(expected, found), compare(expected, alone), dtype, sum(map(len, expected)), len(probes))
     result, (most, most_divergence) = compare(expected, found), BOUNDS[dtype]
     if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
         worst = questions[result.worst]
@@ -346,14 +339,15 @@ def print_comparison(merged: Agreement, base: Agreement, dtype: torch.dtype, pos
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, (config, _, tokenizer), weights, updates, (probes, questions) = read_inputs(args)
+    device, base, updates, (probes, questions) = read_inputs(args)
+    weights, config = base.weights, deepcopy(base.config)
     ranks = " and ".join(map(str, sorted({len(update.a) for update in updates.values()})))
     print(
         f"base     {args.ori_model_dir}: {len(weights.tensors)} tensors, {weights.bytes / 1e9:.3g} GB, {weights.dtype}"
     )
     print(f"adapter  {args.model_dir}: rank {ranks}, changes {len(updates)} of the tensors")
     if args.check_only:
-        prove(args, args.save_model_dir, probes, questions, device)
+        prove(args, base, ModelDirectory(args.save_model_dir), probes, questions, device)
         return
 
     config.dtype = weights.dtype
@@ -365,13 +359,16 @@ def main(argv=None):
     tensors = merged_tensors(weights, updates, device)
     with whole_directory(args.save_model_dir, args.overwrite) as directory:
         if args.format == "llama":
-            llama_export.save_llama(directory, config, tokenizer)
+            try:
+                llama_export.save_llama(directory, config, base.tokenizer)
+            except ValueError as error:
+                raise UserError(f"{args.ori_model_dir}: {error}") from error
             tensors = llama_export.llama_tensors(tensors)
         else:
-            save_baichuan(directory, config, tokenizer)
+            save_baichuan(directory, config, base.tokenizer)
         shutil.copy(args.ori_model_dir / "generation_config.json", directory)  # as it is, turn markers and all
         write_weights(directory, tensors)
-        prove(args, directory, probes, questions, device)
+        prove(args, base, ModelDirectory(directory), probes, questions, device)
     print(f"{args.save_model_dir}: complete, {args.format} format")
 
 

@@ -17,22 +17,21 @@ import gc
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 
-from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import load_model, load_tokenizer, model_directory_problems, pick_device, refuse_to_fail_later
-from baichuan.scoring import COLUMNS, Scores, interval
-from baichuan.script import ArgumentParser, UserError, entry_point, number_problems, put_on_disk
-from baichuan.weight_files import Weights
-from data_helper import read_rows, read_samples, without_address
+from baichuan.generation_utils import Answer, answer_batch, greedy
+from data_helper import conversation, read_rows, read_samples, without_address
+from support.arguments import ArgumentParser, number_problems
+from support.errors import Problems, UserError, entry_point
+from support.files import put_on_disk
+from support.model_directory import ModelDirectory, pick_device
+from support.scores import COLUMNS, Scores, interval
 
 CAVEAT = (
     "All general questions of RoleBench's test set also occur in its training set, under another role: "
@@ -65,54 +64,6 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------- answering
-
-
-class Answer(NamedTuple):
-    text: str
-    stopped: bool  # by itself, before max_new_tokens
-
-
-@torch.no_grad()
-def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generation_config) -> list[Answer]:
-    """Answer several conversations side by side; each ends on a user's message, see `messages_to_ids`.
-
-    Shorter prompts are padded on the left, so that all answers begin in the same column.
-
-    Args:
-        model: a BaichuanForCausalLM, or one that PEFT has wrapped, in evaluation mode.
-        tokenizer: has the turn markers.
-        generation_config: as `greedy` makes it, or the model's own.
-    Raises:
-        ValueError: malformed messages, or a system text that leaves no room.
-    """
-    room = model.config.model_max_length - generation_config.max_new_tokens
-    prompts = [messages_to_ids(tokenizer, messages, tokenizer, max_length=room) for messages in conversations]
-    width = max(map(len, prompts))
-    pad, ends = tokenizer.pad_token_id, set(np.atleast_1d(generation_config.eos_token_id).tolist())
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)  # (b, l)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=deepcopy(generation_config))
-    answers = []
-    for ids in output[:, width:].tolist():
-        end = next((place for place, id in enumerate(ids) if id in ends), None)  # padding follows it
-        answers.append(Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
-    return answers
-
-
-def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
-    """The most likely token at each step and nothing else: the same answers every time."""
-    return GenerationConfig(
-        pad_token_id=generation_config.pad_token_id,
-        eos_token_id=generation_config.eos_token_id,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # said expressly, since generate() takes what is left open from the model's own
-    )
-
-
-def conversation(system: str, prompt: str) -> list[dict]:
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    return messages if system else messages[1:]
 
 
 class Question(NamedTuple):
@@ -152,12 +103,12 @@ def question_kinds(data_dir: Path):
     return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
 
 
-def run_settings(args, model_path: Path) -> dict:
+def run_settings(args, model: ModelDirectory) -> dict:
     """What the answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
     digest = hashlib.sha256(args.test_path.read_bytes())
-    for file in [*Weights(model_path).files, model_path / "generation_config.json"]:
+    for file in [*model.weights.files, model.path / "generation_config.json"]:
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    settings = {"model": model_path.resolve().name, "test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
+    settings = {"model": model.path.resolve().name, "test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
     return {**settings, "sampling_seed": args.seed if args.sample else None, "digest": digest.hexdigest()[:16]}
 
 
@@ -188,25 +139,25 @@ def read_answers(path: Path, settings: dict) -> dict[int, Answer]:
     return answers
 
 
-def answer_all(args, model_path: Path, path: Path, questions: list[Question], device) -> list[Answer]:
+def answer_all(args, directory: ModelDirectory, path: Path, questions: list[Question], device) -> list[Answer]:
     """Answer the questions, batch by batch into `path`.part, which takes the name `path` once it holds all answers.
 
     An interrupted run goes on from that.
     """
-    settings, part = run_settings(args, model_path), path.with_name(f"{path.name}.part")
+    settings, part = run_settings(args, directory), path.with_name(f"{path.name}.part")
     answers = {} if args.overwrite else read_answers(path, settings)
     if len(answers) == len(questions):
-        print(f"{path}: has all answers of {model_path} already")
+        print(f"{path}: has all answers of {directory.path} already")
         return [answers[number] for number in range(len(questions))]
     answers = {} if args.overwrite else read_answers(part, settings)
 
-    tokenizer, generation_config = load_tokenizer(model_path)
-    model = load_model(model_path, Weights(model_path).dtype).to(device).eval()
+    tokenizer, generation_config = directory.tokenizer, directory.generation_config
+    model = directory.load().to(device)
     if args.sample:
         generation_config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
     else:
         generation_config = greedy(generation_config, args.max_new_tokens)
-    refuse_to_fail_later(model_path, model, tokenizer, generation_config)
+    directory.refuse_to_fail_later(model, generation_config)
     prompts = [conversation(question.system, question.prompt) for question in questions]
     # Questions of about the same length go together; the longest first, so that memory fails at once or not at all.
     order = sorted(
@@ -216,7 +167,7 @@ def answer_all(args, model_path: Path, path: Path, questions: list[Question], de
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(part, "a" if answers else "w", encoding="utf-8") as file,
-        tqdm(total=len(questions), initial=len(answers), desc=model_path.name, unit=" answers") as progress,
+        tqdm(total=len(questions), initial=len(answers), desc=directory.path.name, unit=" answers") as progress,
     ):
         if not answers:
             file.write(json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
@@ -282,58 +233,44 @@ def markdown(rows: list[list[str]]) -> list[str]:
 # ---------------------------------------------------------------- the script
 
 
-def read_inputs(args) -> tuple[torch.device, list[Question]]:
+def read_inputs(args) -> tuple[torch.device, list[Question], list[ModelDirectory]]:
     """Raises: UserError with all that is wrong, before anything slow."""
-    problems = []
-
-    def read(function, *arguments):
-        try:
-            return function(*arguments)
-        except UserError as error:
-            problems.extend(error.problems)
-
-    problems += number_problems(args, {"batch_size": 1, "max_new_tokens": 1, "resamples": 1, "seed": 0})
-    for model in filter(None, (args.model_path, args.baseline_path)):
-        if (model / "adapter_config.json").exists():
-            problems.append(f"{model}: is an adapter: merge it into its base with merge_params.py first")
+    models = [ModelDirectory(path) for path in (args.baseline_path, args.model_path) if path]
+    with Problems() as problems:
+        problems += number_problems(args, {"batch_size": 1, "max_new_tokens": 1, "resamples": 1, "seed": 0})
+        for model in models:
+            if (model.path / "adapter_config.json").exists():
+                problems.append(f"{model.path}: is an adapter: merge it into its base with merge_params.py first")
+            else:
+                problems.of(model.check)
+        if args.output_path.resolve() == args.test_path.resolve():
+            problems.append(f"--output_path {args.output_path}: is the file of samples: name another one")
+        device = problems.of(pick_device, args.device)
+        if args.test_path.is_file():
+            questions = problems.of(read_questions, args.test_path, args.data_dir)
         else:
-            problems += model_directory_problems(model)
-    if args.output_path.resolve() == args.test_path.resolve():
-        problems.append(f"--output_path {args.output_path}: is the file of samples: name another one")
-    device = read(pick_device, args.device)
-    if args.test_path.is_file():
-        questions = read(read_questions, args.test_path, args.data_dir)
-    else:
-        problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
-    if problems:
-        raise UserError(*problems)
-    check_room(args, questions)
-    return device, questions
-
-
-def check_room(args, questions: list[Question]):
-    """Raise UserError if a system text is too long for a model."""
-    for model in filter(None, (args.model_path, args.baseline_path)):
-        tokenizer, _ = load_tokenizer(model)
-        room = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_max_length", 4096)
-        longest = max({question.system for question in questions}, key=len)
-        if len(tokenizer.text_to_ids(longest)) + args.max_new_tokens >= room - 1:
+            problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
+    longest = max({question.system for question in questions}, key=len)
+    for model in models:
+        room = model.config.model_max_length
+        if len(model.tokenizer.text_to_ids(longest)) + args.max_new_tokens >= room - 1:
             raise UserError(
                 f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
             )
+    return device, questions, models
 
 
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, questions = read_inputs(args)
-    runs = {"model": (args.model_path, args.output_path)}
-    if args.baseline_path:
-        baseline_output = args.output_path.with_name(f"{args.output_path.stem}-baseline{args.output_path.suffix}")
-        runs = {"baseline": (args.baseline_path, baseline_output)} | runs
+    device, questions, directories = read_inputs(args)
+    baseline_output = args.output_path.with_name(f"{args.output_path.stem}-baseline{args.output_path.suffix}")
+    names, outputs = ["baseline", "model"], [baseline_output, args.output_path]
+    if not args.baseline_path:
+        names, outputs = names[1:], outputs[1:]
     models = {}
-    for name, (model_path, output_path) in runs.items():
-        models[name] = Scores(questions, answer_all(args, model_path, output_path, questions, device))
+    for name, directory, output in zip(names, directories, outputs):
+        models[name] = Scores(questions, answer_all(args, directory, output, questions, device))
         gc.collect()  # the model just used makes room for the next
     print(table(questions, models, args.resamples, args.seed))
     kinds = {question.kind for question in questions}

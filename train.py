@@ -11,7 +11,6 @@
 
 import json
 import math
-import os
 import signal
 import warnings
 from pathlib import Path
@@ -23,18 +22,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from baichuan import loading, processes, script
-from baichuan.checks import deepspeed_config, refuse_wrong_arguments
-from baichuan.processes import join_processes
-from baichuan.script import UserError
-from baichuan.states import claim, digest, load_state, model_digest, newest_state, read_run, save_state
-from data_helper import read_samples
+from baichuan.generation_utils import answer_batch, greedy
+from data_helper import conversation, read_samples
+from support import processes
+from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments
+from support.errors import Problems, UserError, entry_point, first_line
+from support.files import newest_state, whole_files
+from support.model_directory import ModelDirectory
+from support.processes import join_processes
+from support.resume import claim, digest, load_state, model_digest, read_run, save_state
 
 MODEL_FILES = "config.json, generation_config.json, tokenizer.model and the weights"
 
 
 def parse_args(argv=None):
-    parser = script.ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
+    parser = ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
     data = parser.add_argument_group("data")
     data.add_argument("--train_path", default="data/train.json", help="training samples, from data_helper.py")
     data.add_argument("--test_path", default="data/test.json", help="samples for the perplexity")
@@ -96,54 +98,64 @@ ATTENTIONS = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
 # ---------------------------------------------------------------- samples
 
 
-def read_data(args, tokenizer, generation_config, world_size: int, main_process: bool):
-    """Both files as datasets, with the counts printed. Raises: UserError for all that would leave nothing to train."""
-    datasets, problems = [], []
-    for path in (args.train_path, args.test_path):
-        try:
-            samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", disable=not main_process)
-            data = utils.RoleDataset(
-                samples, tokenizer, generation_config, args.max_len, args.max_src_len, args.is_skip
-            )
-        except UserError as error:
-            problems += error.problems
-            continue
-        if main_process:
-            print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
-        datasets.append(data)
-        needed = step_size(args, world_size) if path == args.train_path else 1
-        if len(data) < needed:
-            problems.append(
-                f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
-                f"--max_src_len {args.max_src_len}; {needed} are needed: allow more tokens"
-                + (", take fewer samples a step" if data.counts["read"] else "")
-            )
-    if problems:
-        raise UserError(*problems)
-    return datasets
+def read_inputs(args):
+    """The model's directory, the DeepSpeed file and both files of samples. Raises: UserError with all that is wrong."""
+    directory = ModelDirectory(args.model_name_or_path)
+    refuse_wrong_arguments(args, directory)
+    with Problems() as problems:
+        train_data = problems.of(read_data, args, directory.tokenizer, args.train_path, step_size(args))
+        test_data = problems.of(read_data, args, directory.tokenizer, args.test_path, 1)
+    return directory, read_deepspeed_config(args.ds_file), train_data, test_data
 
 
-def run_identity(args, train_data, world_size: int) -> dict:
-    """What decides the result of a run to the last bit, except for what only decides its speed."""
-    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
-    flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
-    return {
-        "training data": digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
-        "base model": model_digest(args.model_name_or_path),
-        "processes": world_size,
-        "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),
-        **{f"--{name}": getattr(args, name) for name in flags},
-    }
+def read_data(args, tokenizer, path: str, needed: int) -> utils.RoleDataset:
+    """A file of samples as token ids, with the counts printed. Raises: UserError where fewer than `needed` fit."""
+    main_process = processes.place()[0] == 0
+    samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", disable=not main_process)
+    data = utils.RoleDataset(samples, tokenizer, args.max_len, args.max_src_len, args.is_skip)
+    if main_process:
+        print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
+    if len(data) < needed:
+        raise UserError(
+            f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
+            f"--max_src_len {args.max_src_len}; {needed} are needed: allow more tokens"
+            + (", take fewer samples a step" if data.counts["read"] else "")
+        )
+    return data
 
 
-def step_size(args, world_size: int) -> int:
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+def step_size(args) -> int:
+    """Samples of a step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.place()[1]
+
+
+def lay_out(args, train_data, test_data) -> tuple[utils.Steps, list[dict]]:
+    """The training steps of this process, and its share of the test rows."""
+    rank, world_size = processes.place()
+    layout = (args.packing, args.max_pack_len, args.per_device_train_batch_size)
+    collator = utils.Collator(train_data, *layout)
+    steps = utils.Steps(train_data, collator, step_size(args), args.num_train_epochs, args.seed, rank, world_size)
+    test_rows = utils.Collator(test_data, *layout)(test_data.by_persona(np.arange(len(test_data))))
+    return steps, test_rows[rank::world_size]
+
+
+def step_loader(steps: utils.Steps, first: int, device: torch.device) -> DataLoader:
+    """The steps from number `first` on, laid out by a process beside the one that trains."""
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=1,
+        prefetch_factor=4,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=processes.leave_signals_to_parent,
+    )
 
 
 # ---------------------------------------------------------------- model and optimizer
 
 
-def model_with_adapters(args, dtype: torch.dtype):
+def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype):
     """The frozen base with LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the decoder.
 
     LoRA leaves a weight W as it is and learns a small difference beside it: y = W x + (alpha / r) · B A x, with A of
@@ -151,12 +163,12 @@ def model_with_adapters(args, dtype: torch.dtype):
     """
     from peft import LoraConfig, get_peft_model
 
-    model = loading.load_model(args.model_name_or_path, dtype, args.attn_implementation)
+    model = directory.load(dtype, args.attn_implementation)
     lora = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=utils.lora_targets(model),
+        target_modules=utils.find_all_linear_names(model),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
@@ -176,33 +188,79 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def start_engine(model, config: dict, total_steps: int, warmup_ratio: float):
+def start_engine(model, config: dict, args, total_steps: int):
     """DeepSpeed around the model, its adapters and the optimizer of the configuration. Raises: UserError."""
     import deepspeed
 
     def schedule(optimizer):  # LambdaLR counts from 0
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda k: learning_rate_factor(min(k + 1, total_steps), total_steps, warmup_ratio)
+            optimizer, lambda k: learning_rate_factor(min(k + 1, total_steps), total_steps, args.warmup_ratio)
         )
 
+    config["optimizer"]["params"].update(lr=args.learning_rate, weight_decay=args.weight_decay)
+    # A step's backward passes are summed by hand (their number varies), so to DeepSpeed every step is one micro-batch.
+    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    config["gradient_accumulation_steps"] = 1
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
     # It has no class for its own errors.
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"--ds_file: DeepSpeed refuses the configuration: {script.first_line(error)}") from error
+        raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
     return engine
+
+
+# ---------------------------------------------------------------- what the run is
+
+
+def run_identity(args, train_data, dtype: torch.dtype) -> dict:
+    """What decides the result of a run to the last bit, except for what only decides its speed."""
+    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
+    flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
+    return {
+        "training data": digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
+        "base model": model_digest(args.model_name_or_path),
+        "processes": processes.place()[1],
+        "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),
+        "precision": str(dtype),
+        **{f"--{name}": getattr(args, name) for name in flags},
+    }
+
+
+def find_state(args, train_data, dtype: torch.dtype) -> tuple[int, Path | None, dict]:
+    """(steps done, the state to go on from, what the run is). Raises: UserError where hosts or states differ."""
+    done, state = newest_state(args.output_dir)
+    identity = run_identity(args, train_data, dtype)
+    processes.refuse_differences(identity | {"the state in --output_dir": done})
+    run = read_run(state, identity) if state else {"identity": identity, "losses": []}
+    return done, state, run
+
+
+def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, where: str):
+    """Say what will be trained, and keep the arguments beside it."""
+    with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
+        json.dump(vars(args), file, ensure_ascii=False, indent=2)
+    model.print_trainable_parameters()
+    print(
+        f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; "
+        f"{where}; to {args.output_dir}"
+    )
+    if args.resume:
+        print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
+    if done == len(steps):
+        print(f"{args.output_dir}: is complete, nothing is left to do")
 
 
 # ---------------------------------------------------------------- training
 
 
-def train_step(engine, batches, tokens: int, world_size: int, attn_implementation: str, stop: bool):
+def train_step(engine, batches, tokens: int, attn_implementation: str, stop: bool) -> tuple[float, bool]:
     """Add up the gradients of a step's batches; (its loss: the mean over `tokens`, any process's `stop`).
 
     Every process divides by the tokens of the whole step, so the loss does not depend on how samples are spread over
     rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
     """
+    world_size = dist.get_world_size()
     total = torch.tensor([0.0, float(stop)], device=engine.device)
     with engine.coalesce_grad_reduction():  # one reduction a step, however many rows each process has
         for batch in batches:
@@ -234,9 +292,7 @@ def update(engine, dtype: torch.dtype) -> float:
 
 def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
-    from predict import answer_batch, conversation, greedy  # here, since it needs more than training does
-
-    questions: dict[str, dict[str, dict]] = {}
+    questions: dict[str, dict[str, list[dict]]] = {}
     for sample in read_samples(test_path):
         asked = questions.setdefault(sample["role"], {})
         if len(asked) < per_role:
@@ -246,112 +302,89 @@ def sample_answers(model, tokenizer, generation_config, test_path: str, per_role
     for role, asked in questions.items():
         answers = answer_batch(model, tokenizer, list(asked.values()), greedy(generation_config, 128))
         texts[f"answers/{role}"] = "\n\n".join(f"**{q}**  \n{answer.text}" for q, answer in zip(asked, answers))
-    model.train()
     return texts
 
 
-@script.entry_point
+def evaluate_and_save(
+    args, engine, directory: ModelDirectory, test_rows, log: utils.Log, steps: utils.Steps, step: int
+):
+    """Measure the perplexity, show some answers, and write the adapter of this step."""
+    main_process = processes.place()[0] == 0
+    test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, main_process)
+    if not math.isfinite(test_loss):
+        raise broken(args, steps, step, f"the loss on {args.test_path} after step {step} is {test_loss}")
+    if main_process:
+        path, perplexity = Path(args.output_dir) / steps.name(step), math.exp(min(test_loss, 700))
+        log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
+        if args.sample_answers:
+            texts = (directory.tokenizer, directory.generation_config, args.test_path, args.sample_answers)
+            log.texts(step, sample_answers(engine.module, *texts))
+        utils.save_model(engine.module, directory.tokenizer, path, args.save_total_limit)
+        tqdm.write(f"{path}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
+    engine.train()  # both were without dropout
+
+
+def broken(args, steps: utils.Steps, step: int, what: str) -> UserError:
+    """Why the run cannot go on, with what a user can do."""
+    numbers = ", ".join(map(str, steps.data.numbers[steps.samples(step - 1)]))
+    return UserError(
+        f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
+        f"another precision. {newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
+    )
+
+
+@entry_point
 @processes.one_line_for_each_end()
 def main(argv=None):
     args = parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; nothing a user could act on
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main_process = rank == 0
-    output_dir = Path(args.output_dir)
 
-    # 1. Find out all that is wrong before anything slow.
-    refuse_wrong_arguments(args)
-    config = deepspeed_config(args)
-    tokenizer, generation_config = loading.load_tokenizer(args.model_name_or_path)
-    train_data, test_data = read_data(args, tokenizer, generation_config, world_size, main_process)
-    identity = run_identity(args, train_data, world_size)
-    first, state = newest_state(output_dir)
+    # 1. What can be wrong is found before anything slow.
+    directory, config, train_data, test_data = read_inputs(args)
 
-    # 2. Processes, model, optimizer.
+    # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = join_processes()
-    dtype = processes.precision(config, main_process)  # the device's, which may be another one than before
-    identity["precision"] = str(dtype)
-    processes.refuse_differences(identity | {"the state in --output_dir": first})
-    run = read_run(state, identity) if state else {"identity": identity, "losses": []}
+    dtype = processes.precision(config)
+    done, state, run = find_state(args, train_data, dtype)
+    rank, world_size = processes.place()
+
+    # 3. The frozen base with its adapters, the rows it will read, and DeepSpeed with the optimizer.
     torch.manual_seed(args.seed)
-    model = model_with_adapters(args, dtype)
-    how = (args.packing, args.max_pack_len, args.per_device_train_batch_size)
-    collator = utils.Collator(train_data, *how)
-    steps = utils.Steps(
-        train_data, collator, step_size(args, world_size), args.num_train_epochs, args.seed, rank, world_size
-    )
-    test_rows = utils.Collator(test_data, *how)(test_data.by_persona(np.arange(len(test_data))))[rank::world_size]
-    engine = start_engine(model, config, len(steps), args.warmup_ratio)
-    if args.sample_answers and main_process:
-        loading.refuse_to_fail_later(args.model_name_or_path, model, tokenizer, generation_config)
+    model = model_with_adapters(args, directory, dtype)
+    steps, test_rows = lay_out(args, train_data, test_data)
+    engine = start_engine(model, config, args, len(steps))
+    if args.sample_answers and rank == 0:
+        directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
-    claim(output_dir)
-    if main_process:
-        with script.whole_files(output_dir / "train_args.json") as (file,):
-            json.dump(vars(args), file, ensure_ascii=False, indent=2)
-        model.print_trainable_parameters()
-        print(
-            f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; "
-            f"{str(dtype).removeprefix('torch.')} on {world_size} × {device.type}; to {output_dir}"
-        )
-        if args.resume:
-            print(f"going on from {state}" if state else f"{output_dir}: no state is saved there yet; starting anew")
-        if first == len(steps):
-            print(f"{output_dir}: is complete, nothing is left to do")
+    claim(Path(args.output_dir))
+    if rank == 0:
+        where = f"{str(dtype).removeprefix('torch.')} on {world_size} × {device.type}"
+        introduce(args, model, steps, done, state, where)
 
-    # 3. Train.
-    def broken(what: str) -> UserError:
-        numbers = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
-        return UserError(
-            f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
-            f"another precision. {newest_state(output_dir)[1] or 'No state'} is the last one saved"
-        )
-
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(first, len(steps)),
-        num_workers=1,
-        prefetch_factor=4,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=processes.leave_signals_to_parent,
-    )
-    log = utils.Log(output_dir / "runs", len(steps), first, run["losses"], main_process)
+    # 4. Train, show, save; stop where one is asked to.
+    engine.train()  # dropout and checkpointing act in this mode only
+    log = utils.Log(Path(args.output_dir) / "runs", len(steps), done, run["losses"], rank == 0)
     with log, processes.StopRequest() as stop_request:
-        for step, (batches, tokens) in enumerate(loader, start=first + 1):
+        for step, (batches, tokens) in enumerate(step_loader(steps, done, device), start=done + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
-            loss, stop = train_step(
-                engine, batches, tokens, world_size, args.attn_implementation, stop=bool(stop_request)
-            )
+            loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(stop_request))
             if not math.isfinite(loss):
-                raise broken(f"the loss of step {step} is {loss}")
+                raise broken(args, steps, step, f"the loss of step {step} is {loss}")
             learning_rate = engine.get_lr()[0]
             grad_norm = update(engine, dtype)
             if math.isnan(grad_norm):
-                raise broken(f"the gradient of step {step} is not finite")
+                raise broken(args, steps, step, f"the gradient of step {step} is not finite")
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.show(step, learning_rate, grad_norm)
-
-            name = f"epoch-{(step - 1) // steps.steps_per_epoch + 1}-step-{step}"
-            save = step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0)
+            save = steps.ends_epoch(step) or (args.save_model_step and step % args.save_model_step == 0)
             if save:
-                test_loss = utils.evaluate(engine.module, test_rows, device, args.attn_implementation, main_process)
-                if not math.isfinite(test_loss):
-                    raise broken(f"the loss on {args.test_path} after step {step} is {test_loss}")
-            if save and main_process:
-                perplexity = math.exp(min(test_loss, 700))
-                log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
-                if args.sample_answers:
-                    how = (tokenizer, generation_config, args.test_path, args.sample_answers)
-                    log.texts(step, sample_answers(model, *how))
-                utils.save_adapter(model, tokenizer, output_dir / name, args.save_total_limit)
-                tqdm.write(f"{output_dir / name}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
+                evaluate_and_save(args, engine, directory, test_rows, log, steps, step)
             if save or stop:
-                save_state(engine, output_dir / "state" / name, run | {"losses": log.losses})
+                save_state(engine, Path(args.output_dir) / "state" / steps.name(step), run | {"losses": log.losses})
             if stop and step < len(steps):
-                if main_process:
+                if rank == 0:
                     print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")
                 raise SystemExit(128 + (stop_request.signal or signal.SIGTERM))
 

@@ -18,8 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from baichuan.script import remove_directory, whole_directory, writing
-from baichuan.states import checkpoints
+from support.files import checkpoints, remove_directory, whole_directory, writing
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -41,10 +40,10 @@ class RoleDataset:
         counts: Counter of read, kept, skipped, cut questions, cut answers and samples with no room for an answer.
     """
 
-    def __init__(self, samples, tokenizer, generation_config, max_len: int, max_src_len: int, is_skip: bool = False):
+    def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
         self.counts = Counter()
         self.personas: list[list[int]] = []
-        self._layout = functools.partial(messages_to_ids, tokenizer, generation_config=generation_config)
+        self._layout = functools.partial(messages_to_ids, tokenizer)
         self._eos = tokenizer.eos_token_id
         self._limits = (max_len, max_src_len, is_skip)
         known: dict[str, int] = {}
@@ -240,7 +239,7 @@ class Steps(Dataset):
     """Item k is what this process computes in step k of the run: (batches, supervised tokens of the whole step).
 
     Every process draws the same permutation of an epoch from the seed, so that all know each step's samples
-    without a word between them, whatever is resumed where. What an epoch leaves over differs from epoch to epoch.
+    without communicating, whatever is resumed where. What an epoch leaves over differs from epoch to epoch.
 
     Args:
         step_size: samples of a step, over all processes.
@@ -255,6 +254,13 @@ class Steps(Dataset):
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0
+
+    def name(self, step: int) -> str:
+        """Of the directory that holds the adapter of step 1 … len(self)."""
+        return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
     def samples(self, step: int) -> np.ndarray:
         """Indices of a step's samples, sorted by persona so that each process meets few of them."""
@@ -282,14 +288,14 @@ def model_inputs(batch: dict[str, torch.Tensor], device, implementation: str) ->
     return inputs
 
 
-def lora_targets(model: nn.Module) -> list[str]:
+def find_all_linear_names(model: nn.Module) -> list[str]:
     """Names of the decoder's linear layers: all but the head, which is no part of `model.model`."""
     layers = model.model.named_modules()
     return sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, implementation: str, show_progress: bool = False) -> float:
+def evaluation(model, batches, device, implementation: str, show_progress: bool = False) -> float:
     """Mean loss in nats over all supervised tokens of `batches` on all processes; perplexity is its exponential."""
     training = model.training
     model.eval()
@@ -364,7 +370,7 @@ class Log:
         self.writer.flush()
 
 
-def save_adapter(model, tokenizer, directory: Path, keep: int | None = None):
+def save_model(model, tokenizer, directory: Path, keep: int | None = None):
     """Write a plain PEFT adapter with the tokenizer it was trained under; keep only the newest `keep` beside it."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)

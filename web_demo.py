@@ -4,8 +4,8 @@
     python3 web_demo.py --model_path Baichuan2-7B-Chat/ --adapter_path output_dir/epoch-1-step-1002    # before and after
     python3 web_demo.py --ask "你是谁？" --role 李白        # one greedy answer on the terminal, and no page
 
-In the order of reading: the arguments, a conversation, the page. Beside it stand baichuan/speaker.py, which answers,
-baichuan/page_guard.py, which checks everything a browser sends, and page_texts.json, the page's texts in each language.
+In the order of reading: the arguments, a conversation, the page. Beside it stand support/speaker.py, which answers,
+support/page_guard.py, which checks everything a browser sends, and page_texts.json, the page's texts in each language.
 """
 
 import json
@@ -22,11 +22,12 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
-from baichuan import page_guard as guard
-from baichuan.loading import model_directory_problems, pick_device
-from baichuan.script import ArgumentParser, UserError, entry_point
-from baichuan.speaker import Speaker, TooLong
-from data_helper import persona, read_profiles, read_rows, text_problem, without_address
+from data_helper import conversation, persona, read_profiles, read_rows, text_problem, without_address
+from support import page_guard as guard
+from support.arguments import ArgumentParser
+from support.errors import Problems, UserError, entry_point
+from support.model_directory import ModelDirectory, pick_device
+from support.speaker import Speaker, TooLong
 
 PERIOD = 0.05  # seconds between two updates of a growing answer
 
@@ -47,27 +48,22 @@ def parse_args(argv=None):
 
 def check(args) -> tuple[torch.device, dict[str, str]]:
     """The device, and the roles with their descriptions. Raises: UserError with all that is wrong, before slow work."""
-    problems, device, profiles = model_directory_problems(args.model_path), None, {}
-    try:
-        device = pick_device(args.device)
-    except UserError as error:
-        problems += error.problems
-    try:
-        profiles = read_profiles(Path(args.desc_path))
-    except UserError as error:
-        problems += error.problems
-    if args.adapter_path and not (Path(args.adapter_path) / "adapter_config.json").is_file():
-        problems.append(f"{args.adapter_path}: has no adapter_config.json: give a directory that train.py has written")
-    if args.role is not None and profiles and args.role not in profiles:
-        problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(profiles)}")
-    if args.auth is not None and not re.fullmatch("[^:]+:.+", args.auth):
-        problems.append("--auth: must be USER:PASSWORD, neither of them empty")
-    if args.ask is not None and (problem := text_problem(args.ask)):
-        problems.append(f"--ask {problem}")
-    if args.ask is None:
-        problems += guard.port_problems(args.server_name, args.port)
-    if problems:
-        raise UserError(*problems)
+    with Problems() as problems:
+        problems.of(ModelDirectory(args.model_path).check)
+        device = problems.of(pick_device, args.device)
+        profiles = problems.of(read_profiles, Path(args.desc_path))
+        if args.adapter_path and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+            problems.append(
+                f"{args.adapter_path}: has no adapter_config.json: give a directory that train.py has written"
+            )
+        if args.role is not None and profiles and args.role not in profiles:
+            problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(profiles)}")
+        if args.auth is not None and not re.fullmatch("[^:]+:.+", args.auth):
+            problems.append("--auth: must be USER:PASSWORD, neither of them empty")
+        if args.ask is not None and (problem := text_problem(args.ask)):
+            problems.append(f"--ask {problem}")
+        if args.ask is None:
+            problems += guard.port_problems(args.server_name, args.port)
     return device, profiles
 
 
@@ -254,7 +250,7 @@ class Page:
         return conversation, conversation.bubbles("response"), conversation.bubbles("base") if compared else []
 
     def build(self) -> gr.Blocks:
-        """`preprocess=False` throughout: values arrive as the browser sent them, and baichuan/page_guard.py checks them."""
+        """`preprocess=False` throughout: values arrive as the browser sent them, and support/page_guard.py checks them."""
         text, first = gr.I18n(), next(iter(self.profiles))
         tuned, defaults = self.speaker.adapter is not None, self.speaker.model.generation_config
         with gr.Blocks(title="Baichuan2 · 角色对话", fill_height=True, analytics_enabled=False) as demo:
@@ -329,7 +325,7 @@ class Page:
 
 
 def answer_once(speaker: Speaker, role: str, description: str, question: str) -> str:
-    messages = [{"role": "system", "content": persona(role, description)}, {"role": "user", "content": question}]
+    messages = conversation(persona(role, description), question)
     settings = {"do_sample": False, "seed": 0, "max_new_tokens": speaker.model.generation_config.max_new_tokens or 512}
     try:
         return "".join([*speaker.answer(messages, settings)][-1:])  # the last text is the whole answer

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -18,7 +19,6 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 def messages_to_ids(
     tokenizer,
     messages: Sequence[dict],
-    generation_config: GenerationConfig,
     max_length: int | None = None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
@@ -30,17 +30,16 @@ def messages_to_ids(
     chat page and the evaluation all come through here.
 
     Args:
-        tokenizer: its `text_to_ids` encodes the contents.
+        tokenizer: its `text_to_ids` encodes the contents; it carries the turn markers.
         messages: `{"role": "system" | "user" | "assistant", "content": str}`; content may also be a list of ids,
             for a caller that has encoded (and cut) the text already. The system message, if any, comes first.
-        generation_config: holds `user_token_id` and `assistant_token_id`.
         max_length: tokens at most. Whole oldest rounds (a user's turn and its reply) go first, the system text
             always stays, and a last round that alone is too long loses its beginning.
         add_generation_prompt: end on the assistant marker when the last message is the user's.
     Raises:
         ValueError: a message is malformed, the markers are not known, or the system text leaves no room.
     """
-    markers = turn_markers(generation_config)
+    markers = turn_markers(tokenizer)
     system, rounds = [], []  # a round is the ids from one user turn up to the next
     for number, message in enumerate(messages):
         role, content = _role_and_content(message, number)
@@ -67,11 +66,15 @@ def messages_to_ids(
     return [*system, *(id for round_ids in rounds for id in round_ids)]
 
 
-def turn_markers(generation_config: GenerationConfig) -> dict[str, int]:
-    """The ids that open a user's and an assistant's turn."""
+def turn_markers(holder) -> dict[str, int]:
+    """The ids that open a user's and an assistant's turn, of a tokenizer or a generation_config.
+
+    Raises:
+        ValueError: it does not know them.
+    """
     markers = {}
     for role in ("user", "assistant"):
-        marker = getattr(generation_config, f"{role}_token_id", None)
+        marker = getattr(holder, f"{role}_token_id", None)
         if not isinstance(marker, int):
             raise ValueError(
                 f"{role}_token_id is not known: take generation_config.json from the published model into its directory"
@@ -91,6 +94,56 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     if not isinstance(content, (str, list, tuple)):
         raise ValueError(f"the content of message {number} must be text, not {type(content).__name__}")
     return role, content
+
+
+# ---------------------------------------------------------------- many conversations → answers
+
+
+class Answer(NamedTuple):
+    text: str
+    stopped: bool  # by itself, before max_new_tokens
+
+
+@torch.no_grad()
+def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generation_config) -> list[Answer]:
+    """Answer several conversations side by side; each ends on a user's message, see `messages_to_ids`.
+
+    Shorter prompts are padded on the left, so that all answers begin in the same column.
+
+    Args:
+        model: a BaichuanForCausalLM, or one that PEFT has wrapped, in evaluation mode.
+        tokenizer: has the turn markers.
+        generation_config: as `greedy` makes it, or the model's own.
+    Raises:
+        ValueError: malformed messages, or a system text that leaves no room.
+    """
+    room = model.config.model_max_length - generation_config.max_new_tokens
+    prompts = [messages_to_ids(tokenizer, messages, max_length=room) for messages in conversations]
+    width = max(map(len, prompts))
+    pad, ends = tokenizer.pad_token_id, generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)  # (b, l)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=deepcopy(generation_config))
+    answers = []
+    for ids in output[:, width:].tolist():
+        end = next((place for place, id in enumerate(ids) if id in ends), None)  # padding follows it
+        answers.append(Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
+    return answers
+
+
+def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """The most likely token at each step and nothing else: the same answers every time."""
+    return GenerationConfig(
+        pad_token_id=generation_config.pad_token_id,
+        eos_token_id=generation_config.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # said expressly, since generate() takes what is left open from the model's own
+    )
+
+
+# ---------------------------------------------------------------- one conversation, as it is written
 
 
 class TokenQueue(BaseStreamer):
@@ -145,14 +198,8 @@ class ChatMixin:
     def chat_prompt(self, tokenizer, messages, generation_config: GenerationConfig) -> torch.LongTensor:
         """messages → (1, l) ids on the model's device, leaving room for max_new_tokens."""
         room = self.config.model_max_length - (generation_config.max_new_tokens or 0)
-        ids = messages_to_ids(tokenizer, messages, self._with_markers(generation_config), room)
+        ids = messages_to_ids(tokenizer, messages, room)
         return torch.tensor([ids], device=self.device)
-
-    def _with_markers(self, generation_config: GenerationConfig) -> GenerationConfig:
-        """A caller's own GenerationConfig need not repeat the markers; the model's has them."""
-        if getattr(generation_config, "user_token_id", None) is not None:
-            return generation_config
-        return self.generation_config
 
     def stream_answer(self, tokenizer, prompt: torch.LongTensor, generation_config, **generate_kwargs) -> Iterator[str]:
         """Yield the answer so far while `generate` runs in a thread. prompt: (1, l) ids.
@@ -183,11 +230,8 @@ class ChatMixin:
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
-            answer, settled, pending = (
-                "",
-                "",
-                [],
-            )  # settled: text that no further token changes; pending: tokens after it
+            answer, settled = "", ""  # settled: text that no further token changes
+            pending: list[int] = []  # the tokens after it
             for new in tokens:
                 pending += new
                 text = settled + tokenizer.decode(pending, skip_special_tokens=True)

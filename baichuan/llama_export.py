@@ -16,12 +16,11 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig
 
 from .configuration_baichuan import BaichuanConfig
-from .script import UserError
 from .tokenization_baichuan import RESERVED, BaichuanTokenizer
 
 
 def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanTokenizer):
-    """Write all of a LLaMA model but its weights and its generation_config.json. Raises: UserError."""
+    """Write all of a LLaMA model but its weights and its generation_config.json. Raises: ValueError."""
     llama_config(config).save_pretrained(directory)
     fast = fast_tokenizer(tokenizer)
     fast.save(str(directory / "tokenizer.json"))
@@ -96,7 +95,7 @@ def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
     if model.normalizer_spec.name != "identity" or model.normalizer_spec.add_dummy_prefix:
-        raise UserError(f"{tokenizer.vocab_file}: changes the text before it cuts it: name a Baichuan2 model")
+        raise ValueError(f"{tokenizer.vocab_file}: changes the text before it cuts it: name a Baichuan2 model")
 
     fast = Tokenizer(
         BPE(

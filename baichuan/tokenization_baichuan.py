@@ -161,7 +161,7 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         batched = not isinstance(conversation[0], dict)
         ids = [
             messages_to_ids(
-                self, messages, self, max_length if truncation else None, add_generation_prompt=add_generation_prompt
+                self, messages, max_length if truncation else None, add_generation_prompt=add_generation_prompt
             )
             for messages in (conversation if batched else [conversation])
         ]

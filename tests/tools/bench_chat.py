@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from baichuan import tiny
-from baichuan.loading import pick_device
+from support.model_directory import pick_device
 from baichuan.script import ArgumentParser, entry_point
-from baichuan.speaker import Speaker
+from support.speaker import Speaker
 from data_helper import persona, read_profiles
 from web_demo import Conversation, Page
 

@@ -11,7 +11,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from baichuan.script import OneProcessError, UserError
+from support.errors import OneProcessError, UserError, out_of_memory
+
+
+def place() -> tuple[int, int]:
+    """(rank of this process, number of processes), as the launcher tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes() -> torch.device:
@@ -49,14 +54,14 @@ def has_bfloat16() -> bool:
     return device.is_bf16_supported()
 
 
-def precision(config: dict, main_process: bool) -> torch.dtype:
+def precision(config: dict) -> torch.dtype:
     """The dtype of base and adapters that the DeepSpeed configuration asks for, as far as the device knows it."""
     from deepspeed import get_accelerator
 
     if config.get("bf16", {}).get("enabled") and not has_bfloat16():
         config["bf16"]["enabled"] = False
         config["fp16"] = {"enabled": bool(get_accelerator().is_fp16_supported())}  # on the CPU None stands for no
-        if main_process:
+        if place()[0] == 0:
             print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
     if config.get("bf16", {}).get("enabled"):
         return torch.bfloat16
@@ -79,7 +84,7 @@ def one_line_for_each_end():
         yield
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+        if out_of_memory(error):
             raise OneProcessError(
                 "the device has too little memory free: lower --per_device_train_batch_size or --max_len and "
                 "--max_pack_len, or add --gradient_checkpointing; --resume goes on from what is saved"

@@ -31,7 +31,7 @@ import data_helper  # noqa: E402 - the scripts lie in the root
 import train  # noqa: E402
 import utils  # noqa: E402
 from baichuan import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
-from baichuan.loading import load_tokenizer  # noqa: E402
+from support.model_directory import ModelDirectory  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, intermediate
     "tiny": (128, 4, 4, 352),

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
-from .generation_utils import CACHE_NAME, messages_to_ids
-from .loading import load_adapter, load_model, load_tokenizer, refuse_to_fail_later
-from .script import UserError
+from baichuan.generation_utils import CACHE_NAME, messages_to_ids
+from support.errors import UserError, out_of_memory
+from support.model_directory import ModelDirectory, load_adapter
 
 SHORTEST_REPLY = 16  # tokens; a question that leaves less room is too long
 
@@ -74,18 +74,17 @@ class Speaker:
 
         Only float16 becomes float32 on the CPU, where it is slow. Raises: UserError.
         """
-        tokenizer, generation_config = load_tokenizer(model_path)
-        model = load_model(model_path, dtype="auto")
-        model.generation_config = generation_config
+        directory = ModelDirectory(model_path)
+        model = directory.load()
         if device.type == "cpu" and model.dtype == torch.float16:
             model = model.float()
         adapter = load_adapter(model, adapter_path) if adapter_path else None  # its layers enter `model`
         try:
             model = model.to(device).eval()
-            refuse_to_fail_later(adapter_path or model_path, model, tokenizer, generation_config)
+            directory.refuse_to_fail_later(model, adapter=adapter_path)
         except torch.OutOfMemoryError as error:
             raise UserError(f"{device}: too little memory is free for {model_path}: give --device cpu") from error
-        return cls(model, tokenizer, adapter)
+        return cls(model, directory.tokenizer, adapter)
 
     def fit(self, messages: list[dict], wanted: int) -> tuple[list[int], int, bool]:
         """Share the context out: persona and question come first, then the reply, then the earlier rounds.
@@ -98,13 +97,13 @@ class Speaker:
         Raises:
             TooLong: the question does not fit.
         """
-        config, context = self.model.generation_config, self.model.config.model_max_length
-        needed = len(messages_to_ids(self.tokenizer, [messages[0], messages[-1]], config))
+        context = self.model.config.model_max_length
+        needed = len(messages_to_ids(self.tokenizer, [messages[0], messages[-1]]))
         room = min(wanted, context - needed)
         if room < min(wanted, SHORTEST_REPLY):
             raise TooLong(needed, context)
-        whole = messages_to_ids(self.tokenizer, messages, config)
-        prompt = messages_to_ids(self.tokenizer, messages, config, context - room)
+        whole = messages_to_ids(self.tokenizer, messages)
+        prompt = messages_to_ids(self.tokenizer, messages, context - room)
         return prompt, room, len(prompt) < len(whole)
 
     def answer(self, messages: list[dict], settings: dict, base: bool = False) -> Iterator[str]:
@@ -129,8 +128,8 @@ class Speaker:
             try:
                 cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), base)
                 yield from self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})
-            except RuntimeError as error:  # on a GPU it has a class of its own, on the CPU only a text
-                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            except RuntimeError as error:
+                if not out_of_memory(error):
                     raise
                 self.personas.clear()
                 torch.cuda.empty_cache()

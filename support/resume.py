@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from uuid import uuid4
@@ -20,26 +19,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from baichuan.script import (
-    OneProcessError,
-    UserError,
-    first_line,
-    put_on_disk,
-    remove_directory,
-    rename_directory,
-    writing,
-)
-
-
-def checkpoints(directory) -> list[tuple[int, Path]]:
-    """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
-    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
-    return sorted((int(match[1]), path) for match, path in named if match)
-
-
-def newest_state(output_dir) -> tuple[int, Path | None]:
-    """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
-    return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
+from support.errors import OneProcessError, UserError, first_line
+from support.files import checkpoints, put_on_disk, remove_directory, rename_directory, writing
 
 
 def claim(output_dir: Path):

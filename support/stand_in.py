@@ -1,17 +1,17 @@
 """A small stand-in for Baichuan2-7B-Chat, so that everything here runs without a GPU or a download.
 
-    python3 -m baichuan.tiny --save_dir Baichuan2-tiny --data_dir data/sample
+    python3 -m support.stand_in --save_dir Baichuan2-tiny --train_path data/train.json
 
 The checkpoint has Baichuan2's own layout: a SentencePiece tokenizer with the turn markers at 195 and 196, the same
 tensors under the same names, the same JSON files. It is pre-trained on the single sentences of the data, never on which
 answer belongs to which question: that is left for train.py to teach.
 """
 
+import json
 import random
 import re
 import sys
 from io import BytesIO
-from pathlib import Path
 
 import sentencepiece
 import torch
@@ -21,8 +21,9 @@ from tqdm import trange
 from transformers import GenerationConfig, set_seed
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.script import ArgumentParser, UserError, entry_point, number_problems, whole_directory, writing
-from data_helper import persona, read_profiles, read_rows
+from support.arguments import ArgumentParser, number_problems
+from support.errors import UserError, entry_point
+from support.files import whole_directory, writing
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
 SYMBOLS = [
@@ -38,7 +39,7 @@ USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--save_dir", default="Baichuan2-tiny", help="directory of the new checkpoint")
-    parser.add_argument("--data_dir", default="data/sample", help="RoleBench files to take the sentences from")
+    parser.add_argument("--train_path", default="data/train.json", help="samples to take the sentences from")
     parser.add_argument("--vocab_size", type=int, default=2500, help="pieces of the tokenizer")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the model")
     parser.add_argument("--num_hidden_layers", type=int, default=4, help="layers of the model")
@@ -48,16 +49,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read_sentences(data_dir: str) -> list[str]:
-    """The sentences of personas, questions and answers of the training files, each by itself, without repetition."""
-    data_dir = Path(data_dir)
-    profiles = read_profiles(data_dir / "profiles-zh_desc.json")
-    personas = "\n".join(persona(role, description) for role, description in profiles.items())
+def read_sentences(train_path: str) -> list[str]:
+    """The sentences of personas, questions and answers, each by itself, without repetition. Raises: UserError."""
+    try:
+        with open(train_path, encoding="utf-8") as file:
+            samples = [json.loads(line) for line in file]
+        personas = "\n".join(dict.fromkeys(sample["system"] for sample in samples))
+        texts = [text for sample in samples for text in (sample["prompt"], sample["response"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{train_path}: holds no samples as data_helper.py writes them: {error}") from None
     sentences = re.findall(r"[^。\n]+。?\n?", personas)  # whole, they would be several times as long as all else
-    for kind in ("role_specific", "general"):
-        for row in read_rows(data_dir / f"rolebench-zh_{kind}_train.jsonl", None):
-            sentences += [row["question"], *row["generated"]]
-    return list(dict.fromkeys(sentences))
+    return list(dict.fromkeys(sentences + texts))
 
 
 def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
@@ -123,7 +125,7 @@ def main(argv=None):
     if problems := number_problems(args, least):
         raise UserError(*problems)
     set_seed(args.seed)
-    sentences = read_sentences(args.data_dir)
+    sentences = read_sentences(args.train_path)
     with whole_directory(args.save_dir) as directory:
         vocab_file = directory / "tokenizer.model"
         try:
@@ -143,7 +145,7 @@ def main(argv=None):
                 intermediate_size=args.hidden_size * 11 // 4,
                 num_hidden_layers=args.num_hidden_layers,
                 num_attention_heads=max(1, args.hidden_size // 32),
-                stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.data_dir}",
+                stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.train_path}",
             )
         except StrictDataclassError as error:
             raise UserError(f"--hidden_size, --num_hidden_layers: {error.__cause__ or error}") from error

@@ -1,69 +1,16 @@
-"""What every script here does alike: an error is one line, a file is whole or absent."""
+"""A file or a directory is whole or absent, whatever ends the process that writes it."""
 
-import argparse
-import functools
 import glob
 import os
 import re
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 from safetensors import SafetensorError
 
-
-class UserError(Exception):
-    """What the user can put right. Each argument is one problem, printed as one `error:` line."""
-
-    @property
-    def problems(self):
-        return [str(problem) for problem in self.args]
-
-
-class OneProcessError(UserError):
-    """A problem that the other processes of the run do not have, so that each process tells its own."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line each, like every other error here, without the usage text."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help explains every flag)")
-
-
-def entry_point(main):
-    """Decorate a script's `main(argv=None)`: a UserError or a failing disk becomes lines on stderr and exit status 2."""
-
-    @functools.wraps(main)
-    def wrapper(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
-                stream.reconfigure(errors="backslashreplace")
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes on a host, one
-        try:
-            return main(argv)
-        except UserError as error:
-            problems = error.problems
-            speaks |= isinstance(error, OneProcessError)
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None  # as shells report Ctrl-C
-        except (MemoryError, RuntimeError) as error:  # the latter is torch's, on the CPU without a class of its own
-            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-                raise
-            problems, speaks = [f"too little memory is free: {first_line(error)}"], True
-        except OSError as error:  # disk full, permission, a directory where a file should be, …
-            where = f"{error.filename}: " if error.filename else ""
-            problems = [f"{where}{error.strerror or error}"]
-        for problem in problems if speaks else []:
-            print("error:", " ".join(problem.split("\n")), file=sys.stderr)
-        raise SystemExit(2)
-
-    return wrapper
+from support.errors import OneProcessError, UserError, first_line
 
 
 @contextmanager
@@ -103,27 +50,6 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OneProcessError(f"{path}: cannot be written: {first_line(error)}") from error
-
-
-def number_problems(args, least: dict[str, int]) -> list[str]:
-    """Which of the integer flags are below their least value, or beyond what 32 bits hold."""
-    values = {name: (getattr(args, name), low) for name, low in least.items() if getattr(args, name) is not None}
-    return [
-        f"--{name} {value}: must be from {low} to 2³²−1"
-        for name, (value, low) in values.items()
-        if not low <= value < 2**32
-    ]
-
-
-def first_line(error: Exception) -> str:
-    """Of what an error says, or its class if it says nothing."""
-    text = getattr(error, "strerror", None) or str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def few(problems: list[str]) -> list[str]:
-    """What is wrong in every layer is told by five lines."""
-    return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)
 
 
 def unwritable(directory) -> str | None:
@@ -189,3 +115,17 @@ def put_on_disk(*paths):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------- a run's directory
+
+
+def checkpoints(directory) -> list[tuple[int, Path]]:
+    """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
+    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def newest_state(output_dir) -> tuple[int, Path | None]:
+    """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
+    return max(checkpoints(Path(output_dir) / "state"), default=(0, None))

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import predict
-from baichuan.loading import load_model, load_tokenizer
-from baichuan.weight_files import Weights
+from support.model_directory import ModelDirectory
+from support.model_directory import Weights
 
 
 def main():

@@ -1,0 +1,86 @@
+"""One line for each problem: a script's errors, told without a traceback."""
+
+import functools
+import os
+import re
+import sys
+
+
+class UserError(Exception):
+    """What the user can put right. Each argument is one problem, printed as one `error:` line."""
+
+    @property
+    def problems(self) -> list[str]:
+        return [str(problem) for problem in self.args]
+
+
+class OneProcessError(UserError):
+    """A problem that the other processes of the run do not have, so that each process tells its own."""
+
+
+class Problems(list):
+    """All that is wrong at the start, told together: used as a context, it raises a UserError if anything was found.
+
+    with Problems() as problems:
+        device = problems.of(pick_device, args.device)      # None when that raised a UserError
+        problems += ["…"]
+    """
+
+    def of(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except UserError as error:
+            self += error.problems
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self and kind is None:
+            raise UserError(*self)
+
+
+def entry_point(main):
+    """Decorate a script's `main(argv=None)`: a UserError or a failing disk becomes lines on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
+                stream.reconfigure(errors="backslashreplace")
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes on a host, one
+        try:
+            return main(argv)
+        except UserError as error:
+            problems = error.problems
+            speaks |= isinstance(error, OneProcessError)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None  # as shells report Ctrl-C
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            problems, speaks = [f"too little memory is free: {first_line(error)}"], True
+        except OSError as error:  # disk full, permission, a directory where a file should be, …
+            where = f"{error.filename}: " if error.filename else ""
+            problems = [f"{where}{error.strerror or error}"]
+        for problem in problems if speaks else []:
+            print("error:", " ".join(problem.split("\n")), file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapper
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it, on the CPU only a text."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, or its class if it says nothing."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def few(problems: list[str]) -> list[str]:
+    """What is wrong in every layer is told by five lines."""
+    return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)

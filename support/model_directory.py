@@ -1,0 +1,346 @@
+"""A model directory, opened and checked once: config.json, generation_config.json, tokenizer, weights, and an adapter.
+
+Reading and writing weights holds one shard at a time in memory.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from baichuan.generation_utils import messages_to_ids, turn_markers
+from support.comparison import cache_error
+from support.errors import Problems, UserError, few, out_of_memory
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
+
+
+class ModelDirectory:
+    """A Baichuan2 model on disk, or the LLaMA that merge_params.py exports. Each part is read at its first use.
+
+    Attributes:
+        config, generation_config, tokenizer, weights: raise a UserError that names the file where it is not right.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def check(self) -> "ModelDirectory":
+        """Open everything but the numbers of the weights. Raises: UserError with all that is missing or does not fit."""
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path}: there is no such directory; download the model to it, or make a small one: "
+                "python3 -m support.stand_in"
+            )
+        names = ("config.json", "generation_config.json", "tokenizer.model")
+        with Problems() as problems:
+            problems += [f"{self.path}: {name} is missing" for name in names if not (self.path / name).is_file()]
+            weights = problems.of(lambda: self.weights)
+        config, _ = self.config, self.tokenizer
+        if config.num_hidden_layers > len(weights.tensors):  # even without numbers, many layers take memory
+            raise UserError(
+                f"{self.path}/config.json: asks for {config.num_hidden_layers} layers, the weights have fewer"
+            )
+        try:
+            with torch.device("meta"):  # shapes without numbers: what a damaged file asks for may exceed the memory
+                model = self._kind(config)
+        except Exception as error:  # sizes that do not go together fail anywhere in torch and transformers
+            raise UserError(f"{self.path}/config.json: no model can be built from it: {error}") from error
+        if misfits := weights.problems(model):
+            raise UserError(*few([f"{self.path}: {problem}" for problem in misfits]))
+        return self
+
+    @cached_property
+    def settings(self) -> dict:
+        """config.json as it stands."""
+        return read_json(self.path / "config.json")
+
+    @property
+    def _kind(self):
+        return LlamaForCausalLM if self.settings.get("model_type") == "llama" else BaichuanForCausalLM
+
+    @cached_property
+    def config(self) -> BaichuanConfig | LlamaConfig:
+        kind = self._kind.config_class
+        try:
+            return kind.from_pretrained(self.path)
+        except Exception as error:  # json, transformers and its checks of types each have their own
+            reason = error.__cause__ or error
+            raise UserError(f"{self.path}/config.json: is no {kind.__name__}: {reason}") from error
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        path = self.path / "generation_config.json"
+        try:
+            config = GenerationConfig.from_pretrained(self.path)
+            turn_markers(config)
+        except Exception as error:  # json's, transformers' or ours
+            raise UserError(f"{path}: {error}") from error
+        for name, value in vars(config).items():
+            if name.endswith("_token_id") and value is not None:
+                ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+                if not all(type(id) is int and 0 <= id < self.config.vocab_size for id in ids):
+                    raise UserError(f"{path}: {name} {value!r} is no token of the model")
+        return config
+
+    @cached_property
+    def tokenizer(self) -> BaichuanTokenizer:
+        markers, vocab_size = turn_markers(self.generation_config), self.config.vocab_size
+        try:
+            tokenizer = BaichuanTokenizer.from_pretrained(self.path)
+            if not tokenizer.text_to_ids("。") or not isinstance(tokenizer.init_kwargs.get("auto_map", {}), dict):
+                raise ValueError("a file is damaged")
+            json.dumps(tokenizer.init_kwargs, default=str, ensure_ascii=False).encode()  # as it will be saved
+            if turn_markers(tokenizer) != markers:
+                raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
+            if len(tokenizer) != vocab_size:
+                raise ValueError(f"it has {len(tokenizer)} tokens, config.json says {vocab_size}")
+        except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
+            raise UserError(f"{self.path}: the tokenizer cannot be loaded: {error}") from error
+        return tokenizer
+
+    @cached_property
+    def weights(self) -> "Weights":
+        return Weights(self.path)
+
+    def load(self, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa"):
+        """The model on the CPU, in evaluation mode; by default in the dtype of its weights. Raises: UserError."""
+        self.check()
+        logging.set_verbosity_error()  # its table of tensors that do not fit; the check has named them
+        try:
+            model = self._kind.from_pretrained(
+                self.path, dtype=dtype or self.weights.dtype, attn_implementation=attn_implementation
+            )
+        except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
+            raise UserError(f"{self.path}: the model cannot be loaded: {error}") from error
+        model.generation_config = deepcopy(self.generation_config)
+        return model
+
+    def load_mapped(self):
+        """The model as the mapped files themselves, which nothing copies: for a comparison, weight after weight."""
+        self.check()
+        model = self._kind.from_pretrained(
+            None, config=self.config, state_dict=dict(self.weights), dtype=self.weights.dtype
+        )
+        return model.eval()
+
+    def refuse_to_fail_later(self, model, generation_config: GenerationConfig | None = None, adapter=None):
+        """Generate a few tokens with `model`, this directory's, before anything slow.
+
+        Settings of generation_config.json or of an adapter turn out wrong only then, and so does a release of
+        transformers that treats the cache of keys and values in another way.
+
+        Raises: UserError.
+        """
+        path = adapter or self.path
+        prompts = [
+            messages_to_ids(self.tokenizer, [{"role": "user", "content": question}])
+            for question in ("你好", "你是谁？从哪里来？")
+        ]
+        ids = torch.tensor(prompts[:1], device=model.device)
+        config = deepcopy(generation_config or self.generation_config)
+        config.update(max_new_tokens=1)
+        training = model.training
+        model.eval()
+        try:
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            error = cache_error(model, prompts, self.tokenizer.pad_token_id)
+        except Exception as failure:  # any, as deep as the setting is used
+            if out_of_memory(failure):
+                raise
+            raise UserError(f"{path}: no answer can be generated with its weights and settings: {failure}") from failure
+        finally:
+            model.train(training)
+        if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 4e-6 and 0.03; 1.5 without a cache
+            raise UserError(
+                f"{path}: under transformers {transformers.__version__} answers differ with and without the cache of "
+                f"keys and values (by {error:.2g} of the logits' spread): pip install -r requirements.txt "
+                "-c constraints.txt"
+            )
+
+
+def load_adapter(model, directory) -> PeftModel:
+    """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
+    try:
+        # Its layers take memory once their numbers are found, not when a damaged setting asks for them.
+        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True)
+        if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ValueError(f"{lacking[0]} is missing")
+    except Exception as error:  # a damaged file, or one for a model of another shape: PEFT has no class for it
+        raise UserError(f"{directory}: the adapter cannot be loaded: {error}") from error
+    return adapter
+
+
+def pick_device(name: str) -> torch.device:
+    """cpu, -1, auto or a GPU's number → a device that is there. Raises: UserError."""
+    if name == "auto":
+        name = "0" if torch.cuda.is_available() else "cpu"
+    if name in ("cpu", "-1"):
+        return torch.device("cpu")
+    if not name.isdecimal():
+        raise UserError(f"--device {name}: is no device: use cpu, auto or the number of a GPU")
+    if int(name) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: CUDA finds {torch.cuda.device_count()} GPUs here: use --device cpu")
+    return torch.device("cuda", int(name))
+
+
+# ---------------------------------------------------------------- weight files
+
+
+class Weights:
+    """The tensors of a model directory, in each of the layouts that Baichuan2 is found in. Iterates over (name, tensor).
+
+    Attributes:
+        tensors: {name: (shape, dtype)}.
+    Raises:
+        UserError: there are no weights, or their files have problems.
+    """
+
+    def __init__(self, directory: Path):
+        first = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
+        if first is None:
+            raise UserError(f"{directory}: holds no weights: there is no {', no '.join(WEIGHT_FILES)}")
+        self.files = [first]
+        if first.suffix == ".json":
+            self.files = [directory / name for name in sorted(set(read_json(first).get("weight_map", {}).values()))]
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        problems = []
+        for file in self.files:
+            try:
+                shard = load_shard(file)
+            except UserError as error:
+                problems += error.problems
+                continue
+            for name, tensor in shard.items():
+                if not name.endswith("rotary_emb.inv_freq"):  # a table in some older exports, which the model computes
+                    self.tensors[name] = (tuple(tensor.shape), tensor.dtype)
+        if problems:
+            raise UserError(*problems)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in self.files:
+            for name, tensor in load_shard(file).items():
+                if name in self.tensors:
+                    yield name, tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most numbers."""
+        numbers: dict[torch.dtype, int] = {}
+        for shape, dtype in self.tensors.values():
+            numbers[dtype] = numbers.get(dtype, 0) + torch.Size(shape).numel()
+        return max(numbers, key=numbers.get)
+
+    def problems(self, model: torch.nn.Module) -> list[str]:
+        """How the tensors differ from those of `model`, which may be on the meta device."""
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        problems = [f"the weights lack {name}" for name in expected if name not in self.tensors]
+        problems += [
+            f"the weights hold {name}, which the model has not" for name in self.tensors if name not in expected
+        ]
+        for name, (shape, dtype) in self.tensors.items():
+            if shape != expected.get(name, shape):
+                problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
+            elif dtype not in DTYPES:
+                problems.append(f"{name} is {dtype}: take weights in float32, float16 or bfloat16, not quantised ones")
+        return problems
+
+
+def load_shard(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one weight file. They are mapped, not read: only those that are used take memory.
+
+    Raises:
+        UserError: the file is missing or damaged, or a pickle that asks for more than tensors, and so may run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        # Files older than torch 1.6 are no zip archives, and have to be read.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if isinstance(tensors, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            return tensors
+        reason = "holds other things than named tensors: get the weights as safetensors"
+    except FileNotFoundError:
+        reason = "is missing: fetch it with the other files of the directory"
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file does to torch, pickle and safetensors has no common class
+        reason = "is damaged or incomplete: fetch or write it again"
+        if "unsupported global" in str(error).lower():  # torch's word for a function or class the pickle names
+            reason = "is a pickle that asks for more than tensors, and may run code: get the weights as safetensors"
+    raise UserError(f"{path}: {reason}")
+
+
+def read_json(path: Path) -> dict:
+    """Raises: UserError: no such file, or no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason = "is not a JSON object: fetch or write it again"
+    except FileNotFoundError:
+        reason = "is missing: name another directory, or fetch the file"
+    except ValueError as error:  # not UTF-8, too
+        reason = f"is not JSON ({error}): fetch or write it again"
+    raise UserError(f"{path}: {reason}")
+
+
+def write_weights(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES):
+    """Write safetensors files of at most `shard_bytes` (but for a larger tensor), and their index if there are several.
+
+    Raises:
+        UserError: a file cannot be written, because the disk is full, say.
+    """
+    files: list[tuple[Path, list[str]]] = []  # each with the names of its tensors
+    shard, size, total = {}, 0, 0
+
+    def write_shard():
+        file = directory / f"shard-{len(files)}"
+        try:
+            save_file(shard, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{directory.parent}: cannot write {size / 1e9:.3g} GB of weights: {error}") from None
+        files.append((file, list(shard)))
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            write_shard()
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write_shard()
+
+    if len(files) == 1:
+        files[0][0].rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, (file, names) in enumerate(files, start=1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        file.rename(directory / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
