@@ -20,6 +20,7 @@ from pathlib import Path
 from support.arguments import ArgumentParser
 from support.errors import UserError, entry_point
 from support.files import whole_files
+from support.json_files import parse_object, read_text, text_problem
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.
@@ -175,56 +176,6 @@ def row_problems(row: dict) -> list[str]:
     return problems + [f"{what} {problem}" for what, text in texts.items() if (problem := text_problem(text))]
 
 
-def text_problem(value) -> str | None:
-    """Why `value` is no usable text, or None."""
-    if not isinstance(value, str):
-        return "is missing: add it" if value is None else "is not a string: put text between quotation marks"
-    if not value.strip():
-        return "is blank: fill it in or remove it"
-    if re.search("[\ud800-\udfff]", value):
-        return r"holds half of a surrogate pair (\ud800 to \udfff), which is no character: remove it"
-    return None
-
-
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file that is not empty. Raises: UserError."""
-    try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: correct the path, or fetch the file with --download") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: is not UTF-8: save the file in that encoding") from None
-    if not text.strip():
-        raise UserError(f"{path}: is empty: fill it, or delete it and fetch it with --download")
-    return text
-
-
-def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
-    """Parse the JSON object that begins at a line of a file. Raises: UserError."""
-
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if twice := [key for key, count in Counter(keys).items() if count > 1]:
-            raise ValueError(f"the key {twice[0][:20]!r} occurs twice")
-        return dict(pairs)
-
-    try:
-        if text.startswith("\ufeff"):
-            raise ValueError("the file begins with a byte-order mark; save it as UTF-8 without BOM")
-        # Numbers are of no use here, and as floats they may have any number of digits.
-        value = json.loads(text, parse_int=float, object_pairs_hook=unique)
-        if not isinstance(value, dict):
-            raise ValueError("it is another JSON value")
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-        raise UserError(f'{path}:{line}: is not a JSON object {{"…": …}}: {reason}: correct or remove it') from None
-    return value
-
-
 def read_samples(path: str | Path):
     """Yield the samples {"role", "system", "prompt", "response"} of a file that this script wrote, or of an older one.
 
@@ -260,6 +211,20 @@ def as_sample(record, place: str) -> dict[str, str]:
         if (problem := text_problem(text)) and not (key in ("role", "system") and text == ""):
             raise UserError(f'{place}: "{key}" {problem}')
     return sample
+
+
+def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[str]]:
+    """A few short questions for each role, from the training file beside its description if there is one."""
+    try:
+        rows = read_rows(Path(desc_path).parent / "rolebench-zh_role_specific_train.jsonl", None)
+    except UserError:  # the page can do without
+        rows = []
+    examples = {role: [] for role in roles}
+    for row in rows:
+        question = without_address(row["question"], row["role"])
+        if len(question) <= 30 and len(examples.get(row["role"], range(count))) < count:
+            examples[row["role"]].append(question)
+    return examples
 
 
 # ---------------------------------------------------------------- from the hub

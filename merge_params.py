@@ -11,21 +11,17 @@ The weights pass through memory one shard at a time. Then the result's logits ar
 its adapter, as PEFT computes them; only a result within the bound of its dtype takes the name --save_model_dir.
 """
 
-import hashlib
-import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from transformers.dynamic_module_utils import custom_object_save
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.generation_utils import messages_to_ids
 from data_helper import persona, read_samples
+from support.adapter import Update, digest, misfits, read_adapter, refuse_second_merge
 from support.arguments import ArgumentParser
 from support.comparison import Agreement, compare, compute_in_float32, logits_of
 from support.errors import Problems, UserError, entry_point, few
@@ -34,9 +30,7 @@ from support.model_directory import (
     ModelDirectory,
     Weights,
     load_adapter,
-    load_shard,
     pick_device,
-    read_json,
     write_weights,
 )
 
@@ -80,89 +74,6 @@ def parse_args(argv=None):
     add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
     add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
-
-
-# ---------------------------------------------------------------- the adapter
-
-
-class Update(NamedTuple):
-    """What LoRA adds to one weight: scaling · B A."""
-
-    a: torch.Tensor  # (r, in)
-    b: torch.Tensor  # (out, r)
-    scaling: float
-
-
-# Settings of adapter_config.json that read_adapter follows, and those that say how an adapter was trained, not what it
-# computes. Of the starts, these only fill A and B; pissa, olora, loftq and others begin by changing the base.
-FOLLOWED = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
-HARMLESS = ["auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"]
-HARMLESS += ["target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern"]
-STARTS = [True, False, "gaussian", "orthogonal"]
-
-
-def read_adapter(directory: Path) -> dict[str, Update]:
-    """{name of a base weight: its update}, with the settings that the adapter itself records.
-
-    Raises:
-        UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing.
-    """
-    settings = read_json(directory / "adapter_config.json")
-    defaults = LoraConfig().to_dict() | {"peft_type": "LORA"}
-    problems = []
-    for name, value in settings.items():
-        plain = value in STARTS if name == "init_lora_weights" else not value or value == defaults.get(name)
-        if name not in FOLLOWED + HARMLESS and not plain:
-            setting = f"{directory / 'adapter_config.json'}: {name} = {json.dumps(value)}"
-            problems.append(f"{setting} is not supported here: merge this adapter with PEFT")
-    if problems:
-        raise UserError(*problems)
-    settings = {name: defaults[name] for name in FOLLOWED} | settings
-    patterns = [settings[name] or {} for name in ("rank_pattern", "alpha_pattern")]
-    numbers = [settings["r"], settings["lora_alpha"], *(n for p in patterns if isinstance(p, dict) for n in p.values())]
-    if not all(isinstance(p, dict) for p in patterns) or not all(type(n) in (int, float) and n > 0 for n in numbers):
-        raise UserError(f"{directory / 'adapter_config.json'}: ranks and alphas must be positive numbers")
-
-    path = adapter_file(directory)
-    factors: dict[str, dict[str, torch.Tensor]] = {}  # {module: {"A": …, "B": …}}
-    for key, tensor in load_shard(path).items():
-        module, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
-        if factor not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            problems.append(f"{path}: {key} is no lora_A or lora_B of a linear layer: merge this adapter with PEFT")
-        elif not tensor.isfinite().all():
-            problems.append(f"{path}: {key} holds infinite numbers or NaN: take an adapter saved earlier")
-        factors.setdefault(module, {})[factor[:1]] = tensor
-    if not problems and not any(pair["B"].any() for pair in factors.values() if "B" in pair):
-        problems.append(f"{path}: the adapter is empty, it changes nothing: take one that was trained")
-    if problems:
-        raise UserError(*few(problems))
-
-    updates = {}
-    for module, pair in factors.items():
-        rank, alpha = (
-            pattern.get(get_pattern_key(pattern, module), settings[name])
-            for pattern, name in zip(patterns, ("r", "lora_alpha"))
-        )
-        if pair.keys() != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {rank}:
-            problems.append(f"{path}: {module} has no lora_A and lora_B of rank {rank}, which adapter_config.json says")
-            continue
-        scaling = alpha / (rank**0.5 if settings["use_rslora"] else rank)
-        updates[f"{module}.weight"] = Update(pair["A"], pair["B"], scaling)
-    if problems:
-        raise UserError(*few(problems))
-    return updates
-
-
-def adapter_file(directory: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (directory / name).exists():
-            return directory / name
-    raise UserError(f"{directory}: holds no adapter_model.safetensors: name the directory of an adapter")
-
-
-def digest(directory: Path) -> str:
-    with open(adapter_file(directory), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- what can be wrong, found before anything slow
@@ -212,32 +123,6 @@ def open_base(path: Path) -> ModelDirectory:
     if (kind := base.config.model_type) != "baichuan":
         raise UserError(f"{path}: is a model of the type {kind}: name a Baichuan2 model")
     return base
-
-
-def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
-    """Why the adapter is not one of this base."""
-    problems = []
-    for name, (a, b, _) in updates.items():
-        if name not in weights.tensors:
-            problems.append(f"changes {name}, which the base does not have")
-        elif (shape := (b.shape[0], a.shape[1])) != weights.tensors[name][0]:
-            problems.append(f"changes {name} as a matrix of {shape}, the base has {weights.tensors[name][0]}")
-    return problems
-
-
-def refuse_second_merge(base: ModelDirectory, adapter: Path):
-    """Raise UserError if `base` is the result of a merge, unless the adapter was trained on it.
-
-    That an adapter was trained on a merged model shows in its settings, which name the base.
-    """
-    if merge := base.settings.get("merged_adapter"):
-        trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
-        if merge["sha256"] == digest(adapter):
-            raise UserError(f"{base.path}: has this adapter merged into it already: name the base, {merge['base']}")
-        if Path(trained_on).name != base.path.resolve().name:
-            raise UserError(
-                f"{base.path}: is itself merged; name the base that the adapter was trained on, {trained_on}"
-            )
 
 
 def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]:

@@ -28,66 +28,47 @@ from support import processes
 from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments
 from support.errors import Problems, UserError, entry_point, first_line
 from support.files import newest_state, whole_files
+from support.log import Log
 from support.model_directory import ModelDirectory
 from support.processes import join_processes
-from support.resume import claim, digest, load_state, model_digest, read_run, save_state
-
-MODEL_FILES = "config.json, generation_config.json, tokenizer.model and the weights"
+from support.resume import claim, find_state, load_state, save_state
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_path", default="data/train.json", help="training samples, from data_helper.py")
-    data.add_argument("--test_path", default="data/test.json", help="samples for the perplexity")
-    data.add_argument("--max_len", type=int, default=512, help="tokens of a sample at most: persona, question, answer")
-    data.add_argument(
-        "--max_src_len", type=int, default=256, help="tokens of a question at most; its beginning is kept"
-    )
-    data.add_argument("--is_skip", action="store_true", help="leave samples over a limit out instead of cutting them")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_name_or_path", default="Baichuan2-7B-Chat/", help=f"directory with {MODEL_FILES}")
-    model.add_argument("--lora_dim", type=int, default=16, help="rank r of the adapters")
-    model.add_argument("--lora_alpha", type=float, default=64, help="adapters are scaled by lora_alpha / lora_dim")
-    model.add_argument("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
-    model.add_argument("--attn_implementation", default="sdpa", choices=ATTENTIONS, help="attention kernels to use")
-    model.add_argument("--gradient_checkpointing", action="store_true", help="recompute layers: less memory, slower")
-    model.add_argument("--compile", action="store_true", help="torch.compile the decoder layers; needs a compiler")
-    steps = parser.add_argument_group("steps")
-    steps.add_argument("--per_device_train_batch_size", type=int, default=2, help="samples; see the next flag")
-    steps.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=4,
-        help="a step takes this × per_device_train_batch_size × processes samples",
-    )
-    steps.add_argument("--num_train_epochs", type=int, default=1, help="passes over the training samples")
-    steps.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate")
-    steps.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps in which it rises from 0")
-    steps.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's decay, per unit of learning rate")
-    steps.add_argument("--seed", type=int, default=1234, help="decides initial adapters, order of samples and dropout")
-    steps.add_argument(
-        "--packing",
-        default="prefix",
-        choices=["prefix", "none"],
-        help="prefix: rows that hold each persona once; none: padded rows of per_device_train_batch_size samples",
-    )
-    steps.add_argument("--max_pack_len", type=int, default=1024, help="tokens of a prefix row at most")
-    steps.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
-    output.add_argument("--show_loss_step", type=int, default=10, help="steps between two reports of the loss")
-    output.add_argument(
-        "--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only"
-    )
-    output.add_argument("--save_total_limit", type=int, help="adapters to keep, the newest ones; default: all")
-    output.add_argument(
-        "--sample_answers",
-        type=int,
-        default=2,
-        help="test questions a role whose answers TensorBoard shows, at each save",
-    )
-    output.add_argument("--resume", action="store_true", help="go on from the newest state in --output_dir")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_path", default="data/train.json", help="training samples, from data_helper.py")
+    add("--test_path", default="data/test.json", help="samples for the perplexity")
+    add("--max_len", type=int, default=512, help="tokens of a sample at most: persona, question, answer")
+    add("--max_src_len", type=int, default=256, help="tokens of a question at most; its beginning is kept")
+    add("--is_skip", action="store_true", help="leave samples over a limit out instead of cutting them")
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the base model")
+    add("--lora_dim", type=int, default=16, help="rank r of the adapters")
+    add("--lora_alpha", type=float, default=64, help="adapters are scaled by lora_alpha / lora_dim")
+    add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
+    add("--attn_implementation", default="sdpa", choices=ATTENTIONS, help="attention kernels to use")
+    add("--gradient_checkpointing", action="store_true", help="recompute layers: less memory, slower")
+    add("--compile", action="store_true", help="torch.compile the decoder layers; needs a compiler")
+    add = parser.add_argument_group("steps").add_argument
+    add("--per_device_train_batch_size", type=int, default=2, help="samples of a process; see the next flag")
+    add("--gradient_accumulation_steps", type=int, default=4, help="a step takes this × the above × processes samples")
+    add("--num_train_epochs", type=int, default=1, help="passes over the training samples")
+    add("--learning_rate", type=float, default=1e-4, help="highest learning rate")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps in which it rises from 0")
+    add("--weight_decay", type=float, default=0.1, help="AdamW's decay, per unit of learning rate")
+    add("--seed", type=int, default=1234, help="decides initial adapters, order of samples and dropout")
+    packing = "prefix: rows that hold each persona once; none: padded rows of per_device_train_batch_size samples"
+    add("--packing", default="prefix", choices=["prefix", "none"], help=packing)
+    add("--max_pack_len", type=int, default=1024, help="tokens of a prefix row at most")
+    add("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
+    add("--show_loss_step", type=int, default=10, help="steps between two reports of the loss")
+    add("--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only")
+    add("--save_total_limit", type=int, help="adapters to keep, the newest ones; default: all")
+    add("--sample_answers", type=int, default=2, help="test questions a role that TensorBoard shows answers to")
+    add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     return parser.parse_args(argv)
 
@@ -213,29 +194,6 @@ def start_engine(model, config: dict, args, total_steps: int):
 # ---------------------------------------------------------------- what the run is
 
 
-def run_identity(args, train_data, dtype: torch.dtype) -> dict:
-    """What decides the result of a run to the last bit, except for what only decides its speed."""
-    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
-    flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
-    return {
-        "training data": digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
-        "base model": model_digest(args.model_name_or_path),
-        "processes": processes.place()[1],
-        "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),
-        "precision": str(dtype),
-        **{f"--{name}": getattr(args, name) for name in flags},
-    }
-
-
-def find_state(args, train_data, dtype: torch.dtype) -> tuple[int, Path | None, dict]:
-    """(steps done, the state to go on from, what the run is). Raises: UserError where hosts or states differ."""
-    done, state = newest_state(args.output_dir)
-    identity = run_identity(args, train_data, dtype)
-    processes.refuse_differences(identity | {"the state in --output_dir": done})
-    run = read_run(state, identity) if state else {"identity": identity, "losses": []}
-    return done, state, run
-
-
 def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, where: str):
     """Say what will be trained, and keep the arguments beside it."""
     with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
@@ -305,9 +263,7 @@ def sample_answers(model, tokenizer, generation_config, test_path: str, per_role
     return texts
 
 
-def evaluate_and_save(
-    args, engine, directory: ModelDirectory, test_rows, log: utils.Log, steps: utils.Steps, step: int
-):
+def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: Log, steps: utils.Steps, step: int):
     """Measure the perplexity, show some answers, and write the adapter of this step."""
     main_process = processes.place()[0] == 0
     test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, main_process)
@@ -363,8 +319,8 @@ def main(argv=None):
         introduce(args, model, steps, done, state, where)
 
     # 4. Train, show, save; stop where one is asked to.
-    engine.train()  # dropout and checkpointing act in this mode only
-    log = utils.Log(Path(args.output_dir) / "runs", len(steps), done, run["losses"], rank == 0)
+    engine.train()  # dropout and checkpointing act in no other mode
+    log = Log(Path(args.output_dir) / "runs", len(steps), done, run["losses"], rank == 0)
     with log, processes.StopRequest() as stop_request:
         for step, (batches, tokens) in enumerate(step_loader(steps, done, device), start=done + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume

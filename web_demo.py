@@ -5,7 +5,7 @@
     python3 web_demo.py --ask "你是谁？" --role 李白        # one greedy answer on the terminal, and no page
 
 In the order of reading: the arguments, a conversation, the page. Beside it stand support/speaker.py, which answers,
-support/page_guard.py, which checks everything a browser sends, and page_texts.json, the page's texts in each language.
+support/page_guard.py, which checks everything a browser sends; page.css, page.js and page_texts.json, its look and its texts.
 """
 
 import json
@@ -22,13 +22,15 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
-from data_helper import conversation, persona, read_profiles, read_rows, text_problem, without_address
+from data_helper import conversation, example_questions, persona, read_profiles
 from support import page_guard as guard
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point
+from support.json_files import text_problem
 from support.model_directory import ModelDirectory, pick_device
 from support.speaker import Speaker, TooLong
 
+SUPPORT = Path(__file__).parent / "support"
 PERIOD = 0.05  # seconds between two updates of a growing answer
 
 
@@ -67,20 +69,6 @@ def check(args) -> tuple[torch.device, dict[str, str]]:
     return device, profiles
 
 
-def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[str]]:
-    """A few short questions for each role, from the training file beside its description if there is one."""
-    try:
-        rows = read_rows(Path(desc_path).parent / "rolebench-zh_role_specific_train.jsonl", None)
-    except UserError:  # the page can do without
-        rows = []
-    examples = {role: [] for role in roles}
-    for row in rows:
-        question = without_address(row["question"], row["role"])
-        if len(question) <= 30 and len(examples.get(row["role"], range(count))) < count:
-            examples[row["role"]].append(question)
-    return examples
-
-
 # ---------------------------------------------------------------- a conversation
 
 
@@ -114,19 +102,7 @@ class Conversation:
 
 # ---------------------------------------------------------------- the page
 
-CSS = """
-#bar { align-items: end; flex-wrap: nowrap } #bar button { flex-grow: 0; min-width: max-content }
-#chat, #base_chat { height: calc(100dvh - 17rem) !important; min-height: 16rem }
-#base_chat .top-panel { display: none } /* its own bin would empty only what is seen */
-#note { min-height: 1.4em; opacity: .8 }
-"""
-# The Enter that ends a choice of an input method is not one that sends. On a phone the sidebar begins closed.
-SCRIPT = """() => {
-  window.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.isComposing || event.keyCode === 229)) event.stopImmediatePropagation();
-  }, true);
-  if (window.innerWidth < 768) document.querySelector(".sidebar .toggle-button")?.click();
-}"""
+# What the browser does with the lines of a download.
 SAVE = """(lines) => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([lines], {type: "application/jsonl"}));
@@ -357,8 +333,8 @@ def main(argv=None):
         app_kwargs={"middleware": [Middleware(guard.Gate, demo=demo)]},
         i18n=gr.I18n(**guard.TEXTS),
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no font from elsewhere
-        css=CSS,
-        js=SCRIPT,
+        css_paths=SUPPORT / "page.css",
+        js=(SUPPORT / "page.js").read_text(encoding="utf-8"),
     )
     print(f"{args.model_path} answers on {demo.local_url}", flush=True)
     demo.block_thread()

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from support.errors import OneProcessError, UserError, first_line
-from support.files import checkpoints, put_on_disk, remove_directory, rename_directory, writing
+from support.files import checkpoints, newest_state, put_on_disk, remove_directory, rename_directory, writing
+from support.processes import place, refuse_differences
 
 
 def claim(output_dir: Path):
@@ -50,6 +51,29 @@ def claim(output_dir: Path):
     if dist.get_rank() != 0 and not (path.exists() and path.read_bytes() == owner[0]):
         remedy = "give all hosts the same one, on a shared disk"
         raise OneProcessError(f"{output_dir}: is not the directory that the first host writes to; {remedy}")
+
+
+def run_identity(args, train_data, dtype: torch.dtype) -> dict:
+    """What decides the result of a run to the last bit, except for what only decides its speed."""
+    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
+    flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
+    return {
+        "training data": digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
+        "base model": model_digest(args.model_name_or_path),
+        "processes": place()[1],
+        "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),
+        "precision": str(dtype),
+        **{f"--{name}": getattr(args, name) for name in flags},
+    }
+
+
+def find_state(args, train_data, dtype: torch.dtype) -> tuple[int, Path | None, dict]:
+    """(steps done, the state to go on from, what the run is). Raises: UserError where hosts or states differ."""
+    done, state = newest_state(args.output_dir)
+    identity = run_identity(args, train_data, dtype)
+    refuse_differences(identity | {"the state in --output_dir": done})
+    run = read_run(state, identity) if state else {"identity": identity, "losses": []}
+    return done, state, run
 
 
 def read_run(state: Path, identity: dict) -> dict:

@@ -1,0 +1,58 @@
+"""JSON and text files of users, read with an error that names the line."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from support.errors import UserError
+
+
+def text_problem(value) -> str | None:
+    """Why `value` is no usable text, or None."""
+    if not isinstance(value, str):
+        return "is missing: add it" if value is None else "is not a string: put text between quotation marks"
+    if not value.strip():
+        return "is blank: fill it in or remove it"
+    if re.search("[\ud800-\udfff]", value):
+        return r"holds half of a surrogate pair (\ud800 to \udfff), which is no character: remove it"
+    return None
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file that is not empty. Raises: UserError."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: correct the path, or fetch the file with --download") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: is not UTF-8: save the file in that encoding") from None
+    if not text.strip():
+        raise UserError(f"{path}: is empty: fill it, or delete it and fetch it with --download")
+    return text
+
+
+def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
+    """Parse the JSON object that begins at a line of a file. Raises: UserError."""
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if twice := [key for key, count in Counter(keys).items() if count > 1]:
+            raise ValueError(f"the key {twice[0][:20]!r} occurs twice")
+        return dict(pairs)
+
+    try:
+        if text.startswith("\ufeff"):
+            raise ValueError("the file begins with a byte-order mark; save it as UTF-8 without BOM")
+        # Numbers are of no use here, and as floats they may have any number of digits.
+        value = json.loads(text, parse_int=float, object_pairs_hook=unique)
+        if not isinstance(value, dict):
+            raise ValueError("it is another JSON value")
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        raise UserError(f'{path}:{line}: is not a JSON object {{"…": …}}: {reason}: correct or remove it') from None
+    return value

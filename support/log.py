@@ -1,0 +1,61 @@
+"""What one sees of a run: TensorBoard's curves and texts, and the progress bar."""
+
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Log:
+    """TensorBoard events and the progress bar, on the main process; elsewhere it does nothing.
+
+    Args:
+        done: steps of the state that a resumed run goes on from.
+        losses: those since the last report, as that state holds them.
+    """
+
+    def __init__(self, directory: Path, total_steps: int, done: int, losses: list[float], main_process: bool):
+        # purge_step hides what an interrupted run logged beyond the state that this one goes on from.
+        self.writer = SummaryWriter(directory, purge_step=done + 1) if main_process else None
+        self.bar = tqdm(desc="training", total=total_steps, initial=done, unit="step", disable=not main_process)
+        self.reset()
+        self.losses = losses
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+    def reset(self):
+        self.losses, self.samples, self.tokens, self.start = [], 0, 0, time.perf_counter()
+
+    def add(self, loss: float, samples: int, tokens: int):
+        self.bar.update()
+        self.losses.append(loss)
+        self.samples += samples
+        self.tokens += tokens
+
+    def show(self, step: int, learning_rate: float, grad_norm: float):
+        """Means since the last call; grad_norm is the one before clipping."""
+        seconds = time.perf_counter() - self.start
+        loss = sum(self.losses) / len(self.losses)
+        rates = {"samples_per_second": self.samples / seconds, "tokens_per_second": self.tokens / seconds}
+        self.scalars(step, {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **rates})
+        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{rates['samples_per_second']:.1f}")
+        self.reset()
+
+    def scalars(self, step: int, values: dict[str, float]):
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def texts(self, step: int, values: dict[str, str]):
+        """Markdown, which TensorBoard shows under TEXT."""
+        for name, value in values.items():
+            self.writer.add_text(name, value, step)
+        self.writer.flush()
