@@ -26,6 +26,7 @@ from .generation_utils import CACHE_NAME, ChatMixin
 KNOWN_ARGUMENTS = {
     *("output_attentions", "output_hidden_states", "return_dict", "cache_position", "is_causal"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # lengths of packed sequences
+    *("max_seqlen_q", "max_seqlen_k"),  # the latter two, as generate_batch called them at first
     *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),  # of generate_batch
 }
 
@@ -86,13 +87,15 @@ class Attention(nn.Module):
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, **kwargs):
+    def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, paged_cache=None, **kwargs):
         batch, length, _ = hidden_states.shape
         packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)  # (b, l, 3, h, d)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, l, d)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if paged_cache is not None:  # before transformers 5.24 the attention function updates it by itself
+            kwargs["cache"] = paged_cache
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
@@ -189,9 +192,8 @@ class BaichuanPreTrainedModel(PreTrainedModel):
             ValueError: names the tensors that do not fit config.json.
             OSError: the directory has no config or no weights.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what was ignored is reported below
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
         for name, stored, expected in sorted(info["mismatched_keys"]):
@@ -235,12 +237,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
         """
         if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument: {', '.join(sorted(unknown))}")
-        if CACHE_NAME == "cache":
-            cache = past_key_values if cache is None else cache
-        else:  # there `cache` is that of `generate_batch`, which the attention function fills by itself
-            if cache is not None:
-                kwargs["cache"] = cache
-            cache = past_key_values
+        if CACHE_NAME != "cache" and cache is not None and not isinstance(cache, Cache):
+            kwargs["paged_cache"], cache = cache, None  # of `generate_batch`
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, hidden)

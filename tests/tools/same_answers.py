@@ -1,0 +1,208 @@
+"""Are greedy answers the same, whichever way they are generated, under the transformers that is installed?
+
+    python3 tests/tools/same_answers.py        # prints JSON: check → "ok" or what was wrong; 10 seconds
+
+A small random model answers three questions by whole passes, without a cache. Every way to generate must give the same
+answers: with the imported classes, and with the copy of the code in a saved directory; with sdpa and with eager attention.
+tests/tools/versions.py runs this under many releases of transformers.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+MODULES = TemporaryDirectory()  # transformers keeps its copies of a saved directory's code here
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_MODULES_CACHE=MODULES.name, OMP_NUM_THREADS="1"
+)  # threads slow so small a model
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402 - torch and transformers read the environment when they are imported
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache  # noqa: E402
+
+from baichuan import BaichuanForCausalLM, tiny  # noqa: E402
+from baichuan.generation_utils import CACHE_NAME, messages_to_ids  # noqa: E402
+from baichuan.loading import load_tokenizer  # noqa: E402
+from baichuan.speaker import PrefixCaches, Speaker  # noqa: E402
+
+NEW_TOKENS = 24
+PERSONA = "你是孙悟空。\n花果山水帘洞的美猴王，一个筋斗十万八千里。\n"
+QUESTIONS = ("你好", "你的金箍棒有多重？它从哪里来？", "师父，师父，师父！妖怪来了，妖怪来了，妖怪来了！")
+
+
+def make_checkpoint(directory: str):
+    """A random model whose attention decides its answers: at the usual 0.02 a lost cache would hardly change them."""
+    sizes = ["--vocab_size", "2000", "--hidden_size", "64", "--num_hidden_layers", "3", "--steps", "0"]
+    if tiny.main(["--save_dir", directory, "--data_dir", str(ROOT / "data/sample"), *sizes]):
+        raise RuntimeError("the stand-in could not be made")
+    model = BaichuanForCausalLM.from_pretrained(directory)
+    draw = torch.Generator().manual_seed(1234)  # not by transformers, whose order of drawing is its own
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2, generator=draw)
+    plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+    model.generation_config.update(max_new_tokens=NEW_TOKENS, **plain)
+    model.save_pretrained(directory)
+
+
+def whole_passes(model, prompt: list[int]) -> list[int]:
+    """The greedy answer without a cache, a mask or a batch: all tokens are read again for each new one."""
+    ids = list(prompt)
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def ways_to_generate(model, tokenizer, prompts: list[list[int]]) -> dict:
+    """name → a function without arguments that returns the answers to all prompts: token ids, or texts."""
+    caches, prefix = PrefixCaches(), tokenizer.text_to_ids(PERSONA)
+    conversations = [[{"role": "system", "content": PERSONA}, {"role": "user", "content": text}] for text in QUESTIONS]
+
+    def one_by_one(**options):
+        return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+
+    def batched(**options):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        return model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+
+    def assisted():
+        assistant = deepcopy(model)  # right often, not always: what it has guessed wrong must leave the cache again
+        draw = torch.Generator().manual_seed(0)
+        for parameter in assistant.parameters():
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=draw)
+        return one_by_one(assistant_model=assistant)
+
+    def with_prefix_cache():
+        found = []
+        for ids in prompts:
+            cache = {CACHE_NAME: caches.get(model, prefix)}
+            found.append(model.generate(torch.tensor([ids]), **cache)[0, len(ids) :].tolist())
+        return found
+
+    def generate_batch():
+        attention, config = model.config._attn_implementation, deepcopy(model.generation_config)
+        small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by itself it takes most of the memory
+        try:
+            outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+            return [outputs[name].generated_tokens for name in sorted(outputs)]  # req_0, req_1, req_2
+        finally:
+            model.set_attn_implementation(attention)
+
+    def texts(streams):
+        return [list(stream)[-1] for stream in streams]
+
+    def speaker():
+        speaker, settings = Speaker(model, tokenizer), {"max_new_tokens": NEW_TOKENS, "do_sample": False, "seed": None}
+        return texts(speaker.answer(messages, settings) for messages in conversations)
+
+    return {
+        "single": one_by_one,
+        "batch, left padding": batched,
+        "static cache": lambda: batched(cache_implementation="static"),
+        "prompt lookup": lambda: one_by_one(prompt_lookup_num_tokens=3),
+        "assisted": assisted,
+        "prefix cache": with_prefix_cache,
+        "chat, streamed": lambda: texts(model.chat(tokenizer, messages, stream=True) for messages in conversations),
+        "page's speaker": speaker,
+        "generate_batch": generate_batch,
+    }
+
+
+def check_arguments(model, prompt: list[int]):
+    """Raise RuntimeError unless forward heeds a cache under either name, and refuses an unknown argument by its own."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, -1]
+        for name in ("past_key_values", "cache"):
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :-1], **{name: cache})
+            error = (model(ids[:, -1:], **{name: cache}).logits[:, -1] - expected).abs().max().item()
+            if not error < 1e-4:
+                raise RuntimeError(f"with a cache as {name}, logits differ by {error:.2g}")
+    for part in (model, model.model):
+        try:
+            part(ids, no_such_argument=1)
+        except TypeError as error:
+            if "no_such_argument" in str(error):
+                continue
+            raise
+        raise RuntimeError(f"{type(part).__name__}.forward() swallows an unknown argument")
+
+
+@contextmanager
+def recorded_warnings():
+    """A list that fills with what is deprecated, and with what transformers logs from level WARNING on."""
+    found = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        logging.getLogger("transformers").addHandler(handler)
+        try:
+            yield found
+        finally:
+            logging.getLogger("transformers").removeHandler(handler)
+            kinds = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
+            found += [f"{w.category.__name__}: {w.message}" for w in caught if issubclass(w.category, kinds)]
+
+
+def differences(model, tokenizer, prompts: list[list[int]], expected: list[list[int]]) -> dict[str, str]:
+    """check → "" or what was wrong with this model."""
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
+    results = {}
+    for name, way in ways_to_generate(model, tokenizer, prompts).items():
+        try:
+            found = way()
+            right = texts if name in ("chat, streamed", "page's speaker") else expected
+            results[name] = "" if found == right else f"{found} instead of {right}"
+        except Exception as error:  # whatever a release raises belongs into the table
+            results[name] = f"{type(error).__name__}: {error}"
+    try:
+        check_arguments(model, prompts[0])
+        results["arguments"] = ""
+    except Exception as error:
+        results["arguments"] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def compare() -> dict[str, str]:
+    """check → "ok" or what was wrong with which model; under "answers", the answers by whole passes."""
+    problems = {}
+    with TemporaryDirectory() as scratch, recorded_warnings() as warned:
+        directory = f"{scratch}/random"
+        make_checkpoint(directory)
+        tokenizer, config = load_tokenizer(directory)
+        imported = BaichuanForCausalLM.from_pretrained(directory)
+        copy = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+        copied_tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+        assert type(copy) is not BaichuanForCausalLM and type(copied_tokenizer) is not type(tokenizer)
+
+        conversations = ([{"role": "system", "content": PERSONA}, {"role": "user", "content": q}] for q in QUESTIONS)
+        prompts = [messages_to_ids(tokenizer, messages, config) for messages in conversations]
+        expected = [whole_passes(imported, ids) for ids in prompts]
+        assert not any(config.eos_token_id in answer for answer in expected), "an answer ends early: change the seed"
+        for code, model, its_tokenizer in (("imported", imported, tokenizer), ("saved copy", copy, copied_tokenizer)):
+            for attention in ("sdpa", "eager"):
+                model.set_attn_implementation(attention)
+                for name, result in differences(model, its_tokenizer, prompts, expected).items():
+                    wrong = problems.setdefault(name, [])
+                    if result:
+                        wrong.append(f"{code}, {attention}: {result}")
+    # Assisted decoding calls `generate` in a way that `generate` itself calls deprecated: nothing here passes that.
+    problems["no warnings"] = sorted({text for text in warned if "min_new_tokens" not in text})
+    results = {name: "; ".join(wrong) or "ok" for name, wrong in problems.items()}
+    return results | {"answers": str(expected)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare(), ensure_ascii=False))  # the last line of what is printed

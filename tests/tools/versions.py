@@ -1,0 +1,186 @@
+"""Does the project work alike under every release of transformers in its range?
+
+    python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 15 minutes
+    python3 tests/tools/versions.py --versions 5.9.0 5.25.0   # these only, inside the range or not
+    python3 tests/tools/versions.py --ci                      # the lowest, the highest and the newest of all; a minute
+    python3 tests/tools/versions.py --common 5.23.0           # transformers' own tests of models, over this model
+
+A release is installed into a directory of --envs_dir, once, and goes before the installed packages of this interpreter.
+Under each, tests/tools/same_answers.py compares ways to generate, and the scripts are run from the data to an answer.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tests/tools"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--versions", nargs="+", metavar="X", help="releases, in place of those of the range")
+    parser.add_argument("--envs_dir", type=Path, default=ROOT / "output_dir/versions", help="the releases' directories")
+    parser.add_argument("--ci", action="store_true", help="compare ways to generate under three releases, no more")
+    parser.add_argument("--common", metavar="X", help="run the tests of models that lie in the source of this release")
+    return parser.parse_args(argv)
+
+
+def pip(*arguments) -> str:
+    run = subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"error: pip {arguments[0]}: {(run.stderr.strip() or 'failed').splitlines()[-1]}")
+    return run.stdout
+
+
+def minor(version: str) -> tuple[int, int]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def tested_range() -> tuple[tuple[int, int], tuple[int, int]]:
+    text = (ROOT / "baichuan/configuration_baichuan.py").read_text()  # not imported: it may refuse what is installed
+    lowest, highest = re.search(r'^TESTED = \("(.+)", "(.+)"\)', text, re.MULTILINE).groups()
+    return minor(lowest), minor(highest)
+
+
+def released() -> list[str]:
+    """The newest patch of every minor release on the package index, in order."""
+    versions = re.search(r"Available versions: (.*)", pip("index", "versions", "transformers")).group(1).split(", ")
+    newest = {minor(version): version for version in reversed(versions)}  # pip names the newest first
+    return [newest[key] for key in sorted(newest)]
+
+
+def environment(version: str, envs_dir: Path, *packages: str) -> dict[str, str]:
+    """Variables under which Python finds this release of transformers, with what it depends on."""
+    directory = envs_dir.resolve() / "-".join([version, *packages])
+    if not directory.is_dir():
+        shutil.rmtree(f"{directory}.part", ignore_errors=True)
+        pip("install", "--quiet", "--target", f"{directory}.part", f"transformers=={version}", *packages)
+        os.rename(f"{directory}.part", directory)
+    more = {"PYTHONPATH": f"{directory}:{ROOT}", "BAICHUAN_ANY_TRANSFORMERS": "1"}
+    return os.environ | more | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(env: dict, *command) -> tuple[str, str]:
+    """(what a Python command printed, "" or what was wrong)."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    output = done.stdout.strip()
+    if not done.returncode and output:
+        return output, ""
+    last = (done.stderr.strip() or output or "printed nothing").splitlines()[-1]
+    script = command[1] if command[0] == "-m" else Path(command[0]).name
+    return output, f"{script}: status {done.returncode}: {last}"
+
+
+def same_answers(env: dict) -> dict[str, str]:
+    output, problem = run(env, TOOLS / "same_answers.py")
+    return {"comparison": problem} if problem else json.loads(output.splitlines()[-1])
+
+
+def walk(env: dict) -> str:
+    """Data, stand-in, 4 steps of training, merging, one answer; "ok" or what was wrong."""
+    with TemporaryDirectory() as scratch:
+        scratch, sample = Path(scratch), "data/sample"
+        train, test = scratch / "train.json", scratch / "test.json"
+        model, merged, question = scratch / "Baichuan2-tiny", scratch / "merged", "你的金箍棒有多重？"
+        run(env, "data_helper.py", "--data_dir", sample, "--roles", "all", "--train_path", train, "--test_path", test)
+        for path in (train, test):  # 8 samples, 2 a step
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+        sizes = ("--hidden_size", 64, "--num_hidden_layers", 2, "--vocab_size", 2000, "--steps", 0)
+        data = ("--train_path", train, "--test_path", test, "--model_name_or_path", model)
+        steps = ("--per_device_train_batch_size", 2, "--sample_answers", 0, "--output_dir", scratch / "run")
+        parts = ("--ori_model_dir", model, "--model_dir", scratch / "run/epoch-1-step-4", "--save_model_dir", merged)
+        page = ("--model_path", merged, "--desc_path", f"{sample}/profiles-zh_desc.json", "--device", "cpu")
+        for command in (
+            ("-m", "baichuan.tiny", "--save_dir", model, "--data_dir", sample, *sizes),
+            ("train.py", *data, *steps),
+            ("merge_params.py", *parts),
+            ("web_demo.py", *page, "--ask", question, "--role", "孙悟空"),
+        ):
+            _, problem = run(env, *command)
+            if problem:
+                return problem
+    return "ok"
+
+
+def print_table(results: dict[str, dict[str, str]]):
+    """Versions down, checks across; below it, what was wrong."""
+    checks = list(dict.fromkeys(check for row in results.values() for check in row))
+    print("| transformers |", " | ".join(checks), "|\n|---|" + "---|" * len(checks))
+    for version, row in results.items():
+        cells = ["ok" if row.get(check) == "ok" else "**no**" if check in row else "" for check in checks]
+        print(f"| {version} |", " | ".join(cells), "|")
+    for version, row in results.items():
+        for check, result in row.items():
+            if result != "ok":
+                print(f"\n{version}, {check}: {result[:600]}")
+
+
+def common_tests(version: str, envs_dir: Path) -> int:
+    """Run transformers' tests/test_modeling_common.py over this model; prints the failures' names and the counts."""
+    env = environment(version, envs_dir, "parameterized")
+    with TemporaryDirectory() as scratch:
+        pip("download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, f"transformers=={version}")
+        (archive,) = Path(scratch).glob("transformers-*.tar.gz")
+        with tarfile.open(archive) as source:
+            members = [member for member in source if re.match(r"[^/]+/tests/[^/]+\.py$", member.name)]
+            source.extractall(scratch, members, filter="data")
+        (tests,) = Path(scratch).glob("transformers-*/tests")
+        shutil.copy(TOOLS / "common_tests.py", tests / "test_baichuan.py")
+        # These two are imported, but are not in the source distribution.
+        for name, mixin in (
+            ("exporters/test_export", "ExportTesterMixin"),
+            ("generation/test_utils", "GenerationTesterMixin"),
+        ):
+            path = tests / f"{name}.py"
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(f"class {mixin}:\n    pass\n")
+        for directory in (tests, tests / "exporters", tests / "generation"):
+            (directory / "__init__.py").touch()
+        options = ("-q", "-rf", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", tests.parent)
+        command = [sys.executable, "-m", "pytest", *map(str, options), str(tests / "test_baichuan.py")]
+        done = subprocess.run(command, cwd=tests.parent, env=env, capture_output=True, text=True)
+    print(done.stdout.split("short test summary info")[-1].lstrip("= \n"))
+    return done.returncode
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if args.common:
+        return common_tests(args.common, args.envs_dir)
+    lowest, highest = tested_range()
+    versions = args.versions
+    if not versions:
+        every = released()
+        versions = [version for version in every if lowest <= minor(version) <= highest]
+        if args.ci:
+            versions = list(dict.fromkeys((versions[0], versions[-1], every[-1])))
+    results, answers = {}, None
+    for version in versions:
+        env = environment(version, args.envs_dir)
+        row = same_answers(env)
+        if found := row.pop("answers", None):
+            answers = answers or found
+            row["as in the first"] = "ok" if found == answers else f"answers {found} instead of {answers}"
+        if not args.ci:
+            row["data to answer"] = walk(env)
+        results[version] = row
+        print(f"{version}: {'ok' if set(row.values()) == {'ok'} else 'no'}", file=sys.stderr, flush=True)
+    print_table(results)
+    failed = [version for version, row in results.items() if set(row.values()) != {"ok"}]
+    for version in failed:
+        if not lowest <= minor(version) <= highest:
+            print(f"warning: transformers {version}, outside the tested range, gives other answers", file=sys.stderr)
+    return int(any(lowest <= minor(version) <= highest for version in failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
