@@ -257,6 +257,24 @@ def test_proof_passes_a_right_merge_and_stops_a_wrong_one(checkpoint, tmp_path, 
     assert any(repr(probe["prompt"]) in error for probe in merge_params.PROBES)
 
 
+@pytest.mark.parametrize("exceeded", ["largest difference", "divergence"])
+def test_either_bound_alone_stops_a_merge(checkpoint, adapter, merged, capsys, monkeypatch, exceeded):
+    """One unlikely token far off, at one position, hides in the mean; a little everywhere hides in the largest."""
+    most, most_divergence = merge_params.BOUNDS[torch.float32]
+    expected = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0)) * 3
+    found = expected.clone()
+    if exceeded == "divergence":
+        found += 0.9 * most * 3 * torch.randn(expected.shape).sign()
+    else:
+        found[7, expected[7].argmin()] += 5 * most * 3
+    result = compare([expected], [found])
+    assert (result.largest > most * result.spread) == (exceeded == "largest difference")
+    assert (result.divergence > most_divergence) == (exceeded == "divergence")
+    monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [expected]))
+    monkeypatch.setattr(merge_params, "logits_of", lambda *_: [found])
+    assert "does not compute what the adapter does" in refusal(capsys, checkpoint, adapter, merged, "--check_only")
+
+
 def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys):
     copy = tmp_path / "merge"
     shutil.copytree(merged, copy)
