@@ -124,9 +124,18 @@ def test_logits_equal_the_baichuan_form(checkpoint, adapter, llama, tmp_path):
         assert torch.equal(baichuan.generate(ids[:1], **greedy), plain.generate(ids[:1], **greedy))
 
 
-def test_head_rows_have_length_one(llama):
-    norms = LlamaForCausalLM.from_pretrained(llama).lm_head.weight.norm(dim=-1)
-    assert (norms - 1).abs().max() < 1e-6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_head_rows_have_length_one_and_are_rounded_once(dtype):
+    rows = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2.5, 500)[:, None]
+    rows[0] = 0  # a row without direction stays
+    rows = rows.to(dtype)
+    ((name, head),) = llama_export.llama_tensors([("lm_head.weight", rows)])
+    assert name == "lm_head.weight" and head.dtype == dtype
+    exact = rows.double() / rows.double().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    # Half a unit in the last place: a second rounding, or a norm in half precision, would exceed it somewhere.
+    unit = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(1e-4)))) * torch.finfo(dtype).eps
+    slack = {torch.float32: 3.0}.get(dtype, 0.502)  # float32 sums the squares in another order
+    assert ((head.double() - exact).abs() <= slack * unit).all()
 
 
 def test_config_is_that_of_the_published_sizes():
@@ -276,6 +285,13 @@ def test_tokenizer_adds_nothing_and_ends_with_eos(tokenizers):
     assert (fast.eos_token_id, fast.bos_token_id, fast.pad_token_id, fast.unk_token_id) == (2, 1, 0, 0)
     assert fast.model_max_length == 4096
     assert fast.decode([*ours.text_to_ids("你好"), ours.assistant_token_id, 2], skip_special_tokens=True) == "你好"
+
+
+def test_llama_cpp_is_told_to_add_nothing(llama):
+    """Its converter reads these three; transformers, which goes by tokenizer.json, would not miss them."""
+    settings = json.loads((llama / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("add_bos_token", "add_eos_token", "add_prefix_space"):
+        assert settings[name] is False, name
 
 
 def test_sentencepiece_model_beside_it_cannot_spell_a_marker(llama, checkpoint):

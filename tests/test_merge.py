@@ -126,7 +126,7 @@ def test_settings_recovered_from_the_adapter_give_what_peft_merges(checkpoint, t
 
 
 @pytest.mark.parametrize("layout", ["bin", "bin shards", "legacy bin", "safetensors shards", "inv_freq"])
-def test_every_layout_of_the_base_merges_alike(checkpoint, adapter, merged, tmp_path, layout):
+def test_every_layout_of_the_base_is_read_alike(checkpoint, adapter, merged, tmp_path, layout):
     base = tmp_path / "base"
     shutil.copytree(checkpoint, base)
     tensors = load_file(base / "model.safetensors")
@@ -145,10 +145,12 @@ def test_every_layout_of_the_base_merges_alike(checkpoint, adapter, merged, tmp_
         )
     else:
         torch.save(tensors, base / "pytorch_model.bin", _use_new_zipfile_serialization=layout == "bin")
-    merge(base, adapter, tmp_path / "merged")
-    expected, found = load_file(merged / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    found = dict(Weights(base))
+    assert tensors.keys() == found.keys()
+    assert all(torch.equal(tensors[name], found[name]) for name in tensors)
+    if layout == "bin shards":  # the whole script on one of them: it has no other way to the weights
+        merge(base, adapter, tmp_path / "merged")
+        assert (tmp_path / "merged/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
 # ---------------------------------------------------------------- the result
@@ -235,8 +237,13 @@ def test_comparison_does_not_pass_over_nan():
     assert compare([good], [bad]).largest == torch.inf
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("format", ["baichuan", "llama"])
+@pytest.mark.parametrize(
+    "format, dtype",
+    [
+        *(("baichuan", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *(("llama", dtype) for dtype in (torch.float16, torch.bfloat16)),  # where the normalised head is rounded
+    ],
+)
 def test_proof_passes_a_right_merge_and_stops_a_wrong_one(checkpoint, tmp_path, capsys, monkeypatch, dtype, format):
     base = make_base(checkpoint, tmp_path / "base", dtype)
     adapter = make_adapter(base, tmp_path / "adapter")
@@ -255,6 +262,24 @@ def test_proof_passes_a_right_merge_and_stops_a_wrong_one(checkpoint, tmp_path, 
     (tmp_path / "results").mkdir()
     error = refusal(capsys, base, adapter, tmp_path / "results/wrong", "--format", format)
     assert any(repr(probe["prompt"]) in error for probe in merge_params.PROBES)
+
+
+@pytest.mark.parametrize("exceeded", ["largest difference", "divergence"])
+def test_either_bound_alone_stops_a_merge(checkpoint, adapter, merged, capsys, monkeypatch, exceeded):
+    """One unlikely token far off, at one position, hides in the mean; a little everywhere hides in the largest."""
+    most, most_divergence = merge_params.BOUNDS[torch.float32]
+    expected = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0)) * 3
+    found = expected.clone()
+    if exceeded == "divergence":
+        found += 0.9 * most * 3 * torch.randn(expected.shape).sign()
+    else:
+        found[7, expected[7].argmin()] += 5 * most * 3
+    result = compare([expected], [found])
+    assert (result.largest > most * result.spread) == (exceeded == "largest difference")
+    assert (result.divergence > most_divergence) == (exceeded == "divergence")
+    monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [expected]))
+    monkeypatch.setattr(merge_params, "logits_of", lambda *_: [found])
+    assert "does not compute what the adapter does" in refusal(capsys, checkpoint, adapter, merged, "--check_only")
 
 
 def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys):

@@ -132,6 +132,33 @@ def test_half_precision_within_its_rounding(pair, batch, dtype):
     assert ours <= 1.5 * theirs
 
 
+@pytest.mark.parametrize("first", [0, 3400])
+def test_long_positions_equal_llama(pair, first):
+    """Up to 600 tokens, the last of them from the cache; bfloat16 knows no whole numbers between 256 and 258.
+
+    In half precision LLaMA keeps its angles in float32, as it does when transformers loads it.
+    """
+    model, llama = pair
+    ids = torch.randint(3, SIZES["vocab_size"], (1, 600), generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(600)[None] + first
+    given = {} if first == 0 else {"position_ids": positions}  # by itself the model counts from 0
+
+    def last_logits():
+        cache = model(ids[:, :590], use_cache=True, **({"position_ids": positions[:, :590]} if given else {}))
+        later = {"position_ids": positions[:, 590:]} if given else {}
+        rest = model(ids[:, 590:], past_key_values=cache.past_key_values, use_cache=True, **later)
+        return torch.cat((cache.logits[:, 560:], rest.logits), dim=1).float()
+
+    with torch.no_grad():
+        exact = llama(ids, position_ids=positions).logits[:, 560:]
+        assert (model(ids, **given).logits[:, 560:] - exact).abs().max() <= 2e-5
+        assert (last_logits() - exact).abs().max() <= 2e-5
+        half = as_llama(model.to(torch.bfloat16))
+        half.model.rotary_emb = llama.model.rotary_emb
+        theirs = (half(ids, position_ids=positions).logits[:, 560:].float() - exact).abs().mean()
+        assert (last_logits() - exact).abs().mean() <= 1.3 * theirs
+
+
 def test_generate_equals_llama(pair, batch):
     model, llama = pair
     ids, masks = batch

@@ -3,16 +3,19 @@
 import copy
 import pickle
 import shutil
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+import torch
 from conftest import SHARED
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import messages_to_ids
+from baichuan.generation_utils import ChatMixin, messages_to_ids
 
 PUBLISHED = SHARED / "baichuan2-7b-chat"
 TOKENIZERS = ["trained"] + (["published"] if PUBLISHED.is_dir() else [])
@@ -36,7 +39,7 @@ CONTROL = [
 ]
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=TOKENIZERS, scope="module")
 def tokenizer(request, checkpoint):
     return BaichuanTokenizer.from_pretrained(PUBLISHED if request.param == "published" else checkpoint)
 
@@ -95,16 +98,10 @@ def test_markers_are_read_from_generation_config(tokenizer, tmp_path):
     assert ids == [101, 100]
 
 
-@pytest.mark.parametrize("way", ["saved", "auto", "pickled", "copied", "workers"])
+@pytest.mark.parametrize("way", ["saved", "auto", "pickled", "copied"])
 def test_the_same_ids_elsewhere(tokenizer, tmp_path, way):
     texts = HARD + CONTROL
     expected = [tokenizer.encode(text) for text in texts]
-    if way == "workers":
-        loader = DataLoader(
-            texts, batch_size=None, num_workers=2, collate_fn=tokenizer.encode, multiprocessing_context="spawn"
-        )
-        assert list(loader) == expected
-        return
     if way in ("saved", "auto"):
         tokenizer.save_pretrained(tmp_path)
         load = BaichuanTokenizer if way == "saved" else AutoTokenizer
@@ -118,6 +115,13 @@ def test_the_same_ids_elsewhere(tokenizer, tmp_path, way):
         again.save_pretrained(tmp_path)
         assert BaichuanTokenizer.from_pretrained(tmp_path).encode(HARD[0]) == expected[0]
     assert [again.encode(text) for text in texts] == expected
+
+
+def test_the_same_ids_in_a_worker_that_shares_no_memory(checkpoint):
+    tokenizer, texts = BaichuanTokenizer.from_pretrained(checkpoint), HARD + CONTROL
+    workers = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    loader = DataLoader(texts, batch_size=None, collate_fn=tokenizer.encode, **workers)
+    assert list(loader) == [tokenizer.encode(text) for text in texts]
 
 
 # ---------------------------------------------------------------- a conversation
@@ -212,12 +216,44 @@ def chatting(checkpoint):
 
 
 def test_chat_in_both_forms(chatting):
+    """Whole and as a stream, 220 drawn tokens are the text of those that `generate` draws from the same prompt."""
     model, tokenizer = chatting
     messages = conversation("系统", "你是谁？", "我是<reserved_106>", "再说一遍")
-    answer = model.chat(tokenizer, messages)
-    pieces = list(model.chat(tokenizer, messages, stream=True))
-    assert pieces[-1] == answer
-    assert len(pieces) > 3 and all(later.startswith(earlier) for earlier, later in zip(pieces, pieces[1:]))
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_new_tokens=220, eos_token_id=None, do_sample=True, temperature=2.0, top_k=0, top_p=1.0)
+    ids = torch.tensor([messages_to_ids(tokenizer, messages, tokenizer)])
+    torch.manual_seed(0)
+    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
+    expected = tokenizer.decode(drawn, skip_special_tokens=True)
+    assert len(drawn) == 220 and len(set(drawn.tolist())) > 100
+    torch.manual_seed(0)
+    assert model.chat(tokenizer, messages, generation_config=config) == expected
+    torch.manual_seed(0)
+    assert list(model.chat(tokenizer, messages, stream=True, generation_config=config))[-1] == expected
+
+
+class Recorded(ChatMixin):
+    """A model that says what it is told to."""
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+    def generate(self, prompt, streamer, **kwargs):
+        for value in (prompt, *torch.tensor(self.ids).split(1)):
+            streamer.put(value)
+        streamer.end()
+
+
+def test_a_stream_is_the_text_of_its_tokens(tokenizer):
+    """Over hundreds of tokens, many of which are single bytes of a character; each piece begins the whole text."""
+    text = "𠮷野家 𪜀𫝀 的 👩‍👩‍👧 说： 𪚥𠀋\n\n来也 ꙮ！  Ω 😀" * 12
+    ids = tokenizer.text_to_ids(text)
+    single_bytes = [token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("<0x")]
+    assert tokenizer.decode(ids) == text and len(ids) > 300 and len(single_bytes) > 100
+    pieces = list(Recorded([*ids, tokenizer.eos_token_id]).stream_answer(tokenizer, torch.tensor([[195]]), None))
+    assert pieces[-1] == text and len(pieces) > 60
+    assert all(text.startswith(piece) for piece in pieces)
+    assert all(len(earlier) < len(later) for earlier, later in zip(pieces, pieces[1:]))
 
 
 def test_chat_sends_the_ids_that_are_trained_on(chatting, monkeypatch):
@@ -237,17 +273,41 @@ def test_chat_keeps_room_for_the_reply(chatting, monkeypatch):
     assert asked == [model.config.model_max_length - 24]
 
 
-def test_closing_a_stream_stops_the_model(chatting):
+def pause_generation(monkeypatch, model, after: int) -> tuple[list, list[threading.Thread]]:
+    """Let `model` generate `after` tokens, and no more before the stream has asked it to stop.
+
+    Returns: two lists that grow while it generates: an entry for each token, and the threads that generated.
+    """
+    generate, tokens, threads = model.generate, [], []
+
+    def paused(*args, stopping_criteria, **kwargs):
+        asked_to_stop = stopping_criteria[0]  # the stream's own
+
+        def pause(ids, scores, **_):
+            tokens.append(ids.shape[1])
+            deadline = time.monotonic() + 60  # reached only if nobody asks
+            while len(tokens) >= after and not asked_to_stop(ids, scores).all() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        threads.append(threading.current_thread())
+        stopping_criteria.insert(0, pause)
+        return generate(*args, stopping_criteria=stopping_criteria, **kwargs)
+
+    monkeypatch.setattr(model, "generate", paused)
+    return tokens, threads
+
+
+def test_closing_a_stream_stops_the_model(chatting, monkeypatch):
     model, tokenizer = chatting
-    calls = []
-    hook = model.model.norm.register_forward_hook(lambda *_: calls.append(1))
+    tokens, threads = pause_generation(monkeypatch, model, after=5)
     config = copy.deepcopy(model.generation_config)
-    config.update(max_new_tokens=2000, eos_token_id=None)
+    config.update(max_new_tokens=100, eos_token_id=None)
     stream = model.chat(tokenizer, conversation("问"), stream=True, generation_config=config)
     next(stream)
-    stream.close()  # returns when the thread has ended
-    hook.remove()
-    assert 0 < len(calls) < 1000
+    stream.close()
+    assert 0 < len(tokens) <= 5
+    assert len(threads) == 1 and not threads[0].is_alive()
 
 
 def test_a_failing_model_raises_in_the_reader(chatting, monkeypatch):

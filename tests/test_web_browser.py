@@ -14,6 +14,7 @@ from baichuan.speaker import Speaker
 
 DESCRIPTIONS = json.loads(DESC_PATH.read_text(encoding="utf-8"))
 FIRST = next(iter(DESCRIPTIONS))
+expect.set_options(timeout=60_000)  # a slow machine is no fault of the page; waits end as soon as they can
 DESKTOP, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 780}
 
 
@@ -48,7 +49,7 @@ class Tab:
         self.context = browser.new_context(locale=language, viewport=viewport, accept_downloads=True)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.elsewhere, self.dialogs, self.errors = [], [], []
         self.page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or self.elsewhere.append(r.url))
         self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))

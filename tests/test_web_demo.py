@@ -3,18 +3,19 @@
 import json
 import os
 import string
-import subprocess
-import sys
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import gradio as gr
 import httpx
 import load_chat
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from web_client import DESC_PATH, FORM, ROOT, Server, Visitor, free_port
+from test_tokenizer import pause_generation
+from web_client import DESC_PATH, FORM, Server, Visitor, free_port
 
 import web_demo
 from baichuan import page_guard
@@ -92,24 +93,13 @@ def run(capsys):
     return run
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_told_at_once(run, tmp_path):
     (tmp_path / "roles.json").write_text('{\n"李白": ""\n}', encoding="utf-8")
     (tmp_path / "empty").mkdir()
     flags = ["--model_path", tmp_path / "empty", "--adapter_path", tmp_path, "--desc_path", tmp_path / "roles.json"]
-    command = [
-        sys.executable,
-        "web_demo.py",
-        *flags,
-        "--device",
-        "7",
-        "--auth",
-        "nobody",
-        "--server_name",
-        "203.0.113.1",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    lines = result.stderr.splitlines()
-    assert result.returncode == 2 and result.stdout == ""
+    result = run(*flags, "--device", "7", "--auth", "nobody", "--server_name", "203.0.113.1")
+    lines = result.err.splitlines()
+    assert result.out == ""
     assert all(line.startswith("error: ") for line in lines)
     for words in ("has no weights", "adapter_config.json", "roles.json:2:", "--device 7", "--auth", "203.0.113.1:9090"):
         assert sum(words in line for line in lines) == 1, (words, lines)
@@ -142,10 +132,16 @@ def test_ask_knows_its_role_and_its_limits(run, checkpoint):
     assert "--ask: persona and question have" in run(*flags, "--ask", "字" * 9000).err
 
 
-def test_listening_to_others_without_a_password_is_warned_about(checkpoint, tmp_path):
-    server = Server(tmp_path / "log", checkpoint, "--server_name", "0.0.0.0")
-    server.close()
-    assert "warning: whoever reaches 0.0.0.0" in server.log
+@pytest.mark.parametrize("name, auth", [("0.0.0.0", None), ("0.0.0.0", "guest:a"), ("127.0.0.1", None)])
+def test_listening_to_others_without_a_password_is_warned_about(run, checkpoint, monkeypatch, name, auth):
+    page = MagicMock()
+    monkeypatch.setattr(web_demo.Page, "build", lambda self: page)
+    flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH, "--device", "cpu", "--server_name", name]
+    flags += ["--port", free_port(), *(["--auth", auth] if auth else [])]
+    printed = run(*flags, expected=0).out
+    assert (f"warning: whoever reaches {name}" in printed) == (name == "0.0.0.0" and auth is None)
+    launched = page.queue.return_value.launch.call_args.kwargs
+    assert launched["server_name"] == name and launched["auth"] == (("guest", "a") if auth else None)
 
 
 def test_a_password_is_asked_for(checkpoint, tmp_path):
@@ -215,30 +211,72 @@ def test_a_seed_repeats_an_answer(speaker):
     assert answer(None) != answer(None)
 
 
-def test_settings_reach_the_model(speaker):
-    config = speaker.model.generation_config
-    seen = []
-    original = speaker.model.generate
-    speaker.model.generate = lambda *args, **kwargs: (
-        seen.append(kwargs["generation_config"]) or original(*args, **kwargs)
-    )
-    try:
-        settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.2}
-        whole(speaker.answer(conversation("你是谁？"), settings | {"max_new_tokens": 3, "seed": 1}))
-    finally:
-        del speaker.model.generate
-    assert {name: getattr(seen[0], name) for name in settings} == settings and seen[0].max_new_tokens == 3
-    assert config.max_new_tokens != 3  # the model's own stays
+class Tab:
+    """A conversation on the page, without gradio and a server between the two."""
+
+    request = SimpleNamespace(headers={})
+
+    def __init__(self, speaker):
+        self.page = web_demo.Page(speaker, {"李白": "盛唐诗人"}, {"李白": []})
+        self.conversation = web_demo.Conversation()
+
+    def ask(self, question: str, **changes) -> dict:
+        """The round of this question, once it is answered."""
+        self.page.ask(self.request, self.conversation, question, *(FORM | changes).values())
+        for _ in self.page.answer(self.request, self.conversation):
+            pass
+        return self.conversation.rounds[-1]
 
 
-def test_a_closed_answer_frees_the_model(speaker):
+OWN = {"do_sample": True, "max_new_tokens": 256, "temperature": 0.3, "top_p": 0.85, "top_k": 5} | {
+    "repetition_penalty": 1.05,
+    "seed": -1,
+}
+CHANGED = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.2, "seed": 7}
+
+
+@pytest.mark.parametrize("name", [None, *CHANGED, "do_sample"])
+def test_every_setting_reaches_the_model(speaker, monkeypatch, name):
+    """Sent off its default by itself, each is what the model generates with, and the others stay as they were."""
+    seen = {}
+
+    def generate(prompt, generation_config, streamer, **kwargs):
+        seen.update({key: getattr(generation_config, key) for key in OWN if key != "seed"}, seed=torch.initial_seed())
+        streamer.end()
+
+    own = speaker.model.generation_config.to_dict()
+    monkeypatch.setattr(speaker.model, "generate", generate)
+    changes = {name: (CHANGED | {"do_sample": False})[name]} if name else {}
+    Tab(speaker).ask("你是谁？", **OWN | changes)
+    expected = OWN | changes
+    if name != "seed":
+        expected["seed"] = seen["seed"]  # a random one
+    if name == "do_sample":  # the likeliest token has no use for these; transformers warns unless they are its own
+        expected |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    assert seen == expected
+    assert speaker.model.generation_config.to_dict() == own
+
+
+def test_every_control_of_the_page_is_what_it_says(speaker):
+    """In the order of FORM, which the functions take, under its own label, and at first as generation_config.json has it."""
+    demo = Tab(speaker).page.build()
+    functions = [function for function in demo.fns.values() if function.name in ("ask", "ask_example", "retry", "edit")]
+    assert len(functions) == 4
+    for function in functions:
+        form = function.inputs[-len(FORM) :]
+        assert [str(component.label) for component in form] == [str(gr.I18n()(name)) for name in FORM]
+        assert {name: component.value for name, component in zip(FORM, form) if name in OWN} == OWN
+
+
+def test_a_closed_answer_frees_the_model(speaker, monkeypatch):
     """gradio closes the iterator when a visitor leaves; the next one then waits for one token, not for 3,000."""
-    threads = threading.active_count()
+    tokens, threads = pause_generation(monkeypatch, speaker.model, after=5)
     stream = speaker.answer(conversation("你是谁？"), greedy(3000, repetition_penalty=2.0))
     next(stream)
     assert speaker.turn.locked()
     stream.close()
-    assert not speaker.turn.locked() and threading.active_count() == threads
+    assert not speaker.turn.locked() and 0 < len(tokens) <= 5
+    assert len(threads) == 1 and not threads[0].is_alive()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 1 bytes")])
@@ -276,8 +314,8 @@ def test_an_adapter_that_does_not_fit(run, checkpoint, adapter, tmp_path):
 def adapter(checkpoint, tmp_path_factory) -> str:
     """An adapter that changes every answer: random, since a new one's B is zero."""
     directory = tmp_path_factory.mktemp("adapter")
-    model = get_peft_model(load_model(checkpoint, torch.float32), LoraConfig(target_modules=["W_pack", "o_proj"]))
     torch.manual_seed(0)
+    model = get_peft_model(load_model(checkpoint, torch.float32), LoraConfig(target_modules=["W_pack", "o_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -295,6 +333,30 @@ def test_the_base_model_answers_beside_the_adapter(checkpoint, adapter, speaker)
         assert whole(both.answer(question, greedy(20))) == whole(alone.answer(question, greedy(20)))
         assert whole(both.answer(question, greedy(20), base=True)) == whole(speaker.answer(question, greedy(20)))
     assert whole(alone.answer(question, greedy(20))) != whole(speaker.answer(question, greedy(20)))
+
+
+def test_each_column_continues_its_own_answers(speaker, monkeypatch):
+    """Where the base model has not answered, it reads the other's answer; otherwise nothing of the other's."""
+    both, read = Speaker(speaker.model, speaker.tokenizer, adapter=MagicMock()), []
+
+    def answer(messages, settings, base=False):
+        read.append(("base" if base else "tuned", messages))
+        yield f"{read[-1][0]} {len(messages) // 2}"
+
+    monkeypatch.setattr(both, "answer", answer)
+    tab = Tab(both)
+    tab.ask("一？")
+    tab.ask("二？", compare=True)
+    tab.ask("三？", compare=True)
+    assert read == [
+        ("tuned", conversation("一？")),
+        ("tuned", conversation("一？", "tuned 1", "二？")),
+        ("base", conversation("一？", "tuned 1", "二？")),
+        ("tuned", conversation("一？", "tuned 1", "二？", "tuned 2", "三？")),
+        ("base", conversation("一？", "tuned 1", "二？", "base 2", "三？")),
+    ]
+    answers = [(past["response"], past["base"]) for past in tab.conversation.rounds]
+    assert answers == [("tuned 1", ""), ("tuned 2", "base 2"), ("tuned 3", "base 3")]
 
 
 # ---------------------------------------------------------------- a conversation through the server
@@ -475,10 +537,11 @@ CLOSED = [
     "/gradio_api/runs",
     "/gradio_api/mcp/",
     "/gradio_api/dev/reload",
-    "/gradio_api/queue/data?session_hash=stranger",
     "/monitoring",
     "/docs",
     "/openapi.json",
+]
+OUTSIDE = [  # of what gradio itself serves; it looks for such paths, and so do we here
     "/static/../web_demo.py",
     "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
     "/static/..%2f..%2f..%2fetc/passwd",
@@ -530,12 +593,37 @@ def test_more_than_a_request_may_hold(visitor):
     assert "字" in Visitor(visitor.http.base_url, "zh").post(b"x" * (page_guard.MAX_BODY + 1)).json()["error"]
 
 
+@pytest.fixture(scope="module")
+def strange_request(server):
+    with httpx.Client(base_url=server.url, headers={"accept-language": "zh"}) as http:
+
+        def send(method: str, path: str) -> httpx.Response:
+            request = http.build_request(method, path, content=b"" if method in ("POST", "PUT") else None)
+            request.url = request.url.copy_with(raw_path=path.encode())  # httpx would tidy the path up
+            return http.send(request)
+
+        yield send
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD"])
 @pytest.mark.parametrize("path", CLOSED)
-def test_closed_paths(visitor, path):
+def test_closed_paths_end_at_the_gate(strange_request, path, method):
+    """The words are the page's own: gradio, which would answer some of these with a file and others with its 403, is not asked."""
+    response = strange_request(method, path)
+    assert response.status_code == 404
+    message = page_guard.TEXTS["zh"]["no_path"]
+    assert method == "HEAD" or response.json() == {"error": message, "detail": message}
+
+
+def test_messages_of_a_strange_session_end_at_the_gate(strange_request):
+    response = strange_request("GET", "/gradio_api/queue/data?session_hash=stranger")
+    assert response.status_code == 404 and response.json()["error"] == page_guard.TEXTS["zh"]["no_call"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_no_file_outside_what_the_page_is_made_of(strange_request, path):
     for method in ("GET", "POST", "PUT", "HEAD"):
-        request = visitor.http.build_request(method, path, content=b"" if method in ("POST", "PUT") else None)
-        request.url = request.url.copy_with(raw_path=path.encode())  # httpx would tidy the path up
-        response = visitor.http.send(request)
+        response = strange_request(method, path)
         assert response.status_code in (403, 404, 405), (method, response.status_code)
         assert "root:" not in response.text and "argparse" not in response.text
 

@@ -37,17 +37,27 @@ class Server:
     """`python3 web_demo.py …` in a process of its own; `log` is what it has printed."""
 
     def __init__(self, log: Path, model_path: str, *flags: str, program=("web_demo.py",), env=None):
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
         self.log_path = log
-        paths = ["--model_path", model_path, "--desc_path", str(DESC_PATH), "--device", "cpu", "--port", str(port)]
-        with open(log, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, *paths, *flags], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=env
-            )
-        deadline = time.monotonic() + 120
-        while "answers on" not in self.log:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log
-            time.sleep(0.1)
+        command = [sys.executable, *program, "--model_path", model_path, "--desc_path", str(DESC_PATH), *flags]
+        for _ in range(5):  # a free port may be taken by another program before the page listens there
+            self.url = f"http://127.0.0.1:{(port := free_port())}"
+            with open(log, "w") as output:
+                self.process = subprocess.Popen(
+                    [*command, "--device", "cpu", "--port", str(port)],
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                )
+            deadline = time.monotonic() + 300  # of a page that neither answers nor ends
+            while "answers on" not in self.log and self.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if "cannot listen there" not in self.log:
+                break
+        if "answers on" not in self.log:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(self.log)
 
     @property
     def log(self) -> str:
