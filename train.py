@@ -246,7 +246,6 @@ def sample_answers(model, tokenizer, generation_config, test_path: str, per_role
     for role, asked in questions.items():
         answers = answer_batch(model, tokenizer, list(asked.values()), greedy(generation_config, 128))
         texts[f"answers/{role}"] = "\n\n".join(f"**{q}**  \n{answer.text}" for q, answer in zip(asked, answers))
-    model.train()
     return texts
 
 
@@ -318,6 +317,7 @@ def main(argv=None):
         worker_init_fn=processes.leave_signals_to_parent,
     )
     log = utils.Log(output_dir / "runs", len(steps), first, run["losses"], main_process)
+    engine.train()  # a loaded model is not in this mode, in which alone dropout and checkpointing act
     with log, processes.StopRequest() as stop_request:
         for step, (batches, tokens) in enumerate(loader, start=first + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
@@ -348,6 +348,8 @@ def main(argv=None):
                     log.texts(step, sample_answers(model, *how))
                 utils.save_adapter(model, tokenizer, output_dir / name, args.save_total_limit)
                 tqdm.write(f"{output_dir / name}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
+            if save:
+                engine.train()  # evaluation and answers go without dropout
             if save or stop:
                 save_state(engine, output_dir / "state" / name, run | {"losses": log.losses})
             if stop and step < len(steps):
