@@ -1,5 +1,6 @@
 """Fixtures: a small random checkpoint under a real SentencePiece tokenizer, and the real RoleBench files where they are at hand."""
 
+import ctypes
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test but that of --download, which sets its own hub, may look for a network
 
@@ -39,9 +41,28 @@ def samples(tmp_path_factory) -> tuple[str, str]:
     return train, test
 
 
+@pytest.fixture(scope="session")
+def few_samples(samples, tmp_path_factory) -> tuple[str, str]:
+    """41 training and 5 test samples of all roles, for tests that need whole runs but not much training."""
+    directory = tmp_path_factory.mktemp("few_samples")
+    for path, every in ((samples[0], 5), (samples[1], 10)):
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        (directory / Path(path).name).write_text("".join(lines[::every]), encoding="utf-8")
+    return str(directory / "train.json"), str(directory / "test.json")
+
+
+@pytest.fixture(scope="session")
+def own_mounts():
+    """Give this process mounts of its own, which are gone when it and its children are, however they end."""
+    new_mount_namespace = 0x00020000  # CLONE_NEWNS; os.unshare comes with Python 3.12
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mount_namespace):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
 @pytest.fixture
-def mount(tmp_path):
-    """mount(size, at=None) → an empty disk of that many bytes; for root only."""
+def mount(own_mounts, tmp_path):
+    """mount(size, at=None) → an empty disk of that many bytes, which other processes do not see; for root only."""
     disks = []
 
     def make(size: int, at: Path | None = None) -> Path:
@@ -54,6 +75,15 @@ def mount(tmp_path):
     yield make
     for disk in disks:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in the order of a process that was started with OMP_NUM_THREADS=1, for comparisons to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 FLOAT32 = {
@@ -72,12 +102,12 @@ def float32_ds_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def train_arguments(checkpoint, samples, float32_ds_file):
-    """train_arguments(output_dir, "--flag", value, …) → argv: steps of 8 samples, 25 steps an epoch."""
+def train_arguments(checkpoint, few_samples, float32_ds_file):
+    """train_arguments(output_dir, "--flag", value, …) → argv: steps of 8 samples, 5 steps an epoch."""
 
     def arguments(output_dir, *more) -> list[str]:
         defaults = {
-            **{"--model_name_or_path": checkpoint, "--train_path": samples[0], "--test_path": samples[1]},
+            **{"--model_name_or_path": checkpoint, "--train_path": few_samples[0], "--test_path": few_samples[1]},
             **{"--ds_file": float32_ds_file, "--output_dir": output_dir, "--show_loss_step": 1},
             **{"--lora_dropout": 0, "--learning_rate": 1e-3, "--max_len": 256, "--max_src_len": 128},
         }
