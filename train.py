@@ -13,7 +13,6 @@ import json
 import math
 import os
 import signal
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +253,6 @@ def sample_answers(model, tokenizer, generation_config, test_path: str, per_role
 @processes.one_line_for_each_end()
 def main(argv=None):
     args = parse_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; nothing a user could act on
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     main_process = rank == 0
     output_dir = Path(args.output_dir)
