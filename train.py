@@ -100,7 +100,7 @@ def read_data(args, tokenizer, generation_config, world_size: int, main_process:
     datasets, problems = [], []
     for path in (args.train_path, args.test_path):
         try:
-            samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", disable=not main_process)
+            samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", delay=2, disable=not main_process)
             data = utils.RoleDataset(
                 samples, tokenizer, generation_config, args.max_len, args.max_src_len, args.is_skip
             )
