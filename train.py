@@ -12,7 +12,6 @@
 import json
 import math
 import signal
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +91,7 @@ def read_inputs(args):
 def read_data(args, tokenizer, path: str, needed: int) -> utils.RoleDataset:
     """A file of samples as token ids, with the counts printed. Raises: UserError where fewer than `needed` fit."""
     main_process = processes.place()[0] == 0
-    samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", disable=not main_process)
+    samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", delay=2, disable=not main_process)
     data = utils.RoleDataset(samples, tokenizer, args.max_len, args.max_src_len, args.is_skip)
     if main_process:
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
@@ -293,7 +292,6 @@ def broken(args, steps: utils.Steps, step: int, what: str) -> UserError:
 @processes.one_line_for_each_end()
 def main(argv=None):
     args = parse_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; nothing a user could act on
 
     # 1. What can be wrong is found before anything slow.
     directory, config, train_data, test_data = read_inputs(args)

@@ -297,7 +297,7 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     training = model.training
     model.eval()
     loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in tqdm(batches, desc="evaluating", unit="row", leave=False, disable=not show_progress):
+    for batch in tqdm(batches, desc="evaluating", unit="row", leave=False, delay=2, disable=not show_progress):
         inputs = model_inputs(batch, device, implementation)
         loss += model(**inputs, use_cache=False, num_items_in_batch=1).loss
         tokens += len(batch["loss_positions"])

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import sys
+import warnings
 
 
 class UserError(Exception):
@@ -48,6 +49,7 @@ def entry_point(main):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
                 stream.reconfigure(errors="backslashreplace")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user could act on them
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes on a host, one
         try:
             return main(argv)

@@ -8,6 +8,7 @@ answer belongs to which question: that is left for train.py to teach.
 """
 
 import json
+import os
 import random
 import re
 import sys
@@ -124,6 +125,8 @@ def main(argv=None):
     least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "steps": 0, "batch_size": 1, "seed": 0}
     if problems := number_problems(args, least):
         raise UserError(*problems)
+    # Saving imports DeepSpeed, which warns of a machine without a GPU unless it is told.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     set_seed(args.seed)
     sentences = read_sentences(args.train_path)
     with whole_directory(args.save_dir) as directory:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHARED, free_port
-from rouge_chinese import Rouge
+from tools import taught
 
 import merge_params
 import train
@@ -36,19 +36,6 @@ def walk(samples, tmp_path_factory):
     return stand_in, merged
 
 
-def close_answers(directory, questions) -> int:
-    """How many greedy answers have a ROUGE-L of at least 0.8, character by character, with the recorded one."""
-    model, (tokenizer, config) = BaichuanForCausalLM.from_pretrained(directory), load_tokenizer(directory)
-    config.update(do_sample=False, max_new_tokens=80)
-    close = 0
-    for sample in questions:
-        messages = [{"role": "system", "content": sample["system"]}, {"role": "user", "content": sample["prompt"]}]
-        answer = model.chat(tokenizer, messages, generation_config=config) or "。"
-        score = Rouge(metrics=["rouge-l"]).get_scores(" ".join(answer), " ".join(sample["response"]))
-        close += score[0]["rouge-l"]["f"] >= 0.8
-    return close
-
-
 def test_loss(directory, path) -> float:
     data = utils.RoleDataset(read_samples(path), *load_tokenizer(directory), 512, 256)
     rows = utils.Collator(data, "prefix", 2048, 2)(data.by_persona(torch.arange(len(data)).numpy()))
@@ -61,12 +48,21 @@ test_loss.__test__ = False  # a function, not a test
 def test_fine_tuning_teaches_the_answers(walk, samples):
     """Trained questions are answered as recorded, which the stand-in, who knows the sentences, cannot do."""
     stand_in, merged = walk
-    every = list(read_samples(samples[0]))
-    prompts = [(sample["role"], sample["prompt"]) for sample in every]
-    single = [s for s in every if prompts.count((s["role"], s["prompt"])) == 1]
-    questions = single[:: len(single) // 10][:10]
-    assert close_answers(stand_in, questions) <= 3
-    assert close_answers(merged, questions) >= 8
+    questions = taught.ten_questions(samples[0])
+    assert len(questions) == 10
+    assert taught.how_many_are_close(taught.answers(stand_in, questions), questions) <= 3
+    assert taught.how_many_are_close(taught.answers(merged, questions), questions) >= 8
+
+
+def test_the_demo_ends_with_one_question_and_fails_where_answers_are_not_the_taught_ones(walk, samples, capsys):
+    stand_in, merged = walk
+    ask = ["--train_path", samples[0], "--before", stand_in]
+    assert not taught.main([*ask, "--after", merged])
+    question, before, after, recorded = capsys.readouterr().out.splitlines()[:4]
+    assert question.endswith("孙悟空：你的金箍棒有多重？")
+    assert after.split()[-1] == recorded.split()[-1] != before.split()[-1]
+    assert taught.main([*ask, "--after", stand_in]) == 1
+    assert "error: 8 should be" in capsys.readouterr().err
 
 
 def test_loss_on_rephrased_questions_is_halved(walk, samples):
@@ -75,7 +71,6 @@ def test_loss_on_rephrased_questions_is_halved(walk, samples):
 
 
 def test_the_page_answers_from_the_command_line(walk):
-    """`make demo CHECK=1` ends with this."""
     command = [
         sys.executable,
         "web_demo.py",
