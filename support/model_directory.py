@@ -217,7 +217,7 @@ class Weights:
     def __init__(self, directory: Path):
         first = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
         if first is None:
-            raise UserError(f"{directory}: holds no weights: there is no {', no '.join(WEIGHT_FILES)}")
+            raise UserError(f"{directory}: has no weights: there is no {', no '.join(WEIGHT_FILES)}")
         self.files = [first]
         if first.suffix == ".json":
             self.files = [directory / name for name in sorted(set(read_json(first).get("weight_map", {}).values()))]

@@ -19,13 +19,13 @@ SHARED = ROOT.parent / "shared"  # RoleBench and the published tokenizer, beside
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> str:
+def checkpoint(samples, tmp_path_factory) -> str:
     """A directory in the published layout: random weights (hidden 64, 2 layers), tokenizer trained on the sample."""
-    from baichuan import tiny
+    from support import stand_in
 
     directory = tmp_path_factory.mktemp("checkpoint") / "Baichuan2-random"
     sizes = ["--hidden_size", "64", "--num_hidden_layers", "2", "--vocab_size", "2000", "--steps", "0"]
-    tiny.main(["--save_dir", str(directory), "--data_dir", str(ROOT / "data/sample"), *sizes])
+    stand_in.main(["--save_dir", str(directory), "--train_path", samples[0], *sizes])
     return str(directory)
 
 

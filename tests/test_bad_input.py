@@ -31,8 +31,9 @@ import predict
 import train
 import utils
 import web_demo
-from baichuan import BaichuanForCausalLM, tiny
-from baichuan.states import checkpoints
+from baichuan import BaichuanForCausalLM
+from support import stand_in
+from support.resume import checkpoints
 
 SCRIPTS = {
     "data_helper.py": data_helper,
@@ -40,7 +41,7 @@ SCRIPTS = {
     "merge_params.py": merge_params,
     "predict.py": predict,
     "web_demo.py": web_demo,
-    "baichuan.tiny": tiny,
+    "support.stand_in": stand_in,
 }
 SAMPLE = ROOT / "data/sample"
 SECONDS = 60  # for a call; most take less than one
@@ -222,12 +223,14 @@ def small(tmp_path_factory) -> Path:
     """A working set of everything, small enough that a step takes no time: model, adapters, samples, RoleBench files."""
     place = tmp_path_factory.mktemp("small")
     sizes = ["--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "2000", "--steps", "0"]
-    tiny.main(["--save_dir", str(place / "model"), "--data_dir", str(SAMPLE), *sizes])
+    stand_in.main(["--save_dir", str(place / "model"), "--data_dir", str(SAMPLE), *sizes])
     config = json.loads((place / "model/generation_config.json").read_text())
     (place / "model/generation_config.json").write_text(json.dumps(config | {"max_new_tokens": 2}))
 
     model = BaichuanForCausalLM.from_pretrained(place / "model")
-    lora = get_peft_model(model, LoraConfig(r=2, target_modules=utils.lora_targets(model), task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        model, LoraConfig(r=2, target_modules=utils.find_all_linear_names(model), task_type="CAUSAL_LM")
+    )
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -282,7 +285,7 @@ PREDICT = ("predict.py", "test.json model/*.json model/tokenizer.model",
            "--resamples 2 --data_dir {}/rolebench")  # fmt: skip
 ASK = ("web_demo.py", "rolebench/profiles* adapter/adapter_* model/*.json model/tokenizer.model",
        "--model_path {}/model --adapter_path {}/adapter --desc_path {}/rolebench/profiles-zh_desc.json --ask 你是谁？")  # fmt: skip
-TINY = ("baichuan.tiny", "rolebench/*", "--save_dir {}/out/tiny --data_dir {}/rolebench --hidden_size 32 --steps 0 "
+STAND_IN = ("support.stand_in", "train.json", "--save_dir {}/out/stand-in --train_path {}/train.json --hidden_size 32 --steps 0 "
         "--num_hidden_layers 1 --vocab_size 2000")  # fmt: skip
 
 
@@ -295,7 +298,7 @@ def assert_whole(script: str, out: Path):
     for _, adapter in checkpoints(out / "run"):
         assert all(tensor.isfinite().all() for tensor in adapter_weights(adapter).values())
         assert checkpoints(out / "run/state")
-    for model in (out / "merged", out / "tiny"):
+    for model in (out / "merged", out / "stand-in"):
         if model.exists():
             assert load_file(model / "model.safetensors") and (model / "tokenizer.model").exists()
             json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -321,7 +324,7 @@ def fresh(small: Path, place: Path) -> Path:
         (*CHECK, 60),
         (*PREDICT, 60),
         (*ASK, 70),
-        (*TINY, 30),
+        (*STAND_IN, 30),
     ],
     ids=["data_helper", "train", "resume", "merge", "merge-bin", "check", "predict", "web_demo", "tiny"],
 )
@@ -338,7 +341,7 @@ def test_damaged_files(small, run, tmp_path, script, files, arguments, count):
 
 @pytest.mark.parametrize(
     "script, files, arguments, count",
-    [(*DATA, 60), (*TRAIN, 90), (*MERGE, 50), (*PREDICT, 40), (*ASK, 40), (*TINY, 20)],
+    [(*DATA, 60), (*TRAIN, 90), (*MERGE, 50), (*PREDICT, 40), (*ASK, 40), (*STAND_IN, 20)],
     ids=["data_helper", "train", "merge", "predict", "web_demo", "tiny"],
 )
 def test_damaged_command_lines(small, run, tmp_path, script, files, arguments, count):
@@ -373,7 +376,7 @@ def test_help_explains_every_flag(script, run, tmp_path, capfd):
 
 if ROOT_USER:
     LLAMA = (*MERGE[:2], MERGE[2] + " --format llama")
-    DISKS = {"data": DATA, "merge": MERGE, "llama": LLAMA, "predict": PREDICT, "tiny": TINY}
+    DISKS = {"data": DATA, "merge": MERGE, "llama": LLAMA, "predict": PREDICT, "tiny": STAND_IN}
 
     @pytest.mark.parametrize("case", DISKS)
     @pytest.mark.parametrize("kilobytes", [4, 100, 640])  # none, or too few for all that is to be written
@@ -421,9 +424,9 @@ COMMANDS = [
     ["web_demo.py", "--model_path", "nowhere"],
     ["web_demo.py", "--port", "99999", "--desc_path", "LICENSE"],
     ["web_demo.py", "--port", "x"],
-    ["-m", "baichuan.tiny", "--steps", "x"],
-    ["-m", "baichuan.tiny", "--save_dir", "images"],
-    ["-m", "baichuan.tiny", "--save_dir", "/dev/null/x", "--data_dir", "nowhere"],
+    ["-m", "support.stand_in", "--steps", "x"],
+    ["-m", "support.stand_in", "--save_dir", "images"],
+    ["-m", "support.stand_in", "--save_dir", "/dev/null/x", "--data_dir", "nowhere"],
 ]
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from baichuan.script import UserError
 from data_helper import PERSONA, main, persona, read_profiles, read_samples, without_address
+from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data/sample"

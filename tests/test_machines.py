@@ -15,7 +15,7 @@ import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
 
 import train
-from baichuan import processes
+from support import processes
 
 BIN = Path(sys.executable).parent
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import merge_params
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.agreement import compare
 from baichuan.generation_utils import messages_to_ids
-from baichuan.weight_files import Weights, write_weights
+from support.comparison import compare
+from support.model_directory import Weights, write_weights
 
 TARGETS = ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -76,7 +76,7 @@ def refusal(capsys, base, adapter, target, *more) -> str:
 def logits(model, tokenizer) -> torch.Tensor:
     messages = [{"role": "system", "content": "你是船夫。"}, {"role": "user", "content": "今天能过江吗？\n1 + 1 = ?"}]
     with torch.no_grad():
-        return model(torch.tensor([messages_to_ids(tokenizer, messages, tokenizer)])).logits.float()
+        return model(torch.tensor([messages_to_ids(tokenizer, messages)])).logits.float()
 
 
 # ---------------------------------------------------------------- the numbers
@@ -303,7 +303,7 @@ def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path,
 
 
 def test_half_precision_is_compared_in_float32_and_left_as_it_was(checkpoint):
-    from baichuan.agreement import compute_in_float32, logits_of
+    from support.comparison import compute_in_float32, logits_of
 
     half = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     wide = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()

@@ -10,8 +10,8 @@ from conftest import SHARED
 import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from baichuan.loading import load_tokenizer
-from baichuan.script import UserError
+from support.errors import UserError
+from support.model_directory import ModelDirectory
 
 SAMPLES = [
     {"system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},
@@ -25,11 +25,11 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_tokenizer(checkpoint)
+    return ModelDirectory(checkpoint).tokenizer
 
 
 def dataset(loaded, samples=SAMPLES, max_len=512, max_src_len=256, **options):
-    return utils.RoleDataset(samples, *loaded, max_len, max_src_len, **options)
+    return utils.RoleDataset(samples, loaded, max_len, max_src_len, **options)
 
 
 def whole(data, index) -> list[int]:
@@ -52,7 +52,7 @@ def model():
 
 
 def test_exact_ids_and_supervised_tokens(loaded):
-    tokenizer, _ = loaded
+    tokenizer = loaded
     data = dataset(loaded)
     for index, sample in enumerate(SAMPLES):
         system, prompt, response = (tokenizer.text_to_ids(sample[key]) for key in ("system", "prompt", "response"))
@@ -67,7 +67,7 @@ def test_exact_ids_and_supervised_tokens(loaded):
 
 
 def test_a_question_keeps_its_beginning(loaded):
-    tokenizer, _ = loaded
+    tokenizer = loaded
     sample = {"system": "你是李白。", "prompt": "从头开始数一二三四五六七八九", "response": "好。"}
     prompt = tokenizer.text_to_ids(sample["prompt"])
     data = dataset(loaded, [sample], max_src_len=5)
@@ -76,7 +76,6 @@ def test_a_question_keeps_its_beginning(loaded):
 
 
 def test_a_cut_answer_gets_no_eos(loaded):
-    tokenizer, _ = loaded
     full = whole(dataset(loaded), 1)
     exact = dataset(loaded, SAMPLES[1:2], max_len=len(full))
     assert whole(exact, 0) == full and full[-1] == 2 and exact.counts["cut answers"] == 0
@@ -220,7 +219,7 @@ def test_flex_attention_takes_the_same_mask(loaded, model):
     found = {}
     for attention in ("sdpa", "flex_attention"):
         model.set_attn_implementation(attention)
-        found[attention] = utils.evaluate(model, batches, "cpu", attention)
+        found[attention] = utils.evaluation(model, batches, "cpu", attention)
     model.set_attn_implementation("sdpa")
     assert found["sdpa"] == pytest.approx(found["flex_attention"], abs=1e-5)
 
@@ -250,7 +249,7 @@ def test_perplexity_is_exact_and_the_same_for_both_packings(loaded, model):
     values = torch.cat([value for found in single for value in found.values()])
     for packing in ("prefix", "none"):
         batches = utils.Collator(data, packing, 60, 4)(indices)
-        assert utils.evaluate(model, batches, "cpu", "sdpa") == pytest.approx(values.mean().item(), abs=1e-6)
+        assert utils.evaluation(model, batches, "cpu", "sdpa") == pytest.approx(values.mean().item(), abs=1e-6)
 
 
 # ---------------------------------------------------------------- rows → steps
@@ -285,8 +284,8 @@ def test_processes_share_a_step_without_overlap(loaded, world):
         assert {tokens for _, tokens in items} == {len(labels)}
 
 
-def test_lora_targets_are_the_decoders_linear_layers(model):
-    assert utils.lora_targets(model) == ["W_pack", "down_proj", "gate_proj", "o_proj", "up_proj"]
+def test_find_all_linear_names_are_the_decoders_linear_layers(model):
+    assert utils.find_all_linear_names(model) == ["W_pack", "down_proj", "gate_proj", "o_proj", "up_proj"]
 
 
 if (SHARED / "rolebench").is_dir():
@@ -295,7 +294,7 @@ if (SHARED / "rolebench").is_dir():
         """The figures of RoleBench that the design rests on: tokens of persona, question and answer."""
         train, test = str(tmp_path / "train.json"), str(tmp_path / "test.json")
         data_helper.main(["--data_dir", str(SHARED / "rolebench"), "--train_path", train, "--test_path", test])
-        loaded = load_tokenizer(SHARED / "baichuan2-7b-chat")
+        loaded = ModelDirectory(SHARED / "baichuan2-7b-chat").tokenizer
         data = dataset(loaded, data_helper.read_samples(train))
         assert data.counts["read"] == 8020
         persona = np.mean([len(data.personas[p]) for p in data.persona])

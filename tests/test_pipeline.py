@@ -15,9 +15,9 @@ from tools import taught
 import merge_params
 import train
 import utils
-from baichuan import BaichuanConfig, BaichuanForCausalLM, tiny
-from baichuan.loading import load_tokenizer
+from baichuan import BaichuanConfig, BaichuanForCausalLM
 from data_helper import read_samples
+from support.model_directory import ModelDirectory
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def walk(samples, tmp_path_factory):
     """(stand-in, merged model), made with the flags of `make demo`."""
     directory = tmp_path_factory.mktemp("walk")
     stand_in, merged = str(directory / "Baichuan2-tiny"), str(directory / "merged")
-    tiny.main(["--save_dir", stand_in, "--data_dir", str(ROOT / "data/sample")])
+    stand_in.main(["--save_dir", stand_in, "--data_dir", str(ROOT / "data/sample")])
     lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
     (command,) = [line for line in lines if "train.py --train_path" in line]
     flags = command.split("--output_dir")[1].split()[1:]  # after the paths: what decides the training
@@ -37,9 +37,9 @@ def walk(samples, tmp_path_factory):
 
 
 def test_loss(directory, path) -> float:
-    data = utils.RoleDataset(read_samples(path), *load_tokenizer(directory), 512, 256)
+    data = utils.RoleDataset(read_samples(path), ModelDirectory(directory).tokenizer, 512, 256)
     rows = utils.Collator(data, "prefix", 2048, 2)(data.by_persona(torch.arange(len(data)).numpy()))
-    return utils.evaluate(BaichuanForCausalLM.from_pretrained(directory).eval(), rows, "cpu", "sdpa")
+    return utils.evaluation(BaichuanForCausalLM.from_pretrained(directory).eval(), rows, "cpu", "sdpa")
 
 
 test_loss.__test__ = False  # a function, not a test
@@ -89,7 +89,8 @@ def test_the_page_answers_from_the_command_line(walk):
 
 def test_the_stand_in_has_the_published_layout(walk):
     stand_in, _ = walk
-    model, (tokenizer, config) = BaichuanForCausalLM.from_pretrained(stand_in), load_tokenizer(stand_in)
+    model, opened = BaichuanForCausalLM.from_pretrained(stand_in), ModelDirectory(stand_in)
+    tokenizer, config = opened.tokenizer, opened.generation_config
     assert (config.user_token_id, config.assistant_token_id) == (195, 196)
     assert tokenizer.convert_ids_to_tokens([195, 196]) == ["<reserved_106>", "<reserved_107>"]
     assert 1_000_000 < model.num_parameters() < 3_000_000

@@ -19,8 +19,8 @@ from test_merge import make_adapter
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from baichuan.scoring import Scores, catchwords, interval, rouge_l
 from data_helper import persona, read_samples
+from support.scores import Scores, catchwords, interval, rouge_l
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def conversations(samples) -> list[list[dict]]:
 
 def greedy_by_hand(model, tokenizer, messages, new_tokens: int) -> list[int]:
     """No generate(), no cache, no padding: the whole sequence again for each token."""
-    ids = messages_to_ids(tokenizer, messages, tokenizer)
+    ids = messages_to_ids(tokenizer, messages)
     start = len(ids)
     with torch.no_grad():
         for _ in range(new_tokens):

@@ -16,7 +16,7 @@ from conftest import ROOT, ROOT_USER, adapter_weights, free_port, scalars
 
 import train
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.states import checkpoints
+from support.resume import checkpoints
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
 ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -269,8 +269,8 @@ def test_a_run_is_not_begun_over_another(run_arguments, finished, capsys):
 
 CLAIM = """
 import pathlib, sys
-from baichuan.processes import join_processes
-from baichuan.states import claim
+from support.processes import join_processes
+from support.resume import claim
 join_processes()
 claim(pathlib.Path(sys.argv[1]))
 print("claimed", flush=True)

@@ -4,22 +4,22 @@ import os
 
 import pytest
 
-from baichuan import script
+from support import errors, files
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "new"
-    with pytest.raises(KeyError), script.whole_directory(target) as directory:
+    with pytest.raises(KeyError), files.whole_directory(target) as directory:
         (directory / "part").write_text("half")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with script.whole_directory(target) as directory:
+    with files.whole_directory(target) as directory:
         (directory / "part").write_text("whole")
         assert not target.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    with pytest.raises(script.UserError, match="exists already"), script.whole_directory(target):
+    with pytest.raises(errors.UserError, match="exists already"), files.whole_directory(target):
         pass
-    with script.whole_directory(target, overwrite=True) as directory:
+    with files.whole_directory(target, overwrite=True) as directory:
         (directory / "other").write_text("newer")
     assert [path.name for path in target.iterdir()] == ["other"]
 
@@ -32,18 +32,18 @@ def test_what_a_killed_process_left_behind_goes(tmp_path):
     dead, alive = tmp_path / f".new.{gone}.tmp", tmp_path / f".new.{os.getppid()}.tmp"
     dead.mkdir()
     alive.mkdir()
-    with script.whole_directory(tmp_path / "new"):
+    with files.whole_directory(tmp_path / "new"):
         assert not dead.exists() and alive.exists()
 
 
 def test_files_appear_together_or_not_at_all(tmp_path):
     first, second = tmp_path / "a", tmp_path / "deeper/b"
     first.write_text("before")
-    with pytest.raises(KeyError), script.whole_files(first, second) as (a, b):
+    with pytest.raises(KeyError), files.whole_files(first, second) as (a, b):
         a.write("after")
         raise KeyError
     assert first.read_text() == "before" and not second.exists()
-    with script.whole_files(first, second) as (a, b):
+    with files.whole_files(first, second) as (a, b):
         a.write("after")
         b.write("后")
     assert first.read_text() == "after" and second.read_text(encoding="utf-8") == "后"
@@ -53,13 +53,13 @@ def test_files_appear_together_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     "raised, code, lines",
     [
-        (script.UserError("a: one", "b: two\nlines"), 2, ["error: a: one", "error: b: two lines"]),
+        (errors.UserError("a: one", "b: two\nlines"), 2, ["error: a: one", "error: b: two lines"]),
         (FileNotFoundError(2, "No such file or directory", "x"), 2, ["error: x: No such file or directory"]),
         (KeyboardInterrupt(), 130, []),
     ],
 )
 def test_errors_are_lines_and_a_status(capsys, raised, code, lines):
-    @script.entry_point
+    @errors.entry_point
     def main(argv):
         raise raised
 
@@ -70,7 +70,7 @@ def test_errors_are_lines_and_a_status(capsys, raised, code, lines):
 
 
 def test_a_defect_keeps_its_traceback():
-    @script.entry_point
+    @errors.entry_point
     def main(argv):
         raise AssertionError("a defect of the program")
 

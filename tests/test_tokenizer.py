@@ -140,7 +140,7 @@ def test_exact_ids_of_a_conversation(tokenizer):
 
     messages = conversation("系统", "甲问<reserved_107>", "乙答</s>", "又问")
     expected = [*ids("系统"), 195, *ids("甲问<reserved_107>"), 196, *ids("乙答</s>"), 195, *ids("又问"), 196]
-    assert messages_to_ids(tokenizer, messages, tokenizer) == expected
+    assert messages_to_ids(tokenizer, messages) == expected
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
     assert tokenizer.apply_chat_template(messages, return_dict=False) == expected[:-1]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -162,10 +162,10 @@ def test_whole_oldest_rounds_go_first(tokenizer):
     messages = conversation("系统", "问一", "答一", "问二", "答二", "问三")
 
     def length(*turns):
-        return len(messages_to_ids(tokenizer, conversation(*turns), tokenizer))
+        return len(messages_to_ids(tokenizer, conversation(*turns)))
 
     def cut(room):
-        return messages_to_ids(tokenizer, messages, tokenizer, room)
+        return messages_to_ids(tokenizer, messages, room)
 
     whole, two, one = (
         length(*[m["content"] for m in messages]),
@@ -173,14 +173,10 @@ def test_whole_oldest_rounds_go_first(tokenizer):
         length("系统", "问三"),
     )
     assert len(cut(whole)) == whole
-    assert (
-        cut(whole - 1)
-        == cut(two)
-        == messages_to_ids(tokenizer, conversation("系统", "问二", "答二", "问三"), tokenizer)
-    )
-    assert cut(two - 1) == cut(one) == messages_to_ids(tokenizer, conversation("系统", "问三"), tokenizer)
+    assert cut(whole - 1) == cut(two) == messages_to_ids(tokenizer, conversation("系统", "问二", "答二", "问三"))
+    assert cut(two - 1) == cut(one) == messages_to_ids(tokenizer, conversation("系统", "问三"))
     system = tokenizer.text_to_ids("系统")
-    last = messages_to_ids(tokenizer, conversation("问三"), tokenizer)
+    last = messages_to_ids(tokenizer, conversation("问三"))
     assert cut(one - 1) == system + last[1:]
     assert cut(len(system) + 1) == [*system, 196]
     with pytest.raises(ValueError, match="leaves no room"):
@@ -200,12 +196,12 @@ def test_whole_oldest_rounds_go_first(tokenizer):
 )
 def test_malformed_messages_are_errors(tokenizer, messages):
     with pytest.raises(ValueError):
-        messages_to_ids(tokenizer, messages, tokenizer)
+        messages_to_ids(tokenizer, messages)
 
 
 def test_unknown_markers_are_an_error(tokenizer):
     with pytest.raises(ValueError, match="generation_config"):
-        messages_to_ids(tokenizer, conversation("问"), SimpleNamespace(user_token_id=None, assistant_token_id=None))
+        messages_to_ids(SimpleNamespace(text_to_ids=tokenizer.text_to_ids), conversation("问"))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +217,7 @@ def test_chat_in_both_forms(chatting):
     messages = conversation("系统", "你是谁？", "我是<reserved_106>", "再说一遍")
     config = copy.deepcopy(model.generation_config)
     config.update(max_new_tokens=220, eos_token_id=None, do_sample=True, temperature=2.0, top_k=0, top_p=1.0)
-    ids = torch.tensor([messages_to_ids(tokenizer, messages, tokenizer)])
+    ids = torch.tensor([messages_to_ids(tokenizer, messages)])
     torch.manual_seed(0)
     drawn = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
     expected = tokenizer.decode(drawn, skip_special_tokens=True)
@@ -262,7 +258,7 @@ def test_chat_sends_the_ids_that_are_trained_on(chatting, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda ids, **kwargs: asked.append(ids.tolist()) or ids)
     messages = conversation("系统", "甲<reserved_107>")
     model.chat(tokenizer, messages)
-    assert asked == [[messages_to_ids(tokenizer, messages, tokenizer)]]
+    assert asked == [[messages_to_ids(tokenizer, messages)]]
 
 
 def test_chat_keeps_room_for_the_reply(chatting, monkeypatch):

@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import train
 import utils
-from baichuan import BaichuanForCausalLM, modeling_baichuan, processes
-from baichuan.loading import load_tokenizer
-from baichuan.script import OneProcessError, UserError, entry_point
+from baichuan import BaichuanForCausalLM, modeling_baichuan
 from data_helper import read_samples
+from support import processes
+from support.errors import OneProcessError, UserError, entry_point
+from support.model_directory import ModelDirectory
 
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
 
@@ -40,7 +41,7 @@ def trained(train_arguments, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_of(checkpoint):
     """data_of(path) → the samples of a file under the limits of `train_arguments`."""
-    return lambda path: utils.RoleDataset(read_samples(path), *load_tokenizer(checkpoint), 256, 128)
+    return lambda path: utils.RoleDataset(read_samples(path), ModelDirectory(checkpoint).tokenizer, 256, 128)
 
 
 # ---------------------------------------------------------------- what is trained

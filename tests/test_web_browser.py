@@ -10,7 +10,7 @@ from playwright.sync_api import expect, sync_playwright
 from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a fixture)
 from web_client import DESC_PATH, FORM, Server, squeezed
 
-from baichuan.speaker import Speaker
+from support.speaker import Speaker
 
 DESCRIPTIONS = json.loads(DESC_PATH.read_text(encoding="utf-8"))
 FIRST = next(iter(DESCRIPTIONS))

@@ -18,11 +18,11 @@ from test_tokenizer import pause_generation
 from web_client import DESC_PATH, FORM, Server, Visitor, free_port
 
 import web_demo
-from baichuan import page_guard
 from baichuan.generation_utils import messages_to_ids
-from baichuan.loading import load_model, load_tokenizer
-from baichuan.speaker import PrefixCaches, Speaker
 from data_helper import persona
+from support import page_guard
+from support.model_directory import ModelDirectory
+from support.speaker import PrefixCaches, Speaker
 
 # Started before the page, this writes down every address that the page's process connects to or looks up.
 WATCHED = """
@@ -166,8 +166,7 @@ def test_a_password_is_asked_for(checkpoint, tmp_path):
 def test_answers_are_those_of_the_model_alone(speaker):
     """The persona's cache, used for the second time, and the streaming change nothing in the answer."""
     messages = conversation("你是谁？", "我是李白。", "再说一遍。")
-    config = speaker.model.generation_config
-    ids = torch.tensor([messages_to_ids(speaker.tokenizer, messages, config)])
+    ids = torch.tensor([messages_to_ids(speaker.tokenizer, messages)])
     output = speaker.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
     expected = speaker.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     for _ in range(2):
@@ -294,8 +293,9 @@ def test_out_of_memory_is_told_apart_and_survived(speaker, monkeypatch, error):
 def test_half_precision_checkpoints(checkpoint, tmp_path):
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         directory = tmp_path / str(dtype)
-        load_model(checkpoint, dtype).save_pretrained(directory)
-        tokenizer, config = load_tokenizer(checkpoint)
+        opened = ModelDirectory(checkpoint)
+        opened.load(dtype).save_pretrained(directory)
+        tokenizer, config = opened.tokenizer, opened.generation_config
         tokenizer.save_pretrained(directory)
         config.save_pretrained(directory)
         speaker = Speaker.load(directory, None, torch.device("cpu"))
@@ -315,7 +315,9 @@ def adapter(checkpoint, tmp_path_factory) -> str:
     """An adapter that changes every answer: random, since a new one's B is zero."""
     directory = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = get_peft_model(load_model(checkpoint, torch.float32), LoraConfig(target_modules=["W_pack", "o_proj"]))
+    model = get_peft_model(
+        ModelDirectory(checkpoint).load(torch.float32), LoraConfig(target_modules=["W_pack", "o_proj"])
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -325,7 +327,7 @@ def adapter(checkpoint, tmp_path_factory) -> str:
 
 def test_the_base_model_answers_beside_the_adapter(checkpoint, adapter, speaker):
     both = Speaker.load(checkpoint, adapter, torch.device("cpu"))
-    merged = load_model(checkpoint, torch.float32)
+    merged = ModelDirectory(checkpoint).load(torch.float32)
     merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
     alone = Speaker(merged.eval(), speaker.tokenizer)
     question = conversation("你是谁？")
@@ -449,7 +451,7 @@ def test_a_visitor_who_leaves_frees_the_model(server, visitor):
 
 
 def test_many_visitors_at_once(server):
-    """No error and no mixed conversations; tests/load_chat.py is the larger one, with times and memory."""
+    """No error and no mixed conversations; tests/tools/load_chat.py is the larger one, with times and memory."""
     waits = load_chat.run(server.url, visitors=8, questions=2, tokens=8)
     assert len(waits) == 16
 

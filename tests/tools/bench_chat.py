@@ -1,7 +1,7 @@
 """What the chat page's own generator costs beside the model alone.
 
-    python3 tests/bench_chat.py                      # a random model of width 768 with 6 layers, on the CPU
-    python3 tests/bench_chat.py --device 0
+    python3 tests/tools/bench_chat.py                      # a random model of width 768 with 6 layers, on the CPU
+    python3 tests/tools/bench_chat.py --device 0
 
 First token: from calling the page's generator to its first text, over a bare forward of the same prompt (all of it, the
 persona included); the persona's cache is there, as it is from a role's second question on. Tokens a second: over a whole
@@ -17,16 +17,17 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from baichuan import tiny
-from support.model_directory import pick_device
-from baichuan.script import ArgumentParser, entry_point
-from support.speaker import Speaker
 from data_helper import persona, read_profiles
+from support.arguments import ArgumentParser
+from support.errors import entry_point
+from support.model_directory import pick_device
+from support.speaker import Speaker
+from tests.tools.sample_model import write_model
 from web_demo import Conversation, Page
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTIONS = ["你是谁？", "你平生最得意的是哪一件事？说来听听。", "那时候身边都有谁？", "后来呢？", "再说得细一些。"]
 
 
@@ -95,8 +96,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
         sizes = ["--hidden_size", str(args.hidden_size), "--num_hidden_layers", str(args.num_hidden_layers)]
-        path = f"{directory}/model"
-        tiny.main(["--save_dir", path, "--data_dir", str(ROOT / "data/sample"), "--steps", "0", *sizes])
+        path = write_model(directory, *sizes)
         speaker = Speaker.load(path, None, device)
     profiles = read_profiles(ROOT / "data/sample/profiles-zh_desc.json")
     role = next(iter(profiles))

@@ -1,4 +1,4 @@
-"""Peak memory of a merge: python3 tests/bench_merge.py --gigabytes 3
+"""Peak memory of a merge: python3 tests/tools/bench_merge.py --gigabytes 3
 
 A random base in bfloat16, in shards, and an adapter of rank 16 are written to a temporary directory and merged there by
 merge_params.py in a process of its own, whose resident memory is read from /proc (Linux).
@@ -13,20 +13,20 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from peft import LoraConfig, get_peft_model
 
-from baichuan import BaichuanForCausalLM, tiny
-from utils import lora_targets
+from baichuan import BaichuanForCausalLM
+from tests.tools.sample_model import write_model
+from utils import find_all_linear_names
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def write_base(directory: Path, gigabytes: float, shard_size: str, layout: str):
-    sizes = ["--hidden_size", "2048", "--num_hidden_layers", "1", "--steps", "0"]
-    tiny.main(["--save_dir", str(directory), "--data_dir", str(ROOT / "data/sample"), *sizes])
+    Path(write_model(directory.parent, "--hidden_size", 2048, "--num_hidden_layers", 1)).rename(directory)
     config = BaichuanForCausalLM.config_class.from_pretrained(directory)
     layer = 2 * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)  # bytes
     config.num_hidden_layers = round(gigabytes * 1e9 / layer)
@@ -45,7 +45,7 @@ def write_base(directory: Path, gigabytes: float, shard_size: str, layout: str):
 
 
 def write_adapter(model, directory: Path):
-    settings = {"r": 16, "lora_alpha": 64, "target_modules": lora_targets(model), "task_type": "CAUSAL_LM"}
+    settings = {"r": 16, "lora_alpha": 64, "target_modules": find_all_linear_names(model), "task_type": "CAUSAL_LM"}
     adapted = get_peft_model(model, LoraConfig(**settings))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -1,17 +1,16 @@
-"""Answers a second, one by one and in batches: python3 tests/bench_predict.py --model_path Baichuan2-tiny"""
+"""Answers a second, one by one and in batches: python3 tests/tools/bench_predict.py --model_path Baichuan2-tiny"""
 
 import argparse
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
 import predict
 from support.model_directory import ModelDirectory
-from support.model_directory import Weights
 
 
 def main():
@@ -25,8 +24,9 @@ def main():
     args = parser.parse_args()
 
     device = predict.pick_device(args.device)
-    tokenizer, generation_config = load_tokenizer(args.model_path)
-    model = load_model(args.model_path, Weights(args.model_path).dtype).to(device).eval()
+    directory = ModelDirectory(args.model_path)
+    tokenizer, generation_config = directory.tokenizer, directory.generation_config
+    model = directory.load().to(device)
     config = predict.greedy(generation_config, args.max_new_tokens)
     config.eos_token_id = [tokenizer.vocab_size]  # of no token, so that all runs do the same work
     questions = predict.read_questions(args.test_path, Path("data"))[: args.questions]

@@ -1,9 +1,9 @@
 """How fast a training step is, beside the padded step of the book and beside transformers' Trainer with PEFT.
 
-    python3 tests/bench_train.py --size small                     # two CPU cores: some fifteen minutes
-    python3 tests/bench_train.py --size tiny --growth             # how cost grows with samples and persona
-    python3 tests/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
-    python3 tests/bench_train.py --size 7b --dtype bfloat16       # on a GPU
+    python3 tests/tools/bench_train.py --size small                     # two CPU cores: some fifteen minutes
+    python3 tests/tools/bench_train.py --size tiny --growth             # how cost grows with samples and persona
+    python3 tests/tools/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
+    python3 tests/tools/bench_train.py --size 7b --dtype bfloat16       # on a GPU
 
 Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
 the same samples in a step and divide the loss by the same tokens; runs alternate, and medians are printed.
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import data_helper  # noqa: E402 - the scripts lie in the root
@@ -68,11 +68,11 @@ def load_data(args, directory: Path):
     roles = [] if args.tokenizer_dir else ["--roles", "all"]
     data_helper.main(["--data_dir", args.data_dir, *paths, *roles])
     if not args.tokenizer_dir:
-        from baichuan import tiny
+        from support import stand_in
 
         args.tokenizer_dir = str(directory / "model")
-        tiny.main(["--save_dir", args.tokenizer_dir, "--data_dir", args.data_dir, "--steps", "0"])
-    return train_path, *load_tokenizer(args.tokenizer_dir)
+        stand_in.main(["--save_dir", args.tokenizer_dir, "--train_path", str(train_path), "--steps", "0"])
+    return train_path, ModelDirectory(args.tokenizer_dir).tokenizer
 
 
 def random_model(size: str, dtype: torch.dtype, device, attn_implementation: str, vocab_size: int = 125_696):
@@ -316,8 +316,8 @@ def relative_difference(found, expected) -> float:
 def table(args):
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
-        path, tokenizer, generation_config = load_data(args, directory)
-        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, generation_config, 512, 256, is_skip=True)
+        path, tokenizer = load_data(args, directory)
+        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)
         device, dtype = train.join_processes(), getattr(torch, args.dtype)
         launched = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         # … or Trainer would wrap its model for several processes; DeepSpeed gets them back below.
@@ -392,7 +392,7 @@ def table(args):
 def growth(args):
     """Milliseconds a sample, padded and prefix, over samples a step and tokens of the persona."""
     with tempfile.TemporaryDirectory() as directory:
-        path, tokenizer, generation_config = load_data(args, Path(directory))
+        path, tokenizer = load_data(args, Path(directory))
         samples = list(data_helper.read_samples(path))
         device = train.join_processes()
         model = with_lora(random_model(args.size, torch.float32, device, "sdpa", len(tokenizer)), ["W_pack", "o_proj"])
@@ -404,7 +404,7 @@ def growth(args):
             texts = (
                 {**s, "system": tokenizer.decode(systems[s["system"]])} for s in samples * (size // len(samples) + 1)
             )
-            data = utils.RoleDataset(texts, tokenizer, generation_config, 1024, 256)
+            data = utils.RoleDataset(texts, tokenizer, 1024, 256)
             seconds = {"padded": [], "prefix": []}
             for number in range(args.rounds + 1):
                 indices = np.random.default_rng(number).permutation(len(data))[:size]
@@ -420,7 +420,7 @@ def growth(args):
 def scale(args):
     """Tokenize and collate many samples: RoleBench repeated with a changed word in each."""
     with tempfile.TemporaryDirectory() as directory:
-        path, tokenizer, generation_config = load_data(args, Path(directory))
+        path, tokenizer = load_data(args, Path(directory))
         lines = list(data_helper.read_samples(path))
         many = Path(directory) / "many.json"
         with open(many, "w", encoding="utf-8") as file:
@@ -435,7 +435,7 @@ def scale(args):
         del lines
         reset_peak(torch.device("cpu"))
         before, start = peak_gib(torch.device("cpu")), time.perf_counter()
-        data = utils.RoleDataset(data_helper.read_samples(many), tokenizer, generation_config, 512, 256)
+        data = utils.RoleDataset(data_helper.read_samples(many), tokenizer, 512, 256)
         tokenized = time.perf_counter() - start
         steps = utils.Steps(data, utils.Collator(data, "prefix", 2048, 2), 8, 1, 0)
         start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Draw the attention mask of a real training step: images/prefix_mask.png.
 
-python3 tests/draw_mask.py        # a step of eight samples of data/sample, under a tokenizer trained on it
+python3 tests/tools/draw_mask.py        # a step of eight samples of data/sample, under a tokenizer trained on it
 """
 
 import sys
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import data_helper  # noqa: E402 - the scripts lie in the root
 import utils  # noqa: E402
-from baichuan import tiny  # noqa: E402
 from support.model_directory import ModelDirectory  # noqa: E402
+from tests.tools.sample_model import write_model  # noqa: E402
 
 CELL, MARGIN, TOP = 2, 150, 40  # pixels
 COLOURS = {"persona": "#f2b134", "sample": "#2f6f9f", "answer": "#14415f"}
@@ -23,11 +23,9 @@ COLOURS = {"persona": "#f2b134", "sample": "#2f6f9f", "answer": "#14415f"}
 
 def main():
     with tempfile.TemporaryDirectory() as directory:
-        files = ["--train_path", f"{directory}/train.json", "--test_path", f"{directory}/test.json"]
-        data_helper.main(["--data_dir", str(ROOT / "data/sample"), *files])
-        tiny.main(["--save_dir", f"{directory}/model", "--data_dir", str(ROOT / "data/sample"), "--steps", "0"])
+        model = write_model(directory)
         samples = data_helper.read_samples(f"{directory}/train.json")
-        data = utils.RoleDataset(samples, *load_tokenizer(f"{directory}/model"), 512, 256)
+        data = utils.RoleDataset(samples, ModelDirectory(model).tokenizer, 512, 256)
     collator = utils.Collator(data, "prefix", 2048, 2)
     indices = utils.Steps(data, collator, step_size=8, epochs=1, seed=1234).samples(0)
     (row,) = collator(indices)

@@ -1,7 +1,7 @@
 """Many visitors at once on the chat page, over loopback.
 
-    python3 tests/load_chat.py                                  # 20 visitors × 3 questions each, on a small random model
-    python3 tests/load_chat.py --model_path Baichuan2-tiny --visitors 50
+    python3 tests/tools/load_chat.py                                  # 20 visitors × 3 questions each, on a small random model
+    python3 tests/tools/load_chat.py --model_path Baichuan2-tiny --visitors 50
 
 Each visitor holds a conversation of its own and checks it: its questions, and nobody else's, in its window, with an answer
 after each. Prints the median and the slowest time from asking to the first text, and the server's memory before, between
@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from web_client import FORM, ROOT, Server, Visitor
+from web_client import FORM, Server, Visitor
 
-from baichuan import tiny
-from baichuan.script import ArgumentParser, entry_point
+from support.arguments import ArgumentParser
+from support.errors import entry_point
+from tests.tools.sample_model import write_model
 
 
 def parse_args(argv=None):
@@ -88,8 +89,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as directory:
         model_path = args.model_path
         if model_path is None:
-            model_path = f"{directory}/model"
-            tiny.main(["--save_dir", model_path, "--data_dir", str(ROOT / "data/sample"), "--steps", "0"])
+            model_path = write_model(directory)
         server = Server(Path(directory) / "log", model_path)
         try:
             Visitor(server.url).ask("你好。", **{name: FORM[name] for name in ("role", "description")})

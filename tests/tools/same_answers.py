@@ -27,29 +27,29 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402 - torch and transformers read the environment when they are imported
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache  # noqa: E402
 
-from baichuan import BaichuanForCausalLM, tiny  # noqa: E402
+from baichuan import BaichuanForCausalLM  # noqa: E402
 from baichuan.generation_utils import CACHE_NAME, messages_to_ids  # noqa: E402
-from baichuan.loading import load_tokenizer  # noqa: E402
-from baichuan.speaker import PrefixCaches, Speaker  # noqa: E402
+from support.model_directory import ModelDirectory  # noqa: E402
+from support.speaker import PrefixCaches, Speaker  # noqa: E402
+from tests.tools.sample_model import write_model  # noqa: E402
 
 NEW_TOKENS = 24
 PERSONA = "你是孙悟空。\n花果山水帘洞的美猴王，一个筋斗十万八千里。\n"
 QUESTIONS = ("你好", "你的金箍棒有多重？它从哪里来？", "师父，师父，师父！妖怪来了，妖怪来了，妖怪来了！")
 
 
-def make_checkpoint(directory: str):
+def make_checkpoint(directory: str) -> str:
     """A random model whose attention decides its answers: at the usual 0.02 a lost cache would hardly change them."""
-    sizes = ["--vocab_size", "2000", "--hidden_size", "64", "--num_hidden_layers", "3", "--steps", "0"]
-    if tiny.main(["--save_dir", directory, "--data_dir", str(ROOT / "data/sample"), *sizes]):
-        raise RuntimeError("the stand-in could not be made")
-    model = BaichuanForCausalLM.from_pretrained(directory)
+    path = write_model(directory, "--vocab_size", 2000, "--hidden_size", 64, "--num_hidden_layers", 3)
+    model = BaichuanForCausalLM.from_pretrained(path)
     draw = torch.Generator().manual_seed(1234)  # not by transformers, whose order of drawing is its own
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2, generator=draw)
     plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
     model.generation_config.update(max_new_tokens=NEW_TOKENS, **plain)
-    model.save_pretrained(directory)
+    model.save_pretrained(path)
+    return path
 
 
 def whole_passes(model, prompt: list[int]) -> list[int]:
@@ -179,16 +179,16 @@ def compare() -> dict[str, str]:
     """check → "ok" or what was wrong with which model; under "answers", the answers by whole passes."""
     problems = {}
     with TemporaryDirectory() as scratch, recorded_warnings() as warned:
-        directory = f"{scratch}/random"
-        make_checkpoint(directory)
-        tokenizer, config = load_tokenizer(directory)
+        directory = make_checkpoint(scratch)
+        opened = ModelDirectory(directory)
+        tokenizer, config = opened.tokenizer, opened.generation_config
         imported = BaichuanForCausalLM.from_pretrained(directory)
         copy = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
         copied_tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
         assert type(copy) is not BaichuanForCausalLM and type(copied_tokenizer) is not type(tokenizer)
 
         conversations = ([{"role": "system", "content": PERSONA}, {"role": "user", "content": q}] for q in QUESTIONS)
-        prompts = [messages_to_ids(tokenizer, messages, config) for messages in conversations]
+        prompts = [messages_to_ids(tokenizer, messages) for messages in conversations]
         expected = [whole_passes(imported, ids) for ids in prompts]
         assert not any(config.eos_token_id in answer for answer in expected), "an answer ends early: change the seed"
         for code, model, its_tokenizer in (("imported", imported, tokenizer), ("saved copy", copy, copied_tokenizer)):

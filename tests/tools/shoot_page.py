@@ -1,6 +1,6 @@
 """Pictures of the chat page for the README: images/6_2.png (desktop) and images/6_2_phone.png.
 
-python3 tests/shoot_page.py --model_path output_dir/demo/merged
+python3 tests/tools/shoot_page.py --model_path output_dir/demo/merged
 """
 
 import shutil
@@ -8,13 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from playwright.sync_api import expect, sync_playwright
 from web_client import ROOT, Server
 
-from baichuan.script import ArgumentParser, UserError, entry_point
+from support.arguments import ArgumentParser
+from support.errors import UserError, entry_point
 
 QUESTIONS = ["你一个筋斗能翻多远？", "你的本事是跟谁学的？"]
 

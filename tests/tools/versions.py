@@ -99,7 +99,7 @@ def walk(env: dict) -> str:
         parts = ("--ori_model_dir", model, "--model_dir", scratch / "run/epoch-1-step-4", "--save_model_dir", merged)
         page = ("--model_path", merged, "--desc_path", f"{sample}/profiles-zh_desc.json", "--device", "cpu")
         for command in (
-            ("-m", "baichuan.tiny", "--save_dir", model, "--data_dir", sample, *sizes),
+            ("-m", "support.stand_in", "--save_dir", model, "--train_path", train, *sizes),
             ("train.py", *data, *steps),
             ("merge_params.py", *parts),
             ("web_demo.py", *page, "--ask", question, "--role", "孙悟空"),
