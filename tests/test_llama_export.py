@@ -200,6 +200,7 @@ def test_ids_and_text_on_every_line_of_rolebench(tokenizers):
             lines += path.read_text(encoding="utf-8").split("\n")
     records = [json.loads(line) for line in lines if line.startswith('{"role"')]
     texts = lines + [text for record in records for text in (record["question"], *record["generated"])]
+    texts = list(dict.fromkeys(texts))
     assert len(texts) > 500
     expected = ours.text_to_ids(texts)
     assert fast_ids(fast, texts) == expected
@@ -311,5 +312,5 @@ def test_a_tokenizer_that_changes_the_text_is_refused(checkpoint, tmp_path):
     model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
     model.normalizer_spec.add_dummy_prefix = True
     file.write_bytes(model.SerializeToString())
-    with pytest.raises(merge_params.UserError, match="changes the text"):
+    with pytest.raises(ValueError, match="changes the text"):
         llama_export.fast_tokenizer(BaichuanTokenizer.from_pretrained(tmp_path / "base"))

@@ -216,7 +216,7 @@ def test_chat_in_both_forms(chatting):
     model, tokenizer = chatting
     messages = conversation("系统", "你是谁？", "我是<reserved_106>", "再说一遍")
     config = copy.deepcopy(model.generation_config)
-    config.update(max_new_tokens=220, eos_token_id=None, do_sample=True, temperature=2.0, top_k=0, top_p=1.0)
+    config.update(max_new_tokens=220, min_new_tokens=220, do_sample=True, temperature=2.0, top_k=0, top_p=1.0)
     ids = torch.tensor([messages_to_ids(tokenizer, messages)])
     torch.manual_seed(0)
     drawn = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
