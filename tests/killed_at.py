@@ -1,28 +1,60 @@
-"""train.py, killed before its n-th operation on the files below a path: python3 killed_at.py ARGUMENTS PROCESS N PATH
+"""train.py, to which something happens before a certain operation on its files: python3 killed_at.py ARGUMENTS EVENT
+
+EVENT is a JSON object:
+    directory   where the files are
+    process     which process it happens to
+    operation   before which operation, as this script writes them: "os.rename state/.epoch-1-step-4.tmp"; "" for none
+    signal      the signal to be sent, or 0 for a disk that is full
+    to          who gets the signal: that process, the "group" of all processes, or the "command" that started them
 
 An operation is what Python tells its audit hooks of: to open, rename or remove something, to make or read a directory.
+At the end the operations are printed, one a line.
 """
 
+import errno
+import json
 import os
+import re
 import signal
 import sys
+import time
+
+import psutil
 
 import train
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir"}
-process, last, path = int(sys.argv[-3]), int(sys.argv[-2]), sys.argv[-1]
-done = 0
+event = json.loads(sys.argv[-1])
+rank = int(os.environ.get("RANK", 0))
+met = []
 
 
-def watch(event, arguments):
-    global done
-    if event in OPERATIONS and str(arguments[0]).startswith(path) and int(os.environ.get("RANK", 0)) == process:
-        done += 1
-        if done == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+def watch(name, arguments):
+    if name not in OPERATIONS or not str(arguments[0]).startswith(event["directory"]):
+        return
+    path = os.path.relpath(str(arguments[0]), event["directory"]).replace(f".{os.getpid()}.", ".")
+    met.append(f"{name} {re.sub('tfevents.*', 'tfevents', path)}")
+    if rank == event["process"] and met[-1] == event["operation"] and met.count(met[-1]) == 1:
+        happens()
+
+
+def happens():
+    if event["signal"] == 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if event["to"] == "group":
+        os.killpg(0, event["signal"])
+    elif event["to"] == "command":
+        launcher = psutil.Process(os.getppid())
+        os.kill(os.getpgrp(), event["signal"])
+        while launcher.is_running() and launcher.ppid() == os.getpgrp():  # until the command is gone
+            time.sleep(0.01)
+    else:
+        os.kill(os.getpid(), event["signal"])
+    while event["signal"] == signal.SIGKILL:  # goes no further
+        signal.pause()
 
 
 if __name__ == "__main__":
     sys.addaudithook(watch)
-    train.main(sys.argv[1:-3])
-    print("operations", done)
+    train.main(sys.argv[1:-1])
+    print("".join(f"operation of {rank}: {operation}\n" for operation in met), end="", flush=True)
