@@ -12,10 +12,22 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test but that of --download, which sets its own hub, may look for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at a time; threads that wait for each other's spin
 
 ROOT = Path(__file__).parent.parent
 ROOT_USER = os.geteuid() == 0 and sys.platform == "linux"  # may mount disks and make network namespaces
 SHARED = ROOT.parent / "shared"  # RoleBench and the published tokenizer, beside the checkout of those who have them
+NO_CHROMIUM = "no Chromium"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The last line: which tests were not run, and how to get them."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_CHROMIUM in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"not run: {len(skipped)} tests of the page in a browser; they need Chromium: "
+            "apt-get install chromium fonts-noto-cjk, or python3 -m playwright install --with-deps chromium"
+        )
 
 
 @pytest.fixture(scope="session")
