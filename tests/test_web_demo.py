@@ -10,11 +10,11 @@ from unittest.mock import MagicMock
 
 import gradio as gr
 import httpx
-import load_chat
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_tokenizer import pause_generation
+from tools import load_chat
 from web_client import DESC_PATH, FORM, Server, Visitor, free_port
 
 import web_demo
