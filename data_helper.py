@@ -210,6 +210,7 @@ def as_sample(record, place: str) -> dict[str, str]:
     for key, text in sample.items():
         if (problem := text_problem(text)) and not (key in ("role", "system") and text == ""):
             raise UserError(f'{place}: "{key}" {problem}')
+    sample["messages"] = conversation("", sample["prompt"]) + [{"role": "assistant", "content": sample["response"]}]
     return sample
 
 

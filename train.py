@@ -24,7 +24,8 @@ import utils
 from baichuan.generation_utils import answer_batch, greedy
 from data_helper import conversation, read_samples
 from support import processes
-from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments
+from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
+from support.costs import MOST_TOKENS, row_cost
 from support.errors import Problems, UserError, entry_point, first_line
 from support.files import newest_state, whole_files
 from support.log import Log
@@ -57,9 +58,14 @@ def parse_args(argv=None):
     add("--warmup_ratio", type=float, default=0.03, help="share of the steps in which it rises from 0")
     add("--weight_decay", type=float, default=0.1, help="AdamW's decay, per unit of learning rate")
     add("--seed", type=int, default=1234, help="decides initial adapters, order of samples and dropout")
-    packing = "prefix: rows that hold each persona once; none: padded rows of per_device_train_batch_size samples"
-    add("--packing", default="prefix", choices=["prefix", "none"], help=packing)
-    add("--max_pack_len", type=int, default=1024, help="tokens of a prefix row at most")
+    packing = "tree: rows that hold once what samples share; none: padded rows of per_device_train_batch_size samples"
+    add("--packing", default="tree", choices=["tree", "none"], help=packing)
+    add(
+        "--max_pack_len",
+        type=tokens_or_auto,
+        default="auto",
+        help="tokens of such a row at most; auto: what costs least",
+    )
     add("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
@@ -109,13 +115,14 @@ def step_size(args) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.place()[1]
 
 
-def lay_out(args, train_data, test_data) -> tuple[utils.Steps, list[dict]]:
+def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, list[dict]]:
     """The training steps of this process, and its share of the test rows."""
     rank, world_size = processes.place()
-    layout = (args.packing, args.max_pack_len, args.per_device_train_batch_size)
+    longest = MOST_TOKENS if args.max_pack_len == "auto" else args.max_pack_len
+    layout = (args.packing, longest, args.per_device_train_batch_size, row_cost(config, device))
     collator = utils.Collator(train_data, *layout)
     steps = utils.Steps(train_data, collator, step_size(args), args.num_train_epochs, args.seed, rank, world_size)
-    test_rows = utils.Collator(test_data, *layout)(test_data.by_persona(np.arange(len(test_data))))
+    test_rows = utils.Collator(test_data, *layout)(test_data.in_tree_order(np.arange(len(test_data))))
     return steps, test_rows[rank::world_size]
 
 
@@ -305,7 +312,7 @@ def main(argv=None):
     # 3. The frozen base with its adapters, the rows it will read, and DeepSpeed with the optimizer.
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, directory, dtype)
-    steps, test_rows = lay_out(args, train_data, test_data)
+    steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
         directory.refuse_to_fail_later(model)
@@ -332,7 +339,7 @@ def main(argv=None):
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.show(step, learning_rate, grad_norm)
-            save = steps.ends_epoch(step) or (args.save_model_step and step % args.save_model_step == 0)
+            save = step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0)
             if save:
                 evaluate_and_save(args, engine, directory, test_rows, log, steps, step)
             if save or stop:

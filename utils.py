@@ -1,6 +1,7 @@
 """Small things that more than one script needs."""
 
 import functools
+import math
 from array import array
 from collections import Counter
 from itertools import islice
@@ -21,215 +22,255 @@ from support.files import checkpoints, remove_directory, whole_directory, writin
 
 
 class RoleDataset:
-    """Samples as token ids, each persona held once: some 220 bytes a RoleBench sample.
+    """Conversations as token ids, each persona held once: some 250 bytes a RoleBench sample.
 
-    Sample i is `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: the user marker, the question, the
-    assistant marker, and from `answers[i]` on the answer with its eos. Only the answer and its eos are supervised.
-
-    `numbers[i]` counts from 1 in the file, for messages.
+    Sample i is `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: marker and text of each turn. Supervised are
+    the assistant's turns and the eos that ends each of them; no eos is among the ids, since no later turn sees one.
+    `numbers[i]` is its number in the file, from 1; `supervised[i]` counts its tokens that carry loss.
 
     Args:
-        samples: dicts with system, prompt and response, such as `data_helper.read_samples` yields.
+        samples: dicts with system and messages, such as `data_helper.read_samples` yields.
         max_src_len: tokens of a question at most; its beginning is kept.
-        max_len: tokens of a sample at most, persona included. An answer that had to be cut gets no eos.
+        max_len: tokens of a sample at most, persona and last eos included. A longer one loses whole oldest rounds, and
+            then the end of its last answer, which gets no eos.
         is_skip: leave samples over either limit out instead of cutting them.
     Attributes:
-        counts: Counter of read, kept, skipped, cut questions, cut answers and samples with no room for an answer.
+        counts: Counter of what became of the samples.
     """
 
     def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
         self.counts = Counter()
         self.personas: list[list[int]] = []
-        self._layout = functools.partial(messages_to_ids, tokenizer)
-        self._eos = tokenizer.eos_token_id
+        self.eos = tokenizer.eos_token_id
+        self._layout = functools.partial(messages_to_ids, tokenizer, add_generation_prompt=False)
         self._limits = (max_len, max_src_len, is_skip)
         known: dict[str, int] = {}
-        ids, starts, answers, persona, numbers = array("i"), array("q", [0]), array("i"), array("i"), array("i")
+        ids, starts, persona, numbers = array("i"), array("q", [0]), array("i"), array("i")
+        turns, turn_starts = array("i"), array("q", [0])  # of each supervised turn: first token, end, has an eos
         samples = iter(samples)
         while chunk := list(islice(samples, 4096)):
-            prompts = tokenizer.text_to_ids([sample["prompt"] for sample in chunk])
-            responses = tokenizer.text_to_ids([sample["response"] for sample in chunk])
-            for sample, prompt, response in zip(chunk, prompts, responses):
+            texts = iter(tokenizer.text_to_ids([turn["content"] for sample in chunk for turn in sample["messages"]]))
+            for sample in chunk:
                 system = sample["system"]
                 if system not in known:
                     known[system] = len(self.personas)
                     self.personas.append(self._layout([{"role": "system", "content": system}]))
-                question, answer = self._fit(len(self.personas[known[system]]), prompt, response)
-                if answer:
-                    ids.extend(question + answer)
+                messages = [{**turn, "content": next(texts)} for turn in sample["messages"]]
+                sample_ids, spans = self._fit(len(self.personas[known[system]]), messages)
+                if spans:
+                    ids.extend(sample_ids)
                     starts.append(len(ids))
-                    answers.append(len(question))
                     persona.append(known[system])
                     numbers.append(self.counts["read"])
+                    turns.extend(number for span in spans for number in span)
+                    turn_starts.append(len(turns) // 3)
         self.ids = np.frombuffer(ids, dtype=np.int32)
         self.starts = np.frombuffer(starts, dtype=np.int64)
-        self.answers = np.frombuffer(answers, dtype=np.int32)
         self.persona = np.frombuffer(persona, dtype=np.int32)
         self.numbers = np.frombuffer(numbers, dtype=np.int32)
+        self.turns = np.frombuffer(turns, dtype=np.int32).reshape(-1, 3)
+        self.turn_starts = np.frombuffer(turn_starts, dtype=np.int64)
+        self.supervised = np.add.reduceat(self.turns @ [-1, 1, 1], self.turn_starts[:-1])
         self.counts["kept"] = len(self)
 
-    def _fit(self, persona_length: int, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
-        """Cut a sample to the limits: (ids before the answer, answer ids), the answer empty if it is left out."""
+    def _fit(self, persona_length: int, messages: list[dict]) -> tuple[list[int], list[tuple[int, int, bool]]]:
+        """Cut a sample to the limits: (its ids, its supervised turns). No turns: the sample is left out."""
         max_len, max_src_len, is_skip = self._limits
         self.counts["read"] += 1
-        question = self._layout([{"role": "user", "content": prompt[:max_src_len]}])
-        answer = [*response, self._eos]
-        room = max_len - persona_length - len(question)
-        if is_skip and (len(prompt) > max_src_len or len(answer) > room):
+        long_question = any(turn["role"] == "user" and len(turn["content"]) > max_src_len for turn in messages)
+        for turn in messages:
+            if turn["role"] == "user":
+                turn["content"] = turn["content"][:max_src_len]
+        # Of each turn its marker and its text, and after the last one an eos.
+        excess = persona_length + sum(1 + len(turn["content"]) for turn in messages) + 1 - max_len
+        if is_skip and (long_question or excess > 0):
             self.counts["skipped"] += 1
-            return question, []
-        if room < 1:
+            return [], []
+        self.counts["cut questions"] += long_question
+        first_round = 0
+        for place in [i for i, turn in enumerate(messages) if turn["role"] == "user" and i > 0]:
+            if excess > 0:
+                excess -= sum(1 + len(turn["content"]) for turn in messages[first_round:place])
+                first_round = place
+        self.counts["shortened conversations"] += first_round > 0
+        messages = messages[first_round:]
+        answer = messages[-1]["content"]
+        if len(answer) + 1 <= excess:
             self.counts["no room for an answer"] += 1
-            return question, []
-        self.counts["cut questions"] += len(prompt) > max_src_len
-        self.counts["cut answers"] += len(answer) > room
-        return question, answer[:room]
+            return [], []
+        self.counts["cut answers"] += excess > 0
+        cut = max(0, excess - 1)  # the eos goes first
+        messages[-1]["content"] = answer[: len(answer) - cut]
+
+        ids, spans = [], []
+        for turn in messages:
+            ids += self._layout([turn])
+            if turn["role"] == "assistant" and turn.get("train", True):
+                has_eos = turn is not messages[-1] or excess <= 0
+                spans.append((len(ids) - len(turn["content"]), len(ids), has_eos))
+        self.counts["nothing left to train"] += not spans
+        return ids, spans
 
     def __len__(self) -> int:
         return len(self.persona)
 
-    def sample(self, index: int) -> tuple[torch.Tensor, int]:
-        """(ids after the persona, place of the first supervised one among them)."""
-        ids = self.ids[self.starts[index] : self.starts[index + 1]]
-        return torch.from_numpy(ids.astype(np.int64)), int(self.answers[index])
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (l,), persona included; supervised pairs (n, 2): the place that predicts a token, that token)."""
+        persona = self.personas[self.persona[index]]
+        ids = np.concatenate((persona, self.ids[self.starts[index] : self.starts[index + 1]])).astype(np.int64)
+        pairs = []
+        for first, end, has_eos in self.turns[self.turn_starts[index] : self.turn_starts[index + 1]]:
+            places = np.arange(len(persona) + first - 1, len(persona) + end - 1 + has_eos)  # each token is predicted
+            tokens = np.append(ids[len(persona) + first : len(persona) + end], [self.eos] * has_eos)  # one place before
+            pairs.append(np.stack((places, tokens), axis=1))
+        return ids, np.concatenate(pairs).astype(np.int64)
 
-    def by_persona(self, indices: np.ndarray) -> np.ndarray:
-        return indices[np.argsort(self.persona[indices], kind="stable")]
+    def in_tree_order(self, indices: np.ndarray) -> np.ndarray:
+        """Sorted by their ids, so that samples which begin alike lie side by side: the tree's leaves, depth first."""
+        return np.array(sorted(indices, key=lambda index: self.sample(index)[0].astype(">i4").tobytes()), dtype=int)
 
     def supervised_tokens(self, indices: np.ndarray) -> int:
         """Tokens of these samples that carry loss."""
-        return int((self.starts[indices + 1] - self.starts[indices] - self.answers[indices]).sum())
+        return int(self.supervised[indices].sum())
 
 
 # ---------------------------------------------------------------- a step's samples → tensors
 
 
-class Collator:
-    """Samples → rows for the model, with each persona computed once a row (`packing="prefix"`) or padded ("none").
+def shared_beginning(first: np.ndarray, second: np.ndarray) -> int:
+    """Tokens that two samples have in common from their start on."""
+    length = min(len(first), len(second))
+    (different,) = np.nonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
 
-    A prefix row of two personas P and Q with three samples, and what each token (down) sees (across):
 
-            position  0 1 2 3 4 5 3 4 0 1 2 3
-               token  P P P a a a b b Q Q c c
-                  P   ■ · · · · · · · · · · ·
-                  P   ■ ■ · · · · · · · · · ·
-                  P   ■ ■ ■ · · · · · · · · ·
-                  a   ■ ■ ■ ■ · · · · · · · ·      a sees its persona and itself;
-                  a   ■ ■ ■ ■ ■ · · · · · · ·
-                  a   ■ ■ ■ ■ ■ ■ · · · · · ·
-                  b   ■ ■ ■ · · · ■ · · · · ·      b sees the same persona, but never a, and
-                  b   ■ ■ ■ · · · ■ ■ · · · ·      its positions go on from the persona's end;
-                  Q   · · · · · · · · ■ · · ·      another persona begins afresh.
-                  Q   · · · · · · · · ■ ■ · ·
-                  c   · · · · · · · · ■ ■ ■ ·
-                  c   · · · · · · · · ■ ■ ■ ■
+def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Samples in tree order → one row (b = 1), in which everything that they share stands once.
 
-    Attention being causal, P's activations do not depend on what follows: losses and gradients are those of the
-    padded batch.
+    A row of a persona P with a question and b one answer, c another answer to it, d another question; and Q, another
+    persona. What each token (down) sees (across):
 
-    Args:
-        max_pack_len: tokens of a prefix row at most. rows_per_batch: samples of a padded batch.
+            position   0  1  2  3  4  5  6  5  3  4  0  1  2
+               token   P  P  P  a  a  b  b  c  d  d  Q  Q  e
+                 end  10 10 10  8  8  7  7  8 10 10 13 13 13
+                   P   ■  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·
+                   P   ■  ■  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·
+                   P   ■  ■  ■  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·
+                   a   ■  ■  ■  ■  ·  ·  ·  ·  ·  ·  ·  ·  ·     a sees its persona and itself;
+                   a   ■  ■  ■  ■  ■  ·  ·  ·  ·  ·  ·  ·  ·
+                   b   ■  ■  ■  ■  ■  ■  ·  ·  ·  ·  ·  ·  ·
+                   b   ■  ■  ■  ■  ■  ■  ■  ·  ·  ·  ·  ·  ·
+                   c   ■  ■  ■  ■  ■  ·  ·  ■  ·  ·  ·  ·  ·     c sees the question, but never b,
+                   d   ■  ■  ■  ·  ·  ·  ·  ·  ■  ·  ·  ·  ·     and its position goes on from a;
+                   d   ■  ■  ■  ·  ·  ·  ·  ·  ■  ■  ·  ·  ·
+                   Q   ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ■  ·  ·     another persona begins afresh.
+                   Q   ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ■  ■  ·
+                   e   ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ■  ■  ■
+
+    Attention being causal, what the layers compute for a text does not depend on what follows it: losses and gradients
+    are those of the samples one by one. The same idea: Tree Training (arXiv 2511.00413), Prefix Grouper (2506.05433).
+
+    Returns:
+        input_ids, position_ids and end (1, l), where `end` is the place at which a token's own branch ends, see
+        `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
     """
-
-    def __init__(self, data: RoleDataset, packing: str, max_pack_len: int, rows_per_batch: int):
-        self.data = data
-        self.packing = packing
-        self.max_pack_len = max_pack_len
-        self.rows_per_batch = rows_per_batch
-
-    def __call__(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
-        """Sample indices, those of a persona side by side → one dict of tensors for each forward pass."""
-        if self.packing == "none":
-            starts = range(0, len(indices), self.rows_per_batch)
-            return [self._padded_batch(indices[start : start + self.rows_per_batch]) for start in starts]
-        return [self._prefix_row(row) for row in self._rows(indices)]
-
-    def _rows(self, indices) -> list[list[int]]:
-        """Fill rows up to max_pack_len tokens; a persona that goes on in the next row is counted there again.
-
-        A row takes several personas: one long pass through the weights is faster than several short ones (measured on
-        two CPU cores, hidden 768: a fifth at eight samples a step).
-        """
-        rows, length, previous = [], self.max_pack_len, None
-        for index in indices:
-            persona = self.data.persona[index]
-            tokens = int(self.data.starts[index + 1] - self.data.starts[index])
-            prefix = len(self.data.personas[persona])
-            needed = tokens + (prefix if persona != previous else 0)
-            if length + needed > self.max_pack_len:
-                rows.append([])
-                length, needed = 0, tokens + prefix
-            rows[-1].append(index)
-            length, previous = length + needed, persona
-        return rows
-
-    def _prefix_row(self, row: list[int]) -> dict[str, torch.Tensor]:
-        """One row (b = 1): input_ids and position_ids (1, l), segments (1, 2, l) for `prefix_mask`, loss_positions."""
-        ids, positions, segments, loss_positions = [], [], [], []
-        length, previous = 0, None
-        for index in row:
-            persona = int(self.data.persona[index])
-            if persona != previous:
-                prefix = torch.tensor(self.data.personas[persona], dtype=torch.long)
-                prefix_segment, previous = len(ids), persona
-                ids.append(prefix)
-                positions.append(torch.arange(len(prefix)))
-                segments.append(torch.full((2, len(prefix)), prefix_segment))
-                length += len(prefix)
-            sample, answer = self.data.sample(index)
-            segments.append(torch.tensor([len(ids), prefix_segment])[:, None].expand(2, len(sample)))
-            ids.append(sample)
-            positions.append(torch.arange(len(prefix), len(prefix) + len(sample)))
-            at = torch.arange(length + answer - 1, length + len(sample) - 1)  # each token is predicted one place before
-            loss_positions.append(torch.stack((at, sample[answer:]), dim=-1))
-            length += len(sample)
-        return {
-            "input_ids": torch.cat(ids)[None],
-            "position_ids": torch.cat(positions)[None],
-            "segments": torch.cat(segments, dim=1)[None],
-            "loss_positions": torch.cat(loss_positions),
-        }
-
-    def _padded_batch(self, indices) -> dict[str, torch.Tensor]:
-        """One sample a row, padded on the right: input_ids and attention_mask (b, l), loss_positions."""
-        rows, answers = [], []
-        for index in indices:
-            prefix = torch.tensor(self.data.personas[self.data.persona[index]], dtype=torch.long)
-            sample, answer = self.data.sample(index)
-            rows.append(torch.cat((prefix, sample)))
-            answers.append(len(prefix) + answer)
-        input_ids = pad_sequence(rows, batch_first=True)
-        places = [
-            torch.stack((torch.arange(answer - 1, len(row) - 1) + i * input_ids.shape[1], row[answer:]), dim=-1)
-            for i, (row, answer) in enumerate(zip(rows, answers))
-        ]
-        lengths = torch.tensor([len(row) for row in rows])
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_positions": torch.cat(places)}
+    ids, positions, pairs, ends = [], [], [], np.empty(0, dtype=np.int64)
+    path, previous = (
+        np.empty(0, dtype=np.int64),
+        np.empty(0, dtype=np.int64),
+    )  # path: where `previous` stands in the row
+    for tokens, supervised in samples:
+        shared, length = shared_beginning(previous, tokens), len(ends)
+        ends[path[shared:]] = length  # these branches are over
+        path = np.append(path[:shared], np.arange(length, length + len(tokens) - shared))
+        ends = np.append(ends, np.zeros(len(tokens) - shared, dtype=np.int64))
+        ids.append(tokens[shared:])
+        positions.append(np.arange(shared, len(tokens)))
+        pairs.append(np.stack((path[supervised[:, 0]], supervised[:, 1]), axis=1))
+        previous = tokens
+    ends[path] = len(ends)
+    row = {"input_ids": np.concatenate(ids), "position_ids": np.concatenate(positions), "end": ends}
+    tensors = {name: torch.from_numpy(numbers)[None] for name, numbers in row.items()}
+    return {**tensors, "loss_positions": torch.from_numpy(np.concatenate(pairs))}
 
 
-def prefix_mask(segments: torch.Tensor, implementation: str = "sdpa"):
-    """Who sees whom in a prefix row, in the form that an attention implementation takes.
+def padded_batch(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """One sample a row, padded on the right: input_ids and attention_mask (b, l), loss_positions (n, 2)."""
+    input_ids = pad_sequence([torch.from_numpy(ids) for ids, _ in samples], batch_first=True)
+    lengths = torch.tensor([len(ids) for ids, _ in samples])
+    pairs = [pairs + [[row * input_ids.shape[1], 0]] for row, (_, pairs) in enumerate(samples)]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "loss_positions": torch.from_numpy(np.concatenate(pairs)),
+    }
+
+
+def tree_mask(end: torch.Tensor, implementation: str = "sdpa"):
+    """Who sees whom in a row of trees: token q sees token k if k ≤ q < end[k]. In the form that an attention takes.
 
     Args:
-        segments: (b, 2, l) integers: the segment a token belongs to, and that of its persona.
+        end: (b, l) integers, see `tree_row`.
         implementation: "sdpa" gives a (b, 1, l, l) mask, true where attention is allowed; "flex_attention" a
             BlockMask, whose empty blocks are never computed; "eager" a mask to be added.
     """
-    own, persona = segments.unbind(1)
-    length = own.shape[-1]
-
-    def sees(b, h, query, key):
-        return (key <= query) & ((own[b, key] == own[b, query]) | (own[b, key] == persona[b, query]))
-
+    length = end.shape[-1]
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
-        return create_block_mask(sees, len(own), None, length, length, device=own.device)
-    place = torch.arange(length, device=own.device)
-    batch = torch.arange(len(own), device=own.device)[:, None, None]
-    mask = sees(batch, None, place[:, None], place[None, :])[:, None]  # (b, 1, l, l)
+        def sees(b, h, query, key):
+            return (key <= query) & (query < end[b, key])
+
+        return create_block_mask(sees, len(end), None, length, length, device=end.device)
+    place = torch.arange(length, device=end.device)
+    query, key = place[:, None], place[None, :]
+    mask = ((key <= query) & (query < end[:, None, :]))[:, None]  # (b, 1, l, l)
     return torch.where(mask, 0.0, torch.finfo(torch.float32).min) if implementation == "eager" else mask
+
+
+class Collator:
+    """The samples of a step → one dict of tensors for each forward pass: trees, or padded batches (`packing="none"`).
+
+    Args:
+        max_pack_len: tokens of a row of trees at most.
+        rows_per_batch: samples of a padded batch.
+        cost: of a row, see support/costs.py, by which a step is split into rows; by default rows are as few as possible.
+    """
+
+    def __init__(self, data: RoleDataset, packing: str, max_pack_len: int, rows_per_batch: int, cost=None):
+        self.data, self.packing, self.rows_per_batch = data, packing, rows_per_batch
+        self.max_pack_len, self.cost = max_pack_len, cost or (lambda length: 1)
+
+    def __call__(self, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """`indices` are in tree order."""
+        samples = [self.data.sample(index) for index in indices]
+        if self.packing == "none":
+            starts = range(0, len(samples), self.rows_per_batch)
+            return [padded_batch(samples[start : start + self.rows_per_batch]) for start in starts]
+        return [tree_row(row) for row in self._rows(samples)]
+
+    def _rows(self, samples: list) -> list[list]:
+        """Split a step into the rows of least total cost; what two rows share is computed in both.
+
+        best[j] is the least cost of the first j samples, whose last row begins with sample split[j].
+        """
+        best, split = [0.0], [0]
+        shared = [0] + [shared_beginning(a[0], b[0]) for a, b in zip(samples, samples[1:])]
+        for j in range(1, len(samples) + 1):
+            best.append(math.inf)
+            split.append(j - 1)
+            length = 0
+            for i in range(j - 1, -1, -1):  # a row of samples i … j - 1
+                length += len(samples[i][0]) - (shared[i + 1] if i < j - 1 else 0)
+                if length > self.max_pack_len and i < j - 1:
+                    break
+                if best[i] + self.cost(length) < best[j]:
+                    best[j], split[j] = best[i] + self.cost(length), i
+        rows, j = [], len(samples)
+        while j:
+            rows.append(samples[split[j] : j])
+            j = split[j]
+        return rows[::-1]
 
 
 class Steps(Dataset):
@@ -252,20 +293,17 @@ class Steps(Dataset):
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
 
-    def ends_epoch(self, step: int) -> bool:
-        return step % self.steps_per_epoch == 0
-
     def name(self, step: int) -> str:
         """Of the directory that holds the adapter of step 1 … len(self)."""
         return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
     def samples(self, step: int) -> np.ndarray:
-        """Indices of a step's samples, sorted by persona so that each process meets few of them."""
+        """Indices of a step's samples, in tree order, so that each process meets few personas."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
         indices = self._order[1][place * self.step_size : (place + 1) * self.step_size]
-        return self.data.by_persona(indices)
+        return self.data.in_tree_order(indices)
 
     def __getitem__(self, step: int):
         indices = self.samples(step)
@@ -280,8 +318,8 @@ class Steps(Dataset):
 def model_inputs(batch: dict[str, torch.Tensor], device, implementation: str) -> dict:
     """A collator's batch → arguments of the model on its device, without waiting for the copies."""
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    if "segments" in inputs:
-        inputs["attention_mask"] = prefix_mask(inputs.pop("segments"), implementation)
+    if "end" in inputs:
+        inputs["attention_mask"] = tree_mask(inputs.pop("end"), implementation)
     return inputs
 
 

@@ -58,7 +58,9 @@ def run_identity(args, train_data, dtype: torch.dtype) -> dict:
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
     return {
-        "training data": digest(train_data.ids, train_data.persona, train_data.starts, str(train_data.personas)),
+        "training data": digest(
+            train_data.ids, train_data.persona, train_data.starts, train_data.turns, str(train_data.personas)
+        ),
         "base model": model_digest(args.model_name_or_path),
         "processes": place()[1],
         "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),

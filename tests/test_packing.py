@@ -1,15 +1,19 @@
-"""A step's samples as tensors: exact ids and labels, and prefix rows that equal the padded batch."""
+"""A step's conversations as tensors: exact ids and pairs, and rows of trees that equal single rounds."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
+from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
 from support.model_directory import ModelDirectory
 
@@ -28,12 +32,54 @@ def loaded(checkpoint):
     return ModelDirectory(checkpoint).tokenizer
 
 
+def messages(sample) -> dict:
+    """A question and its answer as a conversation of one round."""
+    turns = [("user", sample["prompt"]), ("assistant", sample["response"])]
+    return {**sample, "messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def conversation(system: str, *texts: str, silent=()) -> dict:
+    """Turns of user and assistant in turn; those numbered in `silent` are not to be trained."""
+    turns = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    for number in silent:
+        turns[number]["train"] = False
+    return {"role": "", "system": system, "messages": turns}
+
+
+CONVERSATIONS = [
+    conversation("你是李白。", "你是谁？", "我乃李太白。", "那你爱酒吗？", "无酒不成诗。", "什么酒？", "新丰美酒。"),
+    conversation(
+        "你是李白。", "你是谁？", "我乃李太白。", "那你爱酒吗？", "爱。"
+    ),  # another answer to the second question
+    conversation("你是李白。", "你是谁？", "我乃李太白。", "你从哪里来？", "碎叶。", silent=[1]),  # another question
+    conversation("你是李白。", "你是谁？", "我乃李太白。"),  # the beginning of the others, supervised once more
+    conversation("你是李白。", "你是谁？", "我。"),
+    conversation("你是孙悟空。", "你怕谁？", "师父念咒。", "为什么？", "头疼。"),
+    conversation("", "无名？", "无名。", "真的？", "真的。"),
+]
+
+
 def dataset(loaded, samples=SAMPLES, max_len=512, max_src_len=256, **options):
+    samples = [sample if "messages" in sample else messages(sample) for sample in samples]
     return utils.RoleDataset(samples, loaded, max_len, max_src_len, **options)
 
 
 def whole(data, index) -> list[int]:
-    return [*data.personas[data.persona[index]], *data.sample(index)[0].tolist()]
+    """The ids of a sample of one round with its eos, which has no place in a row."""
+    ids, pairs = data.sample(index)
+    return [*ids.tolist(), data.eos] if pairs[-1].tolist() == [len(ids) - 1, data.eos] else ids.tolist()
+
+
+def rounds_one_by_one(tokenizer, samples) -> list[tuple[list[int], list[int]]]:
+    """(what the page would send, the answer and its eos) of every round that is trained."""
+    found = []
+    for sample in samples:
+        system = [{"role": "system", "content": sample["system"]}] if sample["system"] else []
+        for number, turn in enumerate(sample["messages"]):
+            if turn["role"] == "assistant" and turn.get("train", True):
+                prompt = messages_to_ids(tokenizer, [*system, *sample["messages"][:number]])
+                found.append((prompt, [*tokenizer.text_to_ids(turn["content"]), tokenizer.eos_token_id]))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +98,50 @@ def model():
 
 
 def test_exact_ids_and_supervised_tokens(loaded):
-    tokenizer = loaded
     data = dataset(loaded)
     for index, sample in enumerate(SAMPLES):
-        system, prompt, response = (tokenizer.text_to_ids(sample[key]) for key in ("system", "prompt", "response"))
+        system, prompt, response = (loaded.text_to_ids(sample[key]) for key in ("system", "prompt", "response"))
         assert whole(data, index) == [*system, 195, *prompt, 196, *response, 2]
-        ids, answer = data.sample(index)
-        assert ids[answer:].tolist() == [*response, 2]
+        ids, pairs = data.sample(index)
+        assert ids.tolist() == [*system, 195, *prompt, 196, *response]
+        places = range(len(ids) - len(response) - 1, len(ids))
+        assert pairs.tolist() == [[place, token] for place, token in zip(places, [*response, 2])]
     assert data.supervised_tokens(np.array([0, 1])) == sum(
-        len(tokenizer.text_to_ids(sample["response"])) + 1 for sample in SAMPLES[:2]
+        len(loaded.text_to_ids(sample["response"])) + 1 for sample in SAMPLES[:2]
     )
     assert len(data.personas) == 3
-    assert data.counts == {"read": 6, "kept": 6, "cut questions": 0, "cut answers": 0}
+
+
+def test_each_round_is_trained_as_the_page_asks_it(loaded):
+    """Ids and supervised pairs are those of the page's prompt at each round, followed by the answer and an eos."""
+    data = dataset(loaded, CONVERSATIONS)
+    found = []
+    for index in range(len(data)):
+        ids, pairs = data.sample(index)
+        breaks = np.nonzero(np.diff(pairs[:, 0]) > 1)[0] + 1
+        for turn in np.split(pairs, breaks):
+            found.append((ids[: turn[0, 0] + 1].tolist(), turn[:, 1].tolist()))
+            assert turn[:, 0].tolist() == list(range(turn[0, 0], turn[0, 0] + len(turn)))
+    assert found == rounds_one_by_one(loaded, CONVERSATIONS)
+    assert data.supervised.tolist() == [len(data.sample(index)[1]) for index in range(len(data))]
+
+
+def test_a_long_conversation_loses_whole_oldest_rounds(loaded):
+    (long,) = [sample for sample in CONVERSATIONS if len(sample["messages"]) == 6]
+    every, shorter = dataset(loaded, [long]), {**long, "messages": long["messages"][2:]}
+    limit = len(every.sample(0)[0]) + 1
+    assert dataset(loaded, [long], max_len=limit).counts["shortened conversations"] == 0
+    data, expected = dataset(loaded, [long], max_len=limit - 1), dataset(loaded, [shorter])
+    assert [part.tolist() for part in data.sample(0)] == [part.tolist() for part in expected.sample(0)]
+    assert data.counts["shortened conversations"] == 1
+    assert len(dataset(loaded, [long], max_len=limit - 1, is_skip=True)) == 0
 
 
 def test_a_question_keeps_its_beginning(loaded):
-    tokenizer = loaded
     sample = {"system": "你是李白。", "prompt": "从头开始数一二三四五六七八九", "response": "好。"}
-    prompt = tokenizer.text_to_ids(sample["prompt"])
+    prompt = loaded.text_to_ids(sample["prompt"])
     data = dataset(loaded, [sample], max_src_len=5)
-    assert whole(data, 0) == [*data.personas[0], 195, *prompt[:5], 196, *tokenizer.text_to_ids("好。"), 2]
+    assert whole(data, 0) == [*data.personas[0], 195, *prompt[:5], 196, *loaded.text_to_ids("好。"), 2]
     assert data.counts["cut questions"] == 1 and data.counts["cut answers"] == 0
 
 
@@ -134,39 +204,62 @@ def test_what_is_no_sample_is_named(tmp_path, text, place):
 
 
 def sees(row) -> np.ndarray:
-    return utils.prefix_mask(row["segments"])[0, 0].numpy()
+    return utils.tree_mask(row["end"])[0, 0].numpy()
 
 
-def test_the_drawing_in_the_docstring(loaded):
-    """Two personas and three samples, drawn by hand in Collator's docstring; here with the lengths of real tokens."""
-    data = dataset(loaded)
-    (row,) = utils.Collator(data, "prefix", 512, 2)(np.array([0, 2, 1]))
-    p, q = len(data.personas[0]), len(data.personas[1])
-    a, b, c = (len(data.sample(index)[0]) for index in (0, 2, 1))
-    expected = np.zeros((p + a + b + q + c,) * 2, dtype=bool)
-    blocks = {"P": range(p), "a": range(p, p + a), "b": range(p + a, p + a + b)}
-    blocks["Q"] = range(p + a + b, p + a + b + q)
-    blocks["c"] = range(p + a + b + q, p + a + b + q + c)
-    for who, whom in ("PP", "aP", "aa", "bP", "bb", "QQ", "cQ", "cc"):
-        for query in blocks[who]:
-            for key in blocks[whom]:
-                expected[query, key] = key <= query
-    assert np.array_equal(sees(row), expected)
-    positions = [*range(p), *range(p, p + a), *range(p, p + b), *range(q), *range(q, q + c)]
-    assert row["position_ids"][0].tolist() == positions
+def plain(ids: str, *places: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sample of one token a letter; at `places` it predicts its next letter."""
+    tokens = np.array([ord(letter) - ord("A") + 3 for letter in ids])
+    pairs = [[place, tokens[place + 1]] for place in places]
+    return tokens, np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def test_the_drawing_in_the_docstring():
+    drawn = utils.tree_row.__doc__.split("token (down) sees (across):")[1].split("Attention being")[0].strip("\n")
+    lines = [line for line in drawn.splitlines() if line.strip()]
+    rows = np.array([[cell == "■" for cell in line.split() if cell in ("■", "·")] for line in lines[3:]])
+    row = utils.tree_row([plain("PPPaabb"), plain("PPPaac"), plain("PPPdd"), plain("QQe")])
+    assert np.array_equal(sees(row), rows)
+    assert row["position_ids"][0].tolist() == [int(number) for number in lines[0].split()[1:]]
+    assert row["end"][0].tolist() == [int(number) for number in lines[2].split()[1:]]
+    letters = [chr(token - 3 + ord("A")) for token in row["input_ids"][0].tolist()]
+    assert letters == lines[1].split()[1:]
 
 
 def test_rows_hold_every_sample_once_and_keep_their_length(loaded):
-    data = dataset(loaded, SAMPLES * 5)
-    indices = data.by_persona(np.random.default_rng(0).permutation(len(data)))
-    longest = max(len(whole(data, index)) for index in range(len(data)))
+    data = dataset(loaded, SAMPLES * 5 + CONVERSATIONS)
+    indices = data.in_tree_order(np.random.default_rng(0).permutation(len(data)))
+    longest = max(len(data.sample(index)[0]) for index in range(len(data)))
     for limit in (longest, longest + 7, 100, 10_000):
-        rows = utils.Collator(data, "prefix", limit, 2)(indices)
+        rows = utils.Collator(data, "tree", limit, 2)(indices)
         assert all(row["input_ids"].shape[1] <= limit for row in rows)
         supervised = [label for row in rows for label in row["loss_positions"][:, 1].tolist()]
-        assert supervised == [id for index in indices for id in data.sample(index)[0][data.sample(index)[1] :].tolist()]
+        assert supervised == [token for index in indices for token in data.sample(index)[1][:, 1].tolist()]
     assert len(rows) == 1
-    assert rows[0]["input_ids"].shape[1] == len(data.ids) + sum(map(len, data.personas))
+    prefixes = {tuple(data.sample(index)[0][:end]) for index in indices for end in range(1, longest + 1)}
+    assert rows[0]["input_ids"].shape[1] == len(prefixes)  # every distinct beginning is one token of a tree
+
+
+def test_a_step_is_split_where_it_costs_least(loaded):
+    """Against all ways to split eight samples into rows."""
+    data = dataset(loaded, [*SAMPLES, *CONVERSATIONS][:8])
+    indices = data.in_tree_order(np.arange(len(data)))
+    samples = [data.sample(index) for index in indices]
+    for attention in (0.0, 1e-3, 1e-2, 1.0):
+
+        def cost(length, attention=attention):
+            return 5 + length + attention * length**2
+
+        least = min(
+            sum(
+                cost(utils.tree_row(samples[start:end])["end"].shape[1])
+                for start, end in zip((0, *cuts), (*cuts, len(samples)))
+            )
+            for count in range(len(samples))
+            for cuts in itertools.combinations(range(1, len(samples)), count)
+        )
+        rows = utils.Collator(data, "tree", 1000, 1, cost)(indices)
+        assert sum(cost(row["end"].shape[1]) for row in rows) == pytest.approx(least)
 
 
 def losses(model, data, batches) -> dict:
@@ -186,22 +279,21 @@ def losses(model, data, batches) -> dict:
 
 @pytest.mark.parametrize("max_pack_len", [40, 1000])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_prefix_rows_give_the_losses_and_gradients_of_single_samples(loaded, model, max_pack_len, attention):
+def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_pack_len, attention):
     model.set_attn_implementation(attention)
-    data = dataset(loaded)
-    indices = data.by_persona(np.arange(len(data)))
+    samples = [messages(sample) for sample in SAMPLES] + CONVERSATIONS
+    data = dataset(loaded, samples)
+    indices = data.in_tree_order(np.arange(len(data)))
     tokens = data.supervised_tokens(indices)
 
-    # Independent of the collator: each sample by itself, with labels over the whole sequence.
+    # Independent of dataset and collator: each round by itself, as the page asks it, with labels on the answer.
     model.zero_grad()
-    for index in indices:
-        ids = torch.tensor([whole(data, index)])
-        labels = ids.clone()
-        labels[0, : len(data.personas[data.persona[index]]) + data.sample(index)[1]] = -100
-        model(ids, labels=labels, num_items_in_batch=tokens).loss.backward()
+    for prompt, answer in rounds_one_by_one(loaded, samples):
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        model(torch.tensor([prompt + answer]), labels=labels, num_items_in_batch=tokens).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    for packing in ("prefix", "none"):
+    for packing in ("tree", "none"):
         batches = utils.Collator(data, packing, max_pack_len, 4)(indices)
         model.zero_grad()
         for batch in batches:
@@ -212,10 +304,27 @@ def test_prefix_rows_give_the_losses_and_gradients_of_single_samples(loaded, mod
     model.set_attn_implementation("sdpa")
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(3, 5), min_size=2, max_size=9), min_size=1, max_size=7))
+def test_any_tree_gives_the_logits_of_its_single_samples(model, sequences):
+    """Three tokens make many shared beginnings; every place of every sample predicts, so all its logits are compared."""
+    samples = [
+        (np.array(ids), np.array([[place, token] for place, token in enumerate(ids[1:])])) for ids in sorted(sequences)
+    ]
+    row = utils.tree_row(samples)
+    with torch.no_grad():
+        inputs = utils.model_inputs(row, "cpu", "sdpa")
+        pairs = inputs.pop("loss_positions")
+        found = model(**inputs).logits[0, pairs[:, 0]].split([len(ids) - 1 for ids, _ in samples])
+        for (ids, _), logits in zip(samples, found):
+            expected = model(torch.from_numpy(ids)[None]).logits[0, :-1]
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_flex_attention_takes_the_same_mask(loaded, model):
     """Forward only: flex_attention has no backward pass on the CPU."""
     data = dataset(loaded)
-    batches = utils.Collator(data, "prefix", 1000, 1)(data.by_persona(np.arange(len(data))))
+    batches = utils.Collator(data, "tree", 1000, 1)(data.in_tree_order(np.arange(len(data))))
     found = {}
     for attention in ("sdpa", "flex_attention"):
         model.set_attn_implementation(attention)
@@ -230,9 +339,9 @@ def test_nothing_leaks_between_neighbours(loaded, model):
     changed = dataset(
         loaded, [*SAMPLES[:2], {**SAMPLES[2], "prompt": "换了一个问题？", "response": "换了答案！"}, *SAMPLES[3:]]
     )
-    indices = data.by_persona(np.arange(len(data)))
+    indices = data.in_tree_order(np.arange(len(data)))
     with torch.no_grad():
-        before, after = (losses(model, d, utils.Collator(d, "prefix", 1000, 1)(indices)) for d in (data, changed))
+        before, after = (losses(model, d, utils.Collator(d, "tree", 1000, 1)(indices)) for d in (data, changed))
     common = before.keys() & after.keys()
     assert len(common) == len(SAMPLES) - 1
     for key in common:
@@ -241,13 +350,13 @@ def test_nothing_leaks_between_neighbours(loaded, model):
 
 def test_perplexity_is_exact_and_the_same_for_both_packings(loaded, model):
     data = dataset(loaded)
-    indices = data.by_persona(np.arange(len(data)))
+    indices = data.in_tree_order(np.arange(len(data)))
     with torch.no_grad():
         single = [
             losses(model, data, utils.Collator(data, "none", 0, 1)(indices[i : i + 1])) for i in range(len(indices))
         ]
     values = torch.cat([value for found in single for value in found.values()])
-    for packing in ("prefix", "none"):
+    for packing in ("tree", "none"):
         batches = utils.Collator(data, packing, 60, 4)(indices)
         assert utils.evaluation(model, batches, "cpu", "sdpa") == pytest.approx(values.mean().item(), abs=1e-6)
 
@@ -272,7 +381,7 @@ def test_steps_take_every_sample_at_most_once_an_epoch(loaded):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_a_step_without_overlap(loaded, world):
     data = dataset(loaded, SAMPLES * 4)
-    collator = utils.Collator(data, "prefix", 1000, 2)
+    collator = utils.Collator(data, "tree", 1000, 2)
     shares = [utils.Steps(data, collator, 8, 2, 7, rank, world) for rank in range(world)]
     for step in range(len(shares[0])):
         expected = shares[0].samples(step)
@@ -280,7 +389,7 @@ def test_processes_share_a_step_without_overlap(loaded, world):
         labels = [
             label for batches, _ in items for batch in batches for label in batch["loss_positions"][:, 1].tolist()
         ]
-        assert labels == [id for index in expected for id in data.sample(index)[0][data.sample(index)[1] :].tolist()]
+        assert labels == [token for index in expected for token in data.sample(index)[1][:, 1].tolist()]
         assert {tokens for _, tokens in items} == {len(labels)}
 
 
