@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
+from tensorboard.summary.writer import event_file_writer
 
 import train
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
@@ -58,11 +59,17 @@ def finish(run: subprocess.Popen) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def as_in_a_process_of_its_own():
-    """One thread, as `start` has it: runs in this process and in others are compared to the last bit."""
-    before = torch.get_num_threads()
+    """Runs in this process and in others are compared to the last bit: one thread, as `start` has it.
+
+    TensorBoard reads its files in the order of their names, which tell the second and count the files of a
+    process; numbers of equal length keep that order for runs within one second.
+    """
+    before = torch.get_num_threads(), event_file_writer._global_uid
     torch.set_num_threads(1)
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    event_file_writer._global_uid = before[1]
 
 
 @pytest.fixture(scope="module")
