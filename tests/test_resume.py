@@ -34,7 +34,7 @@ def start(arguments, processes: int = 1, event: dict | None = None) -> subproces
     return subprocess.Popen(
         [str(part) for part in launcher + command],
         cwd=ROOT,
-        env=alone() | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
+        env=alone() | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -58,18 +58,12 @@ def finish(run: subprocess.Popen) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def as_in_a_process_of_its_own():
-    """Runs in this process and in others are compared to the last bit: one thread, as `start` has it.
-
-    TensorBoard reads its files in the order of their names, which tell the second and count the files of a
-    process; numbers of equal length keep that order for runs within one second.
-    """
-    before = torch.get_num_threads(), event_file_writer._global_uid
-    torch.set_num_threads(1)
+def event_files_in_order():
+    """TensorBoard reads its files in the order of their names: the second, then a count, whose length must not grow."""
+    before = event_file_writer._global_uid
     event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
     yield
-    torch.set_num_threads(before[0])
-    event_file_writer._global_uid = before[1]
+    event_file_writer._global_uid = before
 
 
 @pytest.fixture(scope="module")
