@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 DEMO := output_dir/demo
 STAND_IN := $(DEMO)/Baichuan2-tiny
 ADAPTER := $(DEMO)/run/epoch-30-step-180
@@ -30,8 +31,8 @@ lint: setup ## the form of the code
 	ruff check .
 	ruff format --check .
 
-test: lint ## lint, then the tests
-	python3 -m pytest -m "not slow"
+test: lint ## lint, then the tests, JOBS=2 at a time
+	python3 -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The demo walks the scripts in the order of the README. Each stage writes its target whole or not at all, and training
 # goes on from its last epoch, so a demo that was stopped goes on where it was. New code or packages start it anew.

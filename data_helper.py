@@ -3,6 +3,7 @@
     python3 data_helper.py                                     # 孙悟空, 李白 and 张飞, from the files in data/
     python3 data_helper.py --download                          # the same, after fetching the files data/ lacks
     python3 data_helper.py --data_dir data/sample --roles all  # the five roles of the sample in this repository
+    python3 data_helper.py --show 3                            # three samples as the model will see them
 
 A sample is {"role", "system", "prompt", "response"}: a role's persona text, a question and one recorded answer to it.
 data/README.md describes the files.
@@ -15,6 +16,7 @@ import random
 import re
 import tempfile
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 from support.arguments import ArgumentParser
@@ -79,6 +81,10 @@ def parse_args(argv=None):
         help=f"first fetch the files that --data_dir lacks from {HUB_DATASET} on the Hugging Face hub; the environment "
         "variable HF_ENDPOINT names a mirror. Nothing else here uses the network",
     )
+    seen = "write nothing, but print the first N samples of --train_path as the model will see them"
+    parser.add_argument("--show", type=int, metavar="N", help=seen)
+    tokenizer = "directory of the model whose tokenizer --show uses"
+    parser.add_argument("--model_name_or_path", default="Baichuan2-7B-Chat/", help=tokenizer)
     args = parser.parse_args(argv)
     if "desc_path" not in args:
         args.desc_path = args.data_dir / "profiles-zh_desc.json"
@@ -291,9 +297,24 @@ def read_all(args) -> tuple[dict[str, str], dict[str, list[dict]]]:
     return profiles, rows
 
 
+def show(args):
+    """Print samples as train.py lays them out, by its default limits. Raises: UserError."""
+    if args.show < 1 or not args.train_path.is_file():
+        raise UserError(f"--show {args.show}: needs a number from 1, and {args.train_path}: first run without --show")
+    import utils  # both here, since they import torch, which nothing else in this script needs
+    from support.show import open_tokenizer, print_samples
+
+    tokenizer = open_tokenizer(args.model_name_or_path)
+    samples = islice(read_samples(args.train_path), args.show)
+    print_samples(utils.RoleDataset(samples, tokenizer, max_len=512, max_src_len=256), tokenizer, args.train_path)
+
+
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
+    if args.show is not None:
+        show(args)
+        return
     if args.download:
         download(args.data_dir)
     profiles, rows = read_all(args)

@@ -191,7 +191,7 @@ def start_engine(model, config: dict, args, total_steps: int):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
-    # It has no class for its own errors.
+    # DeepSpeed has no class for its own errors.
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
     return engine
@@ -219,10 +219,10 @@ def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, wh
 
 
 def train_step(engine, batches, tokens: int, attn_implementation: str, stop: bool) -> tuple[float, bool]:
-    """Add up the gradients of a step's batches; (its loss: the mean over `tokens`, any process's `stop`).
+    """Add up the gradients of a step's batches. Returns its loss, and whether any process was asked to stop.
 
-    Every process divides by the tokens of the whole step, so the loss does not depend on how samples are spread over
-    rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
+    The loss is the mean over `tokens`, those of the whole step on all processes, so it does not depend on how samples
+    are spread over rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
     """
     world_size = dist.get_world_size()
     total = torch.tensor([0.0, float(stop)], device=engine.device)
@@ -283,7 +283,7 @@ def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: L
             log.texts(step, sample_answers(engine.module, *texts))
         utils.save_model(engine.module, directory.tokenizer, path, args.save_total_limit)
         tqdm.write(f"{path}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
-    engine.train()  # both were without dropout
+    engine.train()  # evaluating and answering went without dropout
 
 
 def broken(args, steps: utils.Steps, step: int, what: str) -> UserError:

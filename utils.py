@@ -1,4 +1,4 @@
-"""Small things that more than one script needs."""
+"""Tools around the model: samples → ids → rows with their mask, evaluation, and saving an adapter."""
 
 import functools
 import math
@@ -277,7 +277,7 @@ class Steps(Dataset):
     """Item k is what this process computes in step k of the run: (batches, supervised tokens of the whole step).
 
     Every process draws the same permutation of an epoch from the seed, so that all know each step's samples
-    without communicating, whatever is resumed where. What an epoch leaves over differs from epoch to epoch.
+    without communicating, also after a resume. The samples that an epoch leaves over differ from epoch to epoch.
 
     Args:
         step_size: samples of a step, over all processes.
@@ -294,7 +294,7 @@ class Steps(Dataset):
         return self.epochs * self.steps_per_epoch
 
     def name(self, step: int) -> str:
-        """Of the directory that holds the adapter of step 1 … len(self)."""
+        """Name of the directory for the adapter of step 1 … len(self)."""
         return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
     def samples(self, step: int) -> np.ndarray:

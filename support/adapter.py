@@ -21,8 +21,8 @@ class Update(NamedTuple):
     scaling: float
 
 
-# Settings of adapter_config.json that read_adapter follows, and those that say how an adapter was trained, not what it
-# computes. Of the starts, these only fill A and B; pissa, olora, loftq and others begin by changing the base.
+# Settings of adapter_config.json. FOLLOWED: read_adapter uses them. HARMLESS: they say how an adapter was trained, not
+# what it computes. STARTS: initial values of A and B that leave the base alone; pissa, olora and loftq change it.
 FOLLOWED = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
 HARMLESS = ["auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"]
 HARMLESS += ["target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern"]
@@ -94,7 +94,7 @@ def digest(directory: Path) -> str:
 
 
 def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
-    """Why the adapter is not one of this base."""
+    """Why the adapter does not fit this base."""
     problems = []
     for name, (a, b, _) in updates.items():
         if name not in weights.tensors:

@@ -1,4 +1,4 @@
-"""Arguments of the scripts, and train.py's with the DeepSpeed file: what is wrong with them, told together."""
+"""The scripts' arguments, and train.py's DeepSpeed file: all that is wrong with them is reported at once."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from support.files import checkpoints, newest_state, unwritable
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line each, like every other error here, without the usage text."""
+    """argparse with one line for each error, as everywhere here, and without the usage text."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
@@ -89,14 +89,14 @@ def model_problems(args, model_directory) -> list[str]:
 
 
 def machine_integer(digits: str) -> int:
-    """Raises: ValueError: more than 64 bits, which DeepSpeed would find out in the middle of a step."""
+    """An integer of at most 64 bits; on a longer one DeepSpeed fails only in the middle of a step. Raises: ValueError."""
     if abs(number := int(digits)) >= 2**63:
         raise ValueError(f"the number {digits} is too large")
     return number
 
 
 def read_deepspeed_config(path) -> dict:
-    """The DeepSpeed file, as far as it is this project's to decide; DeepSpeed checks the rest. Raises: UserError."""
+    """Read the DeepSpeed file and check what this project relies on; DeepSpeed checks the rest. Raises: UserError."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=machine_integer)
     except OSError as error:

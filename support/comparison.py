@@ -22,8 +22,8 @@ class Agreement(NamedTuple):
 def compute_in_float32(model: torch.nn.Module):
     """Make `model` compute in float32: a module's parameters are widened while it runs, the others stay as stored.
 
-    Two models in half precision differ by the rounding of their activations alone, and more so than by that of their
-    weights, which is what a comparison should show. The memory is that of the largest single weight.
+    In half precision the activations are rounded too, and that hides the differences of the weights, which a
+    comparison should show. This takes the memory of the largest single weight.
     """
     stored = {}
 

@@ -1,4 +1,4 @@
-"""One line for each problem: a script's errors, told without a traceback."""
+"""A script's errors: one line for each problem, and no traceback."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class OneProcessError(UserError):
-    """A problem that the other processes of the run do not have, so that each process tells its own."""
+    """A problem that other processes of the run may not have. Each process that has it prints it."""
 
 
 class Problems(list):
@@ -79,11 +79,11 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says, or its class if it says nothing."""
+    """The first line of an error's message, or the name of its class if it has no message."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def few(problems: list[str]) -> list[str]:
-    """What is wrong in every layer is told by five lines."""
+    """The first five problems and a count: a fault in every layer needs no more lines."""
     return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)

@@ -1,4 +1,4 @@
-"""A file or a directory is whole or absent, whatever ends the process that writes it."""
+"""Files and directories are whole or absent, even if the process that writes them is killed."""
 
 import glob
 import os
@@ -45,7 +45,7 @@ def whole_files(*paths):
 
 @contextmanager
 def writing(path):
-    """Around what libraries write: each has its own error for a full disk, and here they become one that names `path`."""
+    """Use around libraries that write: each has its own error for a full disk; here it becomes one that names `path`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -91,7 +91,7 @@ def remove_leftovers(path: Path):
 
 
 def rename_directory(temporary: Path, path: Path):
-    """Give a finished directory its name, once its files are on disk; what had the name before goes."""
+    """Rename a finished directory once its files are on disk. Whatever had the name before is removed."""
     put_on_disk(*temporary.rglob("*"), temporary)
     old = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
@@ -103,7 +103,7 @@ def rename_directory(temporary: Path, path: Path):
 
 
 def remove_directory(path: Path):
-    """Remove a directory, which is whole under its name until it is gone under it."""
+    """Remove a directory: first its name, in one step, then its files, so that nobody finds half of it."""
     hidden = path.with_name(f".{path.name}.old.tmp")
     path.rename(hidden)
     shutil.rmtree(hidden)

@@ -12,7 +12,7 @@ class Log:
 
     Args:
         done: steps of the state that a resumed run goes on from.
-        losses: those since the last report, as that state holds them.
+        losses: losses since the last report, as saved in that state.
     """
 
     def __init__(self, directory: Path, total_steps: int, done: int, losses: list[float], main_process: bool):

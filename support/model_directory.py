@@ -44,7 +44,7 @@ class ModelDirectory:
         self.path = Path(path)
 
     def check(self) -> "ModelDirectory":
-        """Open everything but the numbers of the weights. Raises: UserError with all that is missing or does not fit."""
+        """Open everything except the values of the weights. Raises: UserError with all that is missing or does not fit."""
         if not self.path.is_dir():
             raise UserError(
                 f"{self.path}: there is no such directory; download the model to it, or make a small one: "
@@ -55,12 +55,12 @@ class ModelDirectory:
             problems += [f"{self.path}: {name} is missing" for name in names if not (self.path / name).is_file()]
             weights = problems.of(lambda: self.weights)
         config, _ = self.config, self.tokenizer
-        if config.num_hidden_layers > len(weights.tensors):  # even without numbers, many layers take memory
+        if config.num_hidden_layers > len(weights.tensors):  # even without values, many layers take memory
             raise UserError(
                 f"{self.path}/config.json: asks for {config.num_hidden_layers} layers, the weights have fewer"
             )
         try:
-            with torch.device("meta"):  # shapes without numbers: what a damaged file asks for may exceed the memory
+            with torch.device("meta"):  # shapes without values: a damaged file may ask for more than the memory holds
                 model = self._kind(config)
         except Exception as error:  # sizes that do not go together fail anywhere in torch and transformers
             raise UserError(f"{self.path}/config.json: no model can be built from it: {error}") from error
@@ -124,7 +124,7 @@ class ModelDirectory:
     def load(self, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa"):
         """The model on the CPU, in evaluation mode; by default in the dtype of its weights. Raises: UserError."""
         self.check()
-        logging.set_verbosity_error()  # its table of tensors that do not fit; the check has named them
+        logging.set_verbosity_error()  # it would print a table of tensors that do not fit; the check has named them
         try:
             model = self._kind.from_pretrained(
                 self.path, dtype=dtype or self.weights.dtype, attn_implementation=attn_implementation
@@ -180,7 +180,7 @@ class ModelDirectory:
 def load_adapter(model, directory) -> PeftModel:
     """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
     try:
-        # Its layers take memory once their numbers are found, not when a damaged setting asks for them.
+        # Only layers whose values are in the file take memory, not those that a damaged setting asks for.
         adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True)
         if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ValueError(f"{lacking[0]} is missing")
@@ -247,7 +247,7 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of most numbers."""
+        """The dtype of most of the values."""
         numbers: dict[torch.dtype, int] = {}
         for shape, dtype in self.tensors.values():
             numbers[dtype] = numbers.get(dtype, 0) + torch.Size(shape).numel()

@@ -1,4 +1,4 @@
-"""What a browser may send to web_demo.py, and what it is told instead of an answer when it sends anything else.
+"""What a browser may send to web_demo.py, and the message it gets when it sends anything else.
 
 Gradio's own checks stay out of the way: they speak English only, and a value of a wrong type ends in a traceback. So each
 value comes through a `checked_…` function here, and each request through the `Gate`.

@@ -55,7 +55,7 @@ def has_bfloat16() -> bool:
 
 
 def precision(config: dict) -> torch.dtype:
-    """The dtype of base and adapters that the DeepSpeed configuration asks for, as far as the device knows it."""
+    """The dtype of base and adapters that the DeepSpeed configuration asks for, if the device has it."""
     from deepspeed import get_accelerator
 
     if config.get("bf16", {}).get("enabled") and not has_bfloat16():
@@ -79,7 +79,7 @@ def refuse_differences(identity: dict):
 
 @contextmanager
 def one_line_for_each_end():
-    """Around a run: memory that does not suffice, and the end of another process, become one line each."""
+    """Use around a run: running out of memory, or losing another process, becomes one line."""
     try:
         yield
     except RuntimeError as error:

@@ -28,7 +28,7 @@ def claim(output_dir: Path):
     """Keep other runs out of `output_dir`, and remove what killed ones left half-written there. For all processes.
 
     Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with the
-    first process, which notes in it who it is.
+    first process, which writes an id into the file; the other hosts look for that id.
 
     Raises:
         UserError: another run is writing there, or a process of another host sees another directory.
@@ -54,7 +54,7 @@ def claim(output_dir: Path):
 
 
 def run_identity(args, train_data, dtype: torch.dtype) -> dict:
-    """What decides the result of a run to the last bit, except for what only decides its speed."""
+    """All that decides the result of a run to the last bit. What only decides its speed is left out."""
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
     return {

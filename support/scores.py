@@ -68,8 +68,8 @@ def interval(scores: Scores, baseline: Scores, rows: np.ndarray, resamples: int,
     """95 % bootstrap intervals of scores − baseline over the questions of `rows`: (2, 4), lower and upper ends.
 
     Both models answered the same questions, so each resample draws questions, not answers (Efron & Tibshirani 1993).
-    A question drawn twice lowers distinct-2, of both models, so that its resampled differences lie beside the measured
-    one; they are moved there.
+    A question drawn twice lowers distinct-2 of both models. That shifts the resampled differences away from the measured
+    one, so they are shifted back.
     """
     generator = np.random.default_rng(seed)
     difference = scores.measure(rows) - baseline.measure(rows)

@@ -28,8 +28,8 @@ class TooLong(ValueError):
 class PrefixCaches:
     """Keys and values of what many prompts begin with, computed at its first use.
 
-    Attention being causal, they do not depend on what follows. The least recently used go when all together have more
-    than `max_tokens` tokens: at 7B in bfloat16, half a MiB each.
+    Attention being causal, they do not depend on what follows. When all together have more than `max_tokens`
+    tokens, the least recently used are dropped. At 7B in bfloat16 a token takes half a MiB.
     """
 
     def __init__(self, max_tokens: int = 4096):

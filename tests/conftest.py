@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test but that of --download, which sets its own hub, may look for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at a time; threads that wait for each other's spin
@@ -87,15 +86,6 @@ def mount(own_mounts, tmp_path):
     yield make
     for disk in disks:
         subprocess.run(["umount", "-l", disk], check=True)
-
-
-@pytest.fixture
-def one_thread():
-    """Sums in the order of a process that was started with OMP_NUM_THREADS=1, for comparisons to the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 FLOAT32 = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
+from tensorboard.summary.writer import event_file_writer
 
 import train
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
@@ -33,7 +34,7 @@ def start(arguments, processes: int = 1, event: dict | None = None) -> subproces
     return subprocess.Popen(
         [str(part) for part in launcher + command],
         cwd=ROOT,
-        env=alone() | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
+        env=alone() | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,12 +58,12 @@ def finish(run: subprocess.Popen) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def as_in_a_process_of_its_own():
-    """One thread, as `start` has it: runs in this process and in others are compared to the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def event_files_in_order():
+    """TensorBoard reads its files in the order of their names: the second, then a count, whose length must not grow."""
+    before = event_file_writer._global_uid
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
     yield
-    torch.set_num_threads(before)
+    event_file_writer._global_uid = before
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +424,8 @@ def test_on_disk_before_it_has_its_name(run_arguments, tmp_path, monkeypatch):
     def synced(descriptor):
         fsync(descriptor)
         on_disk.add(identity(descriptor))
-        named.discard(os.stat(descriptor).st_ino)
+        assert not named or os.stat(descriptor).st_ino in named, f"other things come before the name of {done[-1]}"
+        named.clear()
 
     def renaming(rename):
         def renamed(source, target, **directories):

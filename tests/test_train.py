@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,7 @@ LAUNCHER = Path(sys.executable).parent / "deepspeed"
 
 def launch(processes: int, arguments: list[str], **options) -> subprocess.CompletedProcess:
     command = [LAUNCHER, "--num_gpus", processes, "--master_port", free_port(), "train.py", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, **options)
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +270,7 @@ def test_the_books_command(train_arguments, watched_steps, tmp_path, capsys, mon
         assert step["MLP calls"] == 2 * 2 * step["batches"], "forward, and again in the backward pass"
 
 
-def test_the_books_command_under_the_launcher(train_arguments, tmp_path, one_thread):
+def test_the_books_command_under_the_launcher(train_arguments, tmp_path):
     """On what this CPU has, it is the same run to the last bit as without the launcher."""
     arguments = [*BOOK, "--sample_answers", 0]
     run = launch(1, train_arguments(tmp_path / "launched", *arguments), timeout=300)

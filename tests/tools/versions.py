@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +37,7 @@ def parse_args(argv=None):
 def pip(*arguments) -> str:
     run = subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)], capture_output=True, text=True)
     if run.returncode:
-        sys.exit(f"error: pip {arguments[0]}: {(run.stderr.strip() or 'failed').splitlines()[-1]}")
+        raise RuntimeError(f"pip {arguments[0]}: {(run.stderr.strip() or 'failed').splitlines()[-1]}")
     return run.stdout
 
 
@@ -95,7 +96,16 @@ def walk(env: dict) -> str:
             path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
         sizes = ("--hidden_size", 64, "--num_hidden_layers", 2, "--vocab_size", 2000, "--steps", 0)
         data = ("--train_path", train, "--test_path", test, "--model_name_or_path", model)
-        steps = ("--per_device_train_batch_size", 2, "--sample_answers", 0, "--output_dir", scratch / "run")
+        steps = (
+            "--per_device_train_batch_size",
+            2,
+            "--gradient_accumulation_steps",
+            1,
+            "--sample_answers",
+            0,
+            "--output_dir",
+            scratch / "run",
+        )
         parts = ("--ori_model_dir", model, "--model_dir", scratch / "run/epoch-1-step-4", "--save_model_dir", merged)
         page = ("--model_path", merged, "--desc_path", f"{sample}/profiles-zh_desc.json", "--device", "cpu")
         for command in (
@@ -110,6 +120,10 @@ def walk(env: dict) -> str:
     return "ok"
 
 
+def problems(row: dict[str, str]) -> dict[str, str]:
+    return {check: result for check, result in row.items() if check != "answers" and result != "ok"}
+
+
 def print_table(results: dict[str, dict[str, str]]):
     """Versions down, checks across; below it, what was wrong."""
     checks = list(dict.fromkeys(check for row in results.values() for check in row))
@@ -118,9 +132,8 @@ def print_table(results: dict[str, dict[str, str]]):
         cells = ["ok" if row.get(check) == "ok" else "**no**" if check in row else "" for check in checks]
         print(f"| {version} |", " | ".join(cells), "|")
     for version, row in results.items():
-        for check, result in row.items():
-            if result != "ok":
-                print(f"\n{version}, {check}: {result[:600]}")
+        for check, result in problems(row).items():
+            print(f"\n{version}, {check}: {result[:600]}")
 
 
 def common_tests(version: str, envs_dir: Path) -> int:
@@ -163,24 +176,33 @@ def main(argv=None) -> int:
         versions = [version for version in every if lowest <= minor(version) <= highest]
         if args.ci:
             versions = list(dict.fromkeys((versions[0], versions[-1], every[-1])))
-    results, answers = {}, None
-    for version in versions:
-        env = environment(version, args.envs_dir)
-        row = same_answers(env)
+
+    def check(version: str) -> dict[str, str]:
+        try:
+            env = environment(version, args.envs_dir)
+            row = same_answers(env) | ({} if args.ci else {"data to answer": walk(env)})
+        except RuntimeError as error:
+            row = {"installation": str(error)}
+        print(f"{version}: {'wrong' if problems(row) else 'ok'}", file=sys.stderr, flush=True)
+        return row
+
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(versions, pool.map(check, versions)))
+    first = next((row["answers"] for row in results.values() if "answers" in row), None)
+    for row in results.values():
         if found := row.pop("answers", None):
-            answers = answers or found
-            row["as in the first"] = "ok" if found == answers else f"answers {found} instead of {answers}"
-        if not args.ci:
-            row["data to answer"] = walk(env)
-        results[version] = row
-        print(f"{version}: {'ok' if set(row.values()) == {'ok'} else 'no'}", file=sys.stderr, flush=True)
+            row["as in the first"] = "ok" if found == first else f"answers {found} instead of {first}"
     print_table(results)
-    failed = [version for version, row in results.items() if set(row.values()) != {"ok"}]
+    failed = [version for version, row in results.items() if problems(row)]
     for version in failed:
         if not lowest <= minor(version) <= highest:
-            print(f"warning: transformers {version}, outside the tested range, gives other answers", file=sys.stderr)
+            print(f"warning: transformers {version}, outside the tested range, does not pass", file=sys.stderr)
     return int(any(lowest <= minor(version) <= highest for version in failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,61 @@
+"""Samples printed as the model reads them: control tokens in brackets with their ids, supervised tokens in colour."""
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from baichuan import BaichuanTokenizer
+from support.errors import UserError
+from support.model_directory import ModelDirectory
+
+GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+
+
+def open_tokenizer(directory: str) -> BaichuanTokenizer:
+    """The tokenizer of a model directory; the weights may be absent. Raises: UserError."""
+    if not (Path(directory) / "tokenizer.model").is_file():
+        raise UserError(
+            f"--model_name_or_path {directory}: holds no tokenizer.model: name a model directory, or make a small one: "
+            "python3 -m support.stand_in"
+        )
+    return ModelDirectory(directory).tokenizer
+
+
+def wants_colour(stream) -> bool:
+    """Only a terminal shows colours, and only if its user does not refuse them (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def sample_text(tokenizer, ids: Sequence[int], supervised: Sequence[bool], colour: bool) -> str:
+    """The text of one sample.
+
+    Args:
+        ids: the whole sample, persona included. supervised: for each of them, whether it carries loss.
+        colour: supervised tokens green, other control tokens grey.
+    """
+    controls = {tokenizer.user_token_id, tokenizer.assistant_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    parts = []
+    for (learned, control), run in groupby(zip(ids, supervised), key=lambda pair: (pair[1], pair[0] in controls)):
+        run_ids = [id for id, _ in run]
+        if control:
+            text = "".join(f"[{id} {tokenizer.convert_ids_to_tokens(id)}]" for id in run_ids)
+        else:
+            text = tokenizer.decode(run_ids)
+        shade = GREEN if learned else GREY if control else ""
+        parts.append(f"{shade}{text}{PLAIN}" if colour and shade else text)
+    return "".join(parts)
+
+
+def print_samples(data, tokenizer, path: Path):
+    """Print all samples of a `utils.RoleDataset`, which was read from `path`."""
+    colour = wants_colour(sys.stdout)
+    for index, number in enumerate(data.numbers):
+        rest, answer = data.sample(index)
+        ids = [*data.personas[data.persona[index]], *rest.tolist()]
+        learned = len(rest) - answer
+        supervised = [place >= len(ids) - learned for place in range(len(ids))]
+        print(f"{path}, sample {number}: {len(ids)} tokens, {learned} of them supervised")
+        print(sample_text(tokenizer, ids, supervised, colour) + "\n")
+    print(", ".join(f"{count} {name}" for name, count in data.counts.items() if count))

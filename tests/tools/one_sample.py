@@ -1,0 +1,52 @@
+"""One sample, token by token: text, id, whether it is supervised, and the loss there.
+
+python3 -m tests.tools.one_sample --model_path output_dir/demo/Baichuan2-tiny --test_path output_dir/demo/train.json
+"""
+
+import argparse
+from itertools import islice
+
+import torch
+
+import utils
+from data_helper import read_samples
+from support.errors import entry_point
+from support.model_directory import ModelDirectory
+
+
+@entry_point
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_path", required=True, help="directory of a model")
+    parser.add_argument("--test_path", required=True, help="file of samples, as data_helper.py writes it")
+    parser.add_argument("--number", type=int, default=1, help="of the sample in the file, from 1")
+    args = parser.parse_args(argv)
+
+    directory = ModelDirectory(args.model_path)
+    tokenizer, model = directory.tokenizer, directory.load(torch.float32)
+    samples = islice(read_samples(args.test_path), args.number - 1, args.number)
+    data = utils.RoleDataset(samples, tokenizer, max_len=512, max_src_len=256)
+    (batch,) = utils.Collator(data, packing="none", max_pack_len=512, rows_per_batch=1)([0])
+    ids = batch["input_ids"][0].tolist()
+    places, labels = batch["loss_positions"].unbind(-1)
+    logits = model(input_ids=batch["input_ids"]).logits[0].float()
+    losses = torch.nn.functional.cross_entropy(logits[places], labels, reduction="none")
+    loss_of = dict(zip((places + 1).tolist(), losses.tolist()))  # a token is predicted at the place before it
+
+    persona = len(data.personas[0])
+    print("place     id  token            supervised    loss")
+    for place, id in enumerate(ids):
+        if 3 <= place < persona - 2:
+            if place == 3:
+                print("    …         the rest of the persona")
+            continue
+        token = repr(tokenizer.convert_ids_to_tokens(id))[1:-1]
+        width = 16 - sum(ord(letter) > 0x2E80 for letter in token)  # Chinese characters are two columns wide
+        mark, loss = ("yes", f"{loss_of[place]:8.3f}") if place in loss_of else ("no", "")
+        print(f"{place:5} {id:6}  {token:{width}} {mark:10}{loss}".rstrip())
+    print(f"the loss of the sample is the mean of these {len(labels)}: {losses.mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()
