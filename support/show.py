@@ -52,10 +52,16 @@ def print_samples(data, tokenizer, path: Path):
     """Print all samples of a `utils.RoleDataset`, which was read from `path`."""
     colour = wants_colour(sys.stdout)
     for index, number in enumerate(data.numbers):
-        rest, answer = data.sample(index)
-        ids = [*data.personas[data.persona[index]], *rest.tolist()]
-        learned = len(rest) - answer
-        supervised = [place >= len(ids) - learned for place in range(len(ids))]
-        print(f"{path}, sample {number}: {len(ids)} tokens, {learned} of them supervised")
+        row, pairs = data.sample(index)
+        learned = {(place + 1, token) for place, token in pairs.tolist()}
+        ids, supervised = [], []
+        for place, id in enumerate([*row.tolist(), None]):
+            if (place, data.eos) in learned:  # ends an answer, and has no place in the row
+                ids.append(data.eos)
+                supervised.append(True)
+            if id is not None:
+                ids.append(id)
+                supervised.append((place, id) in learned)
+        print(f"{path}, sample {number}: {len(ids)} tokens, {len(pairs)} of them supervised")
         print(sample_text(tokenizer, ids, supervised, colour) + "\n")
     print(", ".join(f"{count} {name}" for name, count in data.counts.items() if count))

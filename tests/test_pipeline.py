@@ -38,7 +38,7 @@ def walk(samples, tmp_path_factory):
 
 def test_loss(directory, path) -> float:
     data = utils.RoleDataset(read_samples(path), ModelDirectory(directory).tokenizer, 512, 256)
-    rows = utils.Collator(data, "prefix", 2048, 2)(data.by_persona(torch.arange(len(data)).numpy()))
+    rows = utils.Collator(data, "tree", 2048, 2)(data.in_tree_order(torch.arange(len(data)).numpy()))
     return utils.evaluation(BaichuanForCausalLM.from_pretrained(directory).eval(), rows, "cpu", "sdpa")
 
 

@@ -34,8 +34,8 @@ def test_the_coloured_part_is_what_is_supervised(checkpoint, samples, capsys, mo
     tokenizer = ModelDirectory(checkpoint).tokenizer
     data = utils.RoleDataset(known, tokenizer, 512, 256)
     for index, (sample, text) in enumerate(zip(known, shown)):
-        rest, answer = data.sample(index)
-        assert learned(text) == tokenizer.decode(rest[answer:-1]) + "[2 </s>]" == sample["response"] + "[2 </s>]"
+        tokens = data.sample(index)[1][:, 1]
+        assert learned(text) == tokenizer.decode(tokens[:-1]) + "[2 </s>]" == sample["response"] + "[2 </s>]"
         before = f"{sample['system']}[195 <reserved_106>]{sample['prompt']}[196 <reserved_107>]"
         assert ANY_COLOUR.sub("", text).startswith(before + learned(text) + "\n")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, adapter_weights, free_port, scalars
+from conftest import FLOAT32, ROOT, adapter_weights, free_port, labelled, scalars
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import train
@@ -30,7 +30,7 @@ def launch(processes: int, arguments: list[str], **options) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def trained(train_arguments, tmp_path_factory):
-    """An epoch of 5 steps with prefix rows; `(output_dir, its adapter's directory)`."""
+    """An epoch of 5 steps with rows of trees; `(output_dir, its adapter's directory)`."""
     output = tmp_path_factory.mktemp("trained")
     train.main(train_arguments(output, "--save_model_step", 2))
     return output, output / "epoch-1-step-5"
@@ -72,10 +72,8 @@ def plain_training(
         indices = order.samples(step - 1)
         tokens, total = data.supervised_tokens(indices), 0.0
         for index in indices:
-            ids, answer = data.sample(index)
-            persona = torch.tensor(data.personas[data.persona[index]])
-            labels = torch.cat((torch.full((len(persona) + answer,), -100), ids[answer:]))
-            loss = model(torch.cat((persona, ids))[None], labels=labels[None]).loss * (len(ids) - answer) / tokens
+            ids, labels = labelled(data, index)
+            loss = model(ids[None], labels=labels[None]).loss * (labels != -100).sum() / tokens
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, clipping or math.inf).item()
@@ -165,10 +163,9 @@ def test_perplexity_is_that_of_the_saved_adapter(trained, checkpoint, few_sample
     model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), last).eval()
     total, tokens = 0.0, 0
     for index in range(len(data)):
-        ids, answer = data.sample(index)
-        ids = torch.cat((torch.tensor(data.personas[data.persona[index]]), ids))
+        ids, labels = labelled(data, index)
         logits = model(ids[None]).logits[0].log_softmax(-1)
-        places = torch.arange(len(ids) - (len(data.sample(index)[0]) - answer), len(ids))
+        (places,) = torch.nonzero(labels != -100, as_tuple=True)
         total -= logits[places - 1, ids[places]].sum().item()
         tokens += len(places)
     assert scalars(output, "ppl")[-1][1] == pytest.approx(math.exp(total / tokens), rel=1e-4)

@@ -50,7 +50,7 @@ def parse_args():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 64], help="samples a step")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way, after the untimed gradients")
-    parser.add_argument("--ways", nargs="+", default=["book", "padded", "prefix", "trainer"])
+    parser.add_argument("--ways", nargs="+", default=["book", "padded", "tree", "trainer"])
     parser.add_argument("--max_pack_len", type=int, default=1024)
     parser.add_argument("--attn_implementation", default="sdpa", choices=train.ATTENTIONS)
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
@@ -147,9 +147,9 @@ class OwnSteps:
         self.way, self.model, self.engine, self.args, self.device = way, model, engine, args, device
 
     def batches(self, data, indices):
-        packing = "prefix" if self.way == "prefix" else "none"
+        packing = "tree" if self.way == "tree" else "none"
         collator = utils.Collator(data, packing, self.args.max_pack_len, 2)
-        return collator(data.by_persona(indices) if packing == "prefix" else indices)
+        return collator(data.in_tree_order(indices) if packing == "tree" else indices)
 
     def loss(self, module, batch, tokens):
         inputs = utils.model_inputs(batch, self.device, self.args.attn_implementation)
@@ -207,10 +207,10 @@ class TrainerSteps:
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def sample(index):
-            ids, answer = data.sample(index)
-            ids = torch.cat((torch.tensor(data.personas[data.persona[index]]), ids))
-            labels = ids.clone()
-            labels[: len(ids) - len(data.sample(index)[0]) + answer] = -100
+            ids, pairs = data.sample(index)
+            ids = torch.from_numpy(np.append(ids, data.eos))
+            labels = torch.full_like(ids, -100)
+            labels[pairs[:, 0] + 1] = torch.from_numpy(pairs[:, 1])
             return {"input_ids": ids, "labels": labels}
 
         def collate(rows):
@@ -405,7 +405,7 @@ def growth(args):
                 {**s, "system": tokenizer.decode(systems[s["system"]])} for s in samples * (size // len(samples) + 1)
             )
             data = utils.RoleDataset(texts, tokenizer, 1024, 256)
-            seconds = {"padded": [], "prefix": []}
+            seconds = {"padded": [], "tree": []}
             for number in range(args.rounds + 1):
                 indices = np.random.default_rng(number).permutation(len(data))[:size]
                 for way, found in seconds.items():
@@ -437,7 +437,7 @@ def scale(args):
         before, start = peak_gib(torch.device("cpu")), time.perf_counter()
         data = utils.RoleDataset(data_helper.read_samples(many), tokenizer, 512, 256)
         tokenized = time.perf_counter() - start
-        steps = utils.Steps(data, utils.Collator(data, "prefix", 2048, 2), 8, 1, 0)
+        steps = utils.Steps(data, utils.Collator(data, "tree", 2048, 2), 8, 1, 0)
         start = time.perf_counter()
         for step in range(1000):
             steps[step]

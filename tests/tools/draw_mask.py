@@ -26,15 +26,23 @@ def main():
         model = write_model(directory)
         samples = data_helper.read_samples(f"{directory}/train.json")
         data = utils.RoleDataset(samples, ModelDirectory(model).tokenizer, 512, 256)
-    collator = utils.Collator(data, "prefix", 2048, 2)
+    collator = utils.Collator(data, "tree", 2048, 2)
     indices = utils.Steps(data, collator, step_size=8, epochs=1, seed=1234).samples(0)
     (row,) = collator(indices)
 
-    own, persona = row["segments"][0].tolist()
+    ends = row["end"][0].tolist()
     supervised = {place + 1 for place in row["loss_positions"][:, 0].tolist()}
-    kinds = ["persona" if own[i] == persona[i] else "answer" if i in supervised else "sample" for i in range(len(own))]
-    allowed = utils.prefix_mask(row["segments"])[0, 0]
-    length = len(own)
+    starts = [place for place, position in enumerate(row["position_ids"][0].tolist()) if position == 0]
+    personas = {ids for ids in map(tuple, data.personas)}
+    shared = set()
+    for start in starts:
+        length = max(
+            len(ids) for ids in personas if tuple(row["input_ids"][0, start : start + len(ids)].tolist()) == ids
+        )
+        shared |= set(range(start, start + length))
+    kinds = ["persona" if i in shared else "answer" if i in supervised else "sample" for i in range(len(ends))]
+    allowed = utils.tree_mask(row["end"])[0, 0]
+    length = len(ends)
     image = Image.new("RGB", (MARGIN + length * CELL + 20, TOP + length * CELL + 20), "white")
     draw = ImageDraw.Draw(image)
     for query in range(length):
@@ -45,13 +53,13 @@ def main():
     font = ImageFont.load_default(size=14)
     start = 0
     for end in range(1, length + 1):
-        if end == length or own[end] != own[start]:
+        if end == length or ends[end] != ends[start]:
             label = "persona" if kinds[start] == "persona" else f"sample at {row['position_ids'][0, start]}"
             y = TOP + start * CELL
             draw.line((MARGIN - 6, y, MARGIN + length * CELL, y), fill="#dddddd")
             draw.text((8, TOP + (start + end) * CELL // 2 - 8), label, fill="black", font=font)
             start = end
-    padded = 8 * max(len(data.personas[data.persona[i]]) + len(data.sample(i)[0]) for i in indices)
+    padded = 8 * max(len(data.sample(i)[0]) for i in indices)
     title = f"a step of 8 samples: {length} tokens in one row, {padded} in padded rows; each token (down) sees (across)"
     draw.text((8, 10), title, fill="black", font=font)
     image.save(ROOT / "images/prefix_mask.png", optimize=True)

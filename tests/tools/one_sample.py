@@ -36,7 +36,7 @@ def main(argv=None):
 
     persona = len(data.personas[0])
     print("place     id  token            supervised    loss")
-    for place, id in enumerate(ids):
+    for place, id in enumerate([*ids, data.eos]):
         if 3 <= place < persona - 2:
             if place == 3:
                 print("    …         the rest of the persona")
