@@ -1,6 +1,6 @@
 """Does the project work alike under every release of transformers in its range?
 
-    python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 15 minutes
+    python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 10 to 20 minutes
     python3 tests/tools/versions.py --versions 5.9.0 5.25.0   # these only, inside the range or not
     python3 tests/tools/versions.py --ci                      # the lowest, the highest and the newest of all; a minute
     python3 tests/tools/versions.py --common 5.23.0           # transformers' own tests of models, over this model
