@@ -219,11 +219,12 @@ def run(capfd, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
+def small(samples, tmp_path_factory) -> Path:
     """A working set of everything, small enough that a step takes no time: model, adapters, samples, RoleBench files."""
     place = tmp_path_factory.mktemp("small")
     sizes = ["--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "2000", "--steps", "0"]
-    stand_in.main(["--save_dir", str(place / "model"), "--data_dir", str(SAMPLE), *sizes])
+    stand_in.main(["--save_dir", str(place / "model"), "--train_path", samples[0], *sizes])
+    shutil.copy(samples[0], place / "sentences.json")
     config = json.loads((place / "model/generation_config.json").read_text())
     (place / "model/generation_config.json").write_text(json.dumps(config | {"max_new_tokens": 2}))
 
@@ -250,12 +251,12 @@ def small(tmp_path_factory) -> Path:
     (place / "rolebench").mkdir()
     for source in SAMPLE.glob("*.json*"):
         shutil.copy(source, place / "rolebench")
-    samples = [
+    two = [
         {"role": "孙悟空", "system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},
         {"role": "李白", "system": "你是李白。", "prompt": "饮酒否？", "response": "将进酒，杯莫停。"},
     ]
     for name in ("train.json", "test.json"):
-        (place / name).write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8")
+        (place / name).write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in two), encoding="utf-8")
     # Without torch_adam, whose false would have DeepSpeed compile an Adam of its own for minutes.
     optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.95], "eps": 1e-8}}
     (place / "ds.json").write_text(json.dumps(FLOAT32 | {"bf16": {"enabled": False}, "optimizer": optimizer}))
@@ -285,7 +286,7 @@ PREDICT = ("predict.py", "test.json model/*.json model/tokenizer.model",
            "--resamples 2 --data_dir {}/rolebench")  # fmt: skip
 ASK = ("web_demo.py", "rolebench/profiles* adapter/adapter_* model/*.json model/tokenizer.model",
        "--model_path {}/model --adapter_path {}/adapter --desc_path {}/rolebench/profiles-zh_desc.json --ask 你是谁？")  # fmt: skip
-STAND_IN = ("support.stand_in", "train.json", "--save_dir {}/out/stand-in --train_path {}/train.json --hidden_size 32 --steps 0 "
+STAND_IN = ("support.stand_in", "sentences.json", "--save_dir {}/out/stand-in --train_path {}/sentences.json --hidden_size 32 --steps 0 "
         "--num_hidden_layers 1 --vocab_size 2000")  # fmt: skip
 
 

@@ -104,9 +104,9 @@ def test_overflow_in_float16_is_neither_nan_nor_a_step(accelerator, train_argume
     accelerator(bf16=True, fp16=True)
     path = tmp_path / "float16.json"
     path.write_text(json.dumps(FLOAT32 | {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}}))
-    train.main(train_arguments(tmp_path / "run", "--ds_file", path, "--sample_answers", 0))
+    train.main(train_arguments(tmp_path / "run", "--ds_file", path, "--sample_answers", 0, "--num_train_epochs", 2))
     assert overflows[0] and not overflows[-1]
-    assert [step for step, _ in scalars(tmp_path / "run", "train_loss")] == list(range(1, 6))
+    assert [step for step, _ in scalars(tmp_path / "run", "train_loss")] == list(range(1, 11))
 
 
 # ---------------------------------------------------------------- the launcher's environment

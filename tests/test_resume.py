@@ -1,5 +1,6 @@
 """A run that is killed, stopped or out of disk loses nothing: resumed, it ends as if nothing had happened, bit for bit."""
 
+import itertools
 import json
 import os
 import random
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,11 +62,13 @@ def finish(run: subprocess.Popen) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def event_files_in_order():
-    """TensorBoard reads its files in the order of their names: the second, then a count, whose length must not grow."""
-    before = event_file_writer._global_uid
-    event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
-    yield
-    event_file_writer._global_uid = before
+    """TensorBoard reads its files in the order of their names, which begin with a second: a run in this process, which
+    may begin within a second of the one before, gets a later one.
+    """
+    later = itertools.count(int(time.time()) + 3600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(later)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from baichuan import BaichuanForCausalLM
+
 TOOLS = Path(__file__).parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import versions  # noqa: E402
@@ -42,3 +44,9 @@ def test_a_wrong_release_fails_the_comparison_or_is_a_warning(monkeypatch, capsy
     rows = [line.split("|")[1].strip() for line in captured.out.splitlines() if line.startswith("| 5")]
     assert rows == ["5.10.4", "5.24.1", "5.25.0"]
     assert told in captured.err and ("warning" in captured.err) == bool(told)
+
+
+def test_from_pretrained_takes_what_libraries_pass_by_name(checkpoint):
+    options = {"ignore_mismatched_sizes": False, "output_loading_info": True}
+    model, info = BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint, **options)
+    assert isinstance(model, BaichuanForCausalLM) and not info["missing_keys"]

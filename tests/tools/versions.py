@@ -1,6 +1,6 @@
 """Does the project work alike under every release of transformers in its range?
 
-    python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 15 minutes
+    python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 10 to 20 minutes
     python3 tests/tools/versions.py --versions 5.9.0 5.25.0   # these only, inside the range or not
     python3 tests/tools/versions.py --ci                      # the lowest, the highest and the newest of all; a minute
     python3 tests/tools/versions.py --common 5.23.0           # transformers' own tests of models, over this model
@@ -70,54 +70,42 @@ def environment(version: str, envs_dir: Path, *packages: str) -> dict[str, str]:
 
 
 def run(env: dict, *command) -> tuple[str, str]:
-    """(what a Python command printed, "" or what was wrong)."""
+    """(what a Python command printed last, "" or what was wrong)."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
-    output = done.stdout.strip()
-    if not done.returncode and output:
-        return output, ""
-    last = (done.stderr.strip() or output or "printed nothing").splitlines()[-1]
-    script = command[1] if command[0] == "-m" else Path(command[0]).name
-    return output, f"{script}: status {done.returncode}: {last}"
+    printed = done.stdout.strip().splitlines() or [""]
+    if done.returncode or not printed[-1]:
+        return "", f"status {done.returncode}: {(done.stderr.strip().splitlines() or printed)[-1]}"
+    return printed[-1], ""
 
 
 def same_answers(env: dict) -> dict[str, str]:
-    output, problem = run(env, TOOLS / "same_answers.py")
-    return {"comparison": problem} if problem else json.loads(output.splitlines()[-1])
+    printed, problem = run(env, TOOLS / "same_answers.py")
+    return {"comparison": problem} if problem else json.loads(printed)
+
+
+WALK = """
+import importlib, json, sys
+for script, arguments in json.loads(sys.argv[1]):
+    if status := importlib.import_module(script).main(arguments):
+        sys.exit(f"{script}: status {status}")
+"""  # one process: to import torch, transformers and gradio five times would take most of the time
 
 
 def walk(env: dict) -> str:
     """Data, stand-in, 4 steps of training, merging, one answer; "ok" or what was wrong."""
     with TemporaryDirectory() as scratch:
-        scratch, sample = Path(scratch), "data/sample"
-        train, test = scratch / "train.json", scratch / "test.json"
-        model, merged, question = scratch / "Baichuan2-tiny", scratch / "merged", "你的金箍棒有多重？"
-        run(env, "data_helper.py", "--data_dir", sample, "--roles", "all", "--train_path", train, "--test_path", test)
-        for path in (train, test):  # 8 samples, 2 a step
-            path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
-        sizes = ("--hidden_size", 64, "--num_hidden_layers", 2, "--vocab_size", 2000, "--steps", 0)
-        data = ("--train_path", train, "--test_path", test, "--model_name_or_path", model)
-        steps = (
-            "--per_device_train_batch_size",
-            2,
-            "--gradient_accumulation_steps",
-            1,
-            "--sample_answers",
-            0,
-            "--output_dir",
-            scratch / "run",
-        )
-        parts = ("--ori_model_dir", model, "--model_dir", scratch / "run/epoch-1-step-4", "--save_model_dir", merged)
-        page = ("--model_path", merged, "--desc_path", f"{sample}/profiles-zh_desc.json", "--device", "cpu")
-        for command in (
-            ("-m", "support.stand_in", "--save_dir", model, "--train_path", train, *sizes),
-            ("train.py", *data, *steps),
-            ("merge_params.py", *parts),
-            ("web_demo.py", *page, "--ask", question, "--role", "孙悟空"),
-        ):
-            _, problem = run(env, *command)
-            if problem:
-                return problem
-    return "ok"
+        model, merged, sample = f"{scratch}/Baichuan2-tiny", f"{scratch}/merged", f"{ROOT}/data/sample"
+        data = f"--train_path {scratch}/train.json --test_path {scratch}/test.json"
+        scripts = {
+            "data_helper": f"--data_dir {sample} --roles all {data}",
+            "support.stand_in": f"--save_dir {model} --train_path {scratch}/train.json --hidden_size 64 --vocab_size 2000 --steps 0",
+            "train": f"{data} --model_name_or_path {model} --output_dir {scratch}/run --sample_answers 0 "
+            "--per_device_train_batch_size 50 --gradient_accumulation_steps 1",  # 4 steps
+            "merge_params": f"--ori_model_dir {model} --model_dir {scratch}/run/epoch-1-step-4 --save_model_dir {merged}",
+            "web_demo": f"--model_path {merged} --desc_path {sample}/profiles-zh_desc.json --device cpu --role 李白 --ask 你是谁？",
+        }
+        commands = [(script, arguments.split()) for script, arguments in scripts.items()]
+        return run(env, "-c", WALK, json.dumps(commands))[1] or "ok"
 
 
 def problems(row: dict[str, str]) -> dict[str, str]:
