@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, main, persona, read_profiles, read_samples, without_address
+from data_helper import PERSONA, main, persona, read_characters, read_profiles, read_samples, without_address
 from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +38,19 @@ def write_lines(path, *rows):
 
 def files_below(directory):
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def names_of(role):
+    """As the sample's profiles have them."""
+    return [role, *read_characters(SAMPLE / "profiles-zh_desc.json").get(role, {}).get("names", [])]
+
+
+def without_messages(sample):
+    """A sample that was read, as data_helper.py writes a question; the two say the same."""
+    question, answer = sample["messages"]
+    assert question == {"role": "user", "content": sample["prompt"]}
+    assert answer == {"role": "assistant", "content": sample["response"]}
+    return {key: text for key, text in sample.items() if key != "messages"}
 
 
 class Run:
@@ -126,7 +139,7 @@ CUT = [
     ("皇帝", "陛下殿下，您安好吗？", "您安好吗？"),
     ("华妃", "华妃娘娘，冷吗？", "冷吗？"),
     ("华妃", "华妃殿下，冷吗？", "冷吗？"),
-    ("诸葛亮", "诸葛亮先生，冷吗？", "冷吗？"),  # a role that the table of names does not have
+    ("诸葛亮", "诸葛亮先生，冷吗？", "冷吗？"),  # a role that the sample does not have
     ("A.I. (v1)", "A.I. (v1), ready?", "ready?"),
 ]
 WHOLE = [
@@ -148,12 +161,12 @@ WHOLE = [
 
 @pytest.mark.parametrize("role, question, prompt", CUT + [(role, whole, whole) for role, whole in WHOLE])
 def test_an_address_and_nothing_else_is_cut(role, question, prompt):
-    assert without_address(question, role) == prompt
+    assert without_address(question, names_of(role)) == prompt
 
 
 def test_a_question_of_titles_alone_takes_no_time():
     question = "张飞" + "将军" * 50_000
-    assert without_address(question, "张飞") == question
+    assert without_address(question, names_of("张飞")) == question
 
 
 # ---------------------------------------------------------------- roles, draws, order
@@ -255,7 +268,7 @@ def test_rolebench_addresses(data_dir):
     cut, whole = Counter(), []
     for name in (NAMES[0], NAMES[2]):
         for number, row in enumerate(read_lines(data_dir / name), start=1):
-            prompt = without_address(row["question"], row["role"])
+            prompt = without_address(row["question"], names_of(row["role"]))
             assert prompt and row["question"].endswith(prompt)
             if prompt == row["question"]:
                 whole.append((name, number))
@@ -336,9 +349,6 @@ BAD_FILES = [  # (file, its bytes or None for no file, what follows the file's n
     (GENERAL, (GOOD + "\n" + GOOD).encode() + b"\xff", ":2: ", "is not UTF-8"),
     (GENERAL, GOOD.encode("utf-16"), ":1: ", "is not UTF-8"),
     (GENERAL, ("\ufeff" + GOOD).encode(), ":1: ", "without BOM"),
-    (GENERAL, b"", ": ", "is empty"),
-    (GENERAL, b" \n\r\n", ": ", "is empty"),
-    (GENERAL, None, ": ", "No such file"),
     (PROFILES, None, ": ", "No such file"),
     (PROFILES, b"", ": ", "is empty"),
     (PROFILES, '{"李白": "爱酒"}'.encode("gbk"), ":1: ", "is not UTF-8"),
@@ -375,6 +385,7 @@ def test_all_problems_are_told_together(run):
     (run.data / PROFILES).write_text('{\n"李白": "爱酒",\n"张飞": ""\n}', encoding="utf-8")
     (run.data / NAMES[0]).write_text(f'{{\n{GOOD}\n{{"role": 1, "question": ""}}\n', encoding="utf-8")
     (run.data / NAMES[2]).unlink()
+    (run.data / NAMES[2]).mkdir()
     (run.data / NAMES[3]).write_bytes(b"\xff")
     starts = [
         "--max_responses 0: ",
@@ -461,7 +472,7 @@ def test_what_is_no_problem(run):
 
 def test_samples_are_read_as_they_were_written(run):
     train, _ = run(data_dir=SAMPLE, roles=["all"])
-    assert list(read_samples(run.train)) == train and len(train) == 204
+    assert [without_messages(sample) for sample in read_samples(run.train)] == train and len(train) == 204
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
@@ -472,7 +483,7 @@ def test_older_files_are_read(tmp_path, layout):
     ]
     path = tmp_path / "old.json"
     write_lines(path, *rows) if layout == "lines" else path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    assert list(read_samples(path)) == [
+    assert [without_messages(sample) for sample in read_samples(path)] == [
         {"role": "", "system": "你是李白。", "prompt": "好吗？", "response": "好"},
         {"role": "", "system": "", "prompt": "写一首诗。", "response": "床前"},
     ]
@@ -629,7 +640,7 @@ def test_sample_questions_and_answers():
     assert sum(len(row["generated"]) > 1 for row in train) == 5
     assert len({(row["role"], row["question"]) for row in train}) == len(train)
     for row in read_lines(SAMPLE / NAMES[0]) + read_lines(SAMPLE / NAMES[2]):  # every one opens with an address
-        assert without_address(row["question"], row["role"]) != row["question"]
+        assert without_address(row["question"], names_of(row["role"])) != row["question"]
 
 
 def test_sample_test_questions_rephrase_training_questions():

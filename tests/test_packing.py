@@ -107,7 +107,10 @@ def test_older_keys_and_arrays_give_the_same_samples(loaded, tmp_path):
     first, second = (dataset(loaded, data_helper.read_samples(path)) for path in (lines, array))
     assert first.ids.tolist() == second.ids.tolist() and first.personas == second.personas
     array.write_text(json.dumps([{"instruction": "你是谁？", "input": "", "output": "我。"}]))
-    assert next(data_helper.read_samples(array)) == {"role": "", "system": "", "prompt": "你是谁？", "response": "我。"}
+    sample = next(data_helper.read_samples(array))
+    assert {key: sample[key] for key in ("role", "system", "prompt", "response")} == {
+        **{"role": "", "system": "", "prompt": "你是谁？", "response": "我。"}
+    }
 
 
 @pytest.mark.parametrize(
