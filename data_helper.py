@@ -1,12 +1,13 @@
-"""RoleBench files become data/train.json and data/test.json: one sample a line, ready for train.py.
+"""Recorded dialogues become data/train.json and data/test.json: one sample a line, ready for train.py.
 
-    python3 data_helper.py                                     # 孙悟空, 李白 and 张飞, from the files in data/
+    python3 data_helper.py                                     # 孙悟空, 李白 and 张飞, from RoleBench's files in data/
     python3 data_helper.py --download                          # the same, after fetching the files data/ lacks
     python3 data_helper.py --data_dir data/sample --roles all  # the five roles of the sample in this repository
     python3 data_helper.py --show 3                            # three samples as the model will see them
+    python3 data_helper.py --conversations mine.json           # conversations of your own, of several rounds
 
-A sample is {"role", "system", "prompt", "response"}: a role's persona text, a question and one recorded answer to it.
-data/README.md describes the files.
+A sample is {"role", "system", "prompt", "response"}: a role's persona text, a question and one recorded answer to it;
+or {"role", "system", "messages"}, a conversation. data/README.md describes the files.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from itertools import islice
 from pathlib import Path
 
 from support.arguments import ArgumentParser
-from support.errors import UserError, entry_point
+from support.errors import Problems, UserError, entry_point
 from support.files import whole_files
-from support.json_files import parse_object, read_text, text_problem
+from support.profiles import read_characters, read_profiles  # noqa: F401
+from support.samples import read_rows, read_samples
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.
@@ -32,15 +34,9 @@ PERSONA = (
     "任何时候都不要说自己是语言模型或人工智能。话要说得自然：不要冗长啰嗦，也不要生硬刻板。"
 )
 
-# What people call a role besides its own name, and the titles that may follow: 张将军, 李白先生, 齐天大圣孙悟空.
-OTHER_NAMES = {
-    "孙悟空": ["悟空", "孙大圣", "大圣", "齐天大圣", "美猴王", "孙行者", "猴哥"],
-    "李白": ["李太白", "太白", "李先生", "李翰林", "诗仙"],
-    "张飞": ["张翼德", "翼德", "张将军", "三将军", "将军", "张三爷", "三爷"],
-    "皇帝": ["皇上", "陛下", "圣上", "万岁", "万岁爷"],
-    "华妃": ["华贵妃", "年世兰", "世兰", "娘娘", "贵妃娘娘"],
-}
+# The titles that may follow a role's name: 张将军, 李白先生, 齐天大圣孙悟空.
 TITLES = ["先生", "将军", "大圣", "娘娘", "殿下", "陛下", "大人", "阁下", "老师", "诗人", "大哥", "兄"]
+
 
 HUB_DATASET = "ZenMoore/RoleBench"
 HUB_FILES = {  # name in --data_dir: name in the dataset
@@ -50,11 +46,10 @@ HUB_FILES = {  # name in --data_dir: name in the dataset
     "rolebench-zh_general_test.jsonl": "rolebench-zh/general/test.jsonl",
     "profiles-zh_desc.json": "profiles-zh/desc.json",
 }
-MOST_PROBLEMS = 20  # lines printed at most: a file in the wrong format would otherwise print thousands
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Turn RoleBench files into the samples that train.py reads.")
+    parser = ArgumentParser(description="Turn recorded dialogues into the samples that train.py reads.")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="directory of the RoleBench files")
     parser.add_argument(
         "--desc_path",
@@ -63,13 +58,26 @@ def parse_args(argv=None):
         help="JSON file of the profiles, {role: profile} (default: profiles-zh_desc.json in --data_dir)",
     )
     parser.add_argument(
+        "--conversations", nargs="+", type=Path, default=[], help="files of conversations, instead of RoleBench's"
+    )
+    parser.add_argument("--test_conversations", nargs="+", type=Path, default=[], help="files of them for the test")
+    parser.add_argument(
+        "--merge_turns", action="store_true", help="join turns of the same speaker that follow each other"
+    )
+    parser.add_argument(
+        "--test_share", type=float, default=0.1, help="part of the samples kept for the test if no file is for it"
+    )
+    parser.add_argument(
         "--train_path", type=Path, default=Path("data/train.json"), help="file for the training samples, replaced"
     )
     parser.add_argument(
         "--test_path", type=Path, default=Path("data/test.json"), help="file for the test samples, replaced"
     )
     parser.add_argument(
-        "--roles", nargs="+", default=["孙悟空", "李白", "张飞"], help="names of the roles to keep, or all"
+        "--roles",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        help="names of the roles to keep, or all (default: 孙悟空 李白 张飞; of --conversations all)",
     )
     parser.add_argument(
         "--max_responses", type=int, default=2, help="number of recorded answers drawn for a question, at most"
@@ -88,6 +96,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if "desc_path" not in args:
         args.desc_path = args.data_dir / "profiles-zh_desc.json"
+    if "roles" not in args:
+        args.roles = ["all"] if args.conversations else ["孙悟空", "李白", "张飞"]
     return args
 
 
@@ -99,138 +109,59 @@ def persona(role: str, description: str) -> str:
     return PERSONA.format(role=role, description=description)
 
 
+def with_system(system: str, messages: list[dict]) -> list[dict]:
+    """The messages that `messages_to_ids` lays out; without a system text there is no system message."""
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
 def conversation(system: str, prompt: str) -> list[dict]:
-    """A question as the messages that `messages_to_ids` lays out; without a system text there is no system message."""
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    return messages if system else messages[1:]
+    """A question as a conversation, for `messages_to_ids`."""
+    return with_system(system, [{"role": "user", "content": prompt}])
 
 
-def without_address(question: str, role: str) -> str:
+def rounds(sample: dict):
+    """Yield (conversation up to a question, recorded answer) for every answer of a sample that is to be trained."""
+    for place, turn in enumerate(sample["messages"]):
+        if turn["role"] == "assistant" and turn.get("train", True):
+            yield with_system(sample["system"], sample["messages"][:place]), turn["content"]
+
+
+def without_address(question: str, names: list[str]) -> str:
     """Cut off the form of address that opens `question`: a name of the role, titles, then a comma, colon or "!".
 
     "孙大圣，你为何下山，去往何处？" becomes "你为何下山，去往何处？". A clause that only begins with the name
     ("张飞将来巡视，…"), a list ("张飞、关羽谁更勇？") and a question that is nothing but an address stay whole.
     """
-    names = "|".join(map(re.escape, [role, *OTHER_NAMES.get(role, [])]))
+    names = "|".join(map(re.escape, names))
     titles = "|".join(TITLES)
     address = re.match(rf"\s*(?:尊敬的|亲爱的)?(?:{names})(?:{names}|{titles}){{0,3}}\s*[，,：:！!]\s*", question)
     rest = question[address.end() :] if address else question
     return rest if any(map(str.isalnum, rest)) else question
 
 
-def samples(row: dict, role_specific: bool, description: str, max_responses: int, seed: int) -> list[dict]:
+def samples(row: dict, role_specific: bool, character: dict, max_responses: int, seed: int) -> list[dict]:
     """The samples of one RoleBench line. But for the address, its text stays as it is, white space at the ends too."""
     role, question, answers = row["role"], row["question"], row["generated"]
     generator = random.Random(f"{seed} {role} {question}")  # its own, so its draw does not depend on what else is kept
     drawn = sorted(generator.sample(range(len(answers)), min(max_responses, len(answers))))
-    prompt = without_address(question, role) if role_specific else question
-    system = persona(role, description)
+    prompt = without_address(question, [role, *character["names"]]) if role_specific else question
+    system = persona(role, character["description"])
     return [{"role": role, "system": system, "prompt": prompt, "response": answers[i]} for i in drawn]
-
-
-# ---------------------------------------------------------------- reading, with all problems found before any is told
-
-
-def read_profiles(path: str | Path) -> dict[str, str]:
-    """Read {role: profile}. Raises: UserError with every problem of the file."""
-    text = read_text(path)
-    profiles = parse_object(text, path)
-    problems = [] if profiles else [f'{path}:1: holds no role: write {{"role": "profile"}}']
-    for role, profile in profiles.items():
-        key = re.search(re.escape(json.dumps(role, ensure_ascii=False)) + r"\s*:", text)
-        line = text.count("\n", 0, key.start()) + 1 if key else 1
-        found = {"the role": text_problem(role), "the profile of": text_problem(profile)}
-        problems += [f"{path}:{line}: {what} {role[:20]!r} {problem}" for what, problem in found.items() if problem]
-    if problems:
-        raise UserError(*problems)
-    return profiles
-
-
-def read_rows(path: str | Path, profiles: dict[str, str] | None) -> list[dict]:
-    """Read one RoleBench file; blank lines are skipped. Every role needs a profile, unless `profiles` is None.
-
-    Raises: UserError with every problem of every line.
-    """
-    rows, problems, strangers = [], [], set()
-    for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines() would also cut at U+2028
-        if not line.strip():
-            continue
-        try:
-            row = parse_object(line, path, number)
-        except UserError as error:
-            problems += error.problems
-            continue
-        wrong, role = row_problems(row), row.get("role")
-        if not wrong and profiles is not None and role not in profiles and role not in strangers:
-            strangers.add(role)  # told once a file, since a missing profile concerns hundreds of lines
-            wrong = [f"the role {role[:20]!r} has no profile: correct the name, or add a profile to --desc_path"]
-        problems += [f"{path}:{number}: {problem}" for problem in wrong]
-        rows.append(row)
-    if problems:
-        raise UserError(*problems)
-    return rows
-
-
-def row_problems(row: dict) -> list[str]:
-    """What is wrong with the object of one line. Keys that are not used here, such as "type", may hold anything."""
-    texts = {'"role"': row.get("role"), '"question"': row.get("question")}
-    answers, problems = row.get("generated"), []
-    if isinstance(answers, list) and answers:
-        texts |= {f'answer {number} of "generated"': answer for number, answer in enumerate(answers, start=1)}
-    else:
-        problems.append('"generated" is missing or holds no list of answers: write "generated": ["…"]')
-    return problems + [f"{what} {problem}" for what, text in texts.items() if (problem := text_problem(text))]
-
-
-def read_samples(path: str | Path):
-    """Yield the samples {"role", "system", "prompt", "response"} of a file that this script wrote, or of an older one.
-
-    Older files have the keys instruction (the system text), input and output; without an input, the instruction is
-    the question. A file is JSON lines, read as they come, or one JSON array, which has to fit into memory.
-
-    Raises:
-        UserError: at the first line that is no sample.
-    """
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # a wrong byte is found in its line
-        array = file.read(1) == "["
-        file.seek(0)
-        if array:
-            records = parse_object('{"samples": ' + file.read() + "}", path)["samples"]
-            for number, record in enumerate(records, start=1):
-                yield as_sample(record, f"{path}: sample {number}")
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield as_sample(parse_object(line.rstrip("\n"), path, number), f"{path}:{number}")
-
-
-def as_sample(record, place: str) -> dict[str, str]:
-    """Check one record and give it today's keys. Raises: UserError, which names the place."""
-    if not isinstance(record, dict):
-        raise UserError(f'{place}: is not a JSON object: write {{"system": …, "prompt": …, "response": …}}')
-    sample = {"role": record.get("role", "")}
-    for key, older in (("system", "instruction"), ("prompt", "input"), ("response", "output")):
-        sample[key] = record.get(key, record.get(older))
-    if sample["prompt"] == "" and "instruction" in record:
-        sample["system"], sample["prompt"] = "", sample["system"]
-    for key, text in sample.items():
-        if (problem := text_problem(text)) and not (key in ("role", "system") and text == ""):
-            raise UserError(f'{place}: "{key}" {problem}')
-    sample["messages"] = conversation("", sample["prompt"]) + [{"role": "assistant", "content": sample["response"]}]
-    return sample
 
 
 def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[str]]:
     """A few short questions for each role, from the training file beside its description if there is one."""
     try:
+        characters = read_characters(desc_path)
         rows = read_rows(Path(desc_path).parent / "rolebench-zh_role_specific_train.jsonl", None)
     except UserError:  # the page can do without
-        rows = []
+        characters, rows = {}, []
     examples = {role: [] for role in roles}
     for row in rows:
-        question = without_address(row["question"], row["role"])
-        if len(question) <= 30 and len(examples.get(row["role"], range(count))) < count:
-            examples[row["role"]].append(question)
+        if (role := row["role"]) in examples:
+            question = without_address(row["question"], [role, *characters[role]["names"]])
+            if len(question) <= 30 and len(examples[role]) < count:
+                examples[role].append(question)
     return examples
 
 
@@ -266,35 +197,105 @@ def download(data_dir: Path) -> None:
 # ---------------------------------------------------------------- the script
 
 
-def read_all(args) -> tuple[dict[str, str], dict[str, list[dict]]]:
-    """The profiles, and the rows of each file by its name. Raises: UserError with every problem of flags and files."""
-    paths = {name: args.data_dir / name for name in HUB_FILES if name.startswith("rolebench")}
-    profiles, rows, problems = None, {}, []
+def flag_problems(args) -> list[str]:
+    """What is wrong with the flags by themselves."""
+    problems = []
     if args.max_responses < 1:
         problems.append(f"--max_responses {args.max_responses}: is less than 1: give at least 1")
-    taken = {os.path.realpath(path) for path in [args.desc_path, *paths.values()]}
+    if not 0 < args.test_share < 1:
+        problems.append(f"--test_share {args.test_share}: is not between 0 and 1: give a part, such as 0.1")
+    if not args.conversations and (args.test_conversations or args.merge_turns):
+        problems.append("--test_conversations and --merge_turns: belong to --conversations: add it, or leave them out")
+    inputs = [args.desc_path, *args.conversations, *args.test_conversations, *rolebench_paths(args).values()]
+    taken = set(map(os.path.realpath, inputs))
     for flag, path in (("--train_path", args.train_path), ("--test_path", args.test_path)):
         if path.is_dir() or os.path.realpath(path) in taken:
             problems.append(f"{flag} {path}: is a directory, an input or the other output: choose another path")
         taken.add(os.path.realpath(path))
+    return problems
 
-    try:
-        profiles = read_profiles(args.desc_path)
-        advice = f"has no profile in {args.desc_path}: choose from {', '.join(profiles)}, all"
-        problems += [f"--roles {role}: {advice}" for role in args.roles if role not in {*profiles, "all"}]
-    except UserError as error:
-        problems += error.problems
-    for name, path in paths.items():
-        try:
-            rows[name] = read_rows(path, profiles)
-        except UserError as error:
-            problems += error.problems
 
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
-    if problems:
-        raise UserError(*problems)
-    return profiles, rows
+def rolebench_paths(args) -> dict[str, Path]:
+    return {name: args.data_dir / name for name in HUB_FILES if name.startswith("rolebench")}
+
+
+def from_rolebench(args) -> dict[str, list[dict]]:
+    """The samples for training and test. Raises: UserError with every problem of flags and files."""
+    with Problems() as problems:
+        problems += flag_problems(args)
+        characters = problems.of(read_characters, args.desc_path) or {}
+        advice = f"has no profile in {args.desc_path}: choose from {', '.join(characters)}, all"
+        problems += [
+            f"--roles {role}: {advice}" for role in args.roles if characters and role not in {*characters, "all"}
+        ]
+        paths = {name: path for name, path in rolebench_paths(args).items() if path.exists()}
+        rows = {name: problems.of(read_rows, path, characters or None) for name, path in paths.items()}
+        if not paths:
+            problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
+    roles = characters if "all" in args.roles else args.roles
+    written = {"train": [], "test": []}  # in the order of the files: train.py shuffles every epoch itself
+    for name, file_rows in rows.items():
+        split = written["train" if name.endswith("train.jsonl") else "test"]
+        for row in file_rows:
+            if (role := row["role"]) in roles:
+                split += samples(row, "role_specific" in name, characters[role], args.max_responses, args.seed)
+    return written
+
+
+def from_conversations(args) -> dict[str, list[dict]]:
+    """The samples for training and test, each once. Raises: UserError with every problem of flags and files."""
+    written, seen, merged, twice, strangers = {"train": [], "test": []}, set(), Counter(), 0, set()
+    with Problems() as problems:
+        problems += flag_problems(args)
+        characters = (problems.of(read_characters, args.desc_path) or {}) if args.desc_path.exists() else {}
+        files = [("train", path) for path in args.conversations] + [("test", path) for path in args.test_conversations]
+        for split, path in files:
+            for sample in read_samples(path, merged if args.merge_turns else None, problems):
+                role, system = sample["role"], sample["system"]
+                if role not in args.roles and "all" not in args.roles:
+                    continue
+                if role and not system and role in characters:
+                    system = persona(role, characters[role]["description"])
+                elif role and not system and role not in strangers:
+                    strangers.add(role)
+                    problems.append(
+                        f"{path}: {role[:20]!r} has no system text and no profile in {args.desc_path}: add one"
+                    )
+                sample = {"role": role, "system": system, "messages": sample["messages"]}
+                text = json.dumps(sample)
+                twice += text in seen
+                written[split] += [sample] * (text not in seen)
+                seen.add(text)
+    number = sum(map(len, written.values()))
+    print(f"{number + twice:,} conversations read, {twice:,} of them exact duplicates, which are left out")
+    if args.merge_turns:
+        print(f"{merged['turns']:,} turns joined with the turn of the same speaker before them")
+    return written
+
+
+def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
+    """Part samples into those for training and those for the test, drawn with `seed`.
+
+    Samples that open with the same question stay together; those that are more than the share stay in training.
+    """
+    opening = [sample.get("prompt") or sample["messages"][0]["content"] for sample in samples]
+    counts, held_out = Counter(opening), set()
+    if len(counts) == 1:
+        raise UserError(
+            "all samples ask the same, so that none can be split off for the test: add others, or a test file"
+        )
+    room = max(min(counts.values()), round(share * len(samples)))
+    for question in sorted(counts, key=lambda question: random.Random(f"{seed} {question}").random()):
+        if counts[question] <= room:
+            held_out.add(question)
+            room -= counts[question]
+    written = {"train": [], "test": []}
+    for sample, question in zip(samples, opening):
+        written["test" if question in held_out else "train"].append(sample)
+    print(
+        f"no samples for the test: {len(written['test']):,} of {len(samples):,} samples were split off, by their first question (--test_share)"
+    )
+    return written
 
 
 def show(args):
@@ -317,20 +318,14 @@ def main(argv=None):
         return
     if args.download:
         download(args.data_dir)
-    profiles, rows = read_all(args)
-    roles = list(profiles) if "all" in args.roles else list(dict.fromkeys(args.roles))
-
-    # In the order of the files, role-specific lines first: train.py shuffles every epoch itself.
-    written = {"train": [], "test": []}
-    for name, file_rows in rows.items():
-        split = written["train" if name.endswith("train.jsonl") else "test"]
-        for row in file_rows:
-            if (role := row["role"]) in roles:
-                split += samples(row, "role_specific" in name, profiles[role], args.max_responses, args.seed)
+    written = from_conversations(args) if args.conversations else from_rolebench(args)
+    if written["train"] and not written["test"]:
+        written = split_off(written["train"], args.test_share, args.seed)
     for split, lines in written.items():
         if not lines:
+            source = ", ".join(map(str, args.conversations or [args.data_dir]))
             raise UserError(
-                f"{args.data_dir}: no {split} line is of {', '.join(roles)}: add some, or choose other --roles"
+                f"{source}: no {split} line is of {', '.join(args.roles)}: add some, or choose other --roles"
             )
 
     with whole_files(args.train_path, args.test_path) as handles:
@@ -339,8 +334,8 @@ def main(argv=None):
 
     counts = [Counter(sample["role"] for sample in lines) for lines in written.values()]
     print("  train    test  samples")
-    for role in roles:
-        print(f"{counts[0][role]:7,} {counts[1][role]:7,}  {role}")
+    for role in counts[0] | counts[1]:
+        print(f"{counts[0][role]:7,} {counts[1][role]:7,}  {role or '(no role)'}")
     print(f"{counts[0].total():7,} {counts[1].total():7,}  written to {args.train_path} and {args.test_path}")
 
 

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.generation_utils import messages_to_ids
-from data_helper import persona, read_samples
+from data_helper import persona, read_samples, with_system
 from support.adapter import Update, digest, misfits, read_adapter, refuse_second_merge
 from support.arguments import ArgumentParser
 from support.comparison import Agreement, compare, compute_in_float32, logits_of
@@ -33,6 +33,7 @@ from support.model_directory import (
     pick_device,
     write_weights,
 )
+from support.samples import as_sample
 
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
@@ -126,17 +127,16 @@ def open_base(path: Path) -> ModelDirectory:
 
 
 def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]:
-    """Samples to compare on: their ids, laid out as in training, and their questions. Raises: UserError."""
+    """Samples to compare on: their ids, laid out as in training, and their first questions. Raises: UserError."""
     if args.probe_path and not args.probe_path.is_file():
         raise UserError(f"--probe_path {args.probe_path}: there is no such file: data_helper.py writes such files")
-    samples = list(read_samples(args.probe_path)) if args.probe_path else PROBES
+    samples = list(read_samples(args.probe_path)) if args.probe_path else [as_sample(probe, "") for probe in PROBES]
     if args.probes < 1 or not samples:
         raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")
     samples = samples[:: -(-len(samples) // args.probes)]
-    layout = (("system", "system"), ("user", "prompt"), ("assistant", "response"))
-    messages = [[{"role": role, "content": sample[key]} for role, key in layout] for sample in samples]
-    ids = [messages_to_ids(base.tokenizer, conversation)[:PROBE_LENGTH] for conversation in messages]
-    return ids, [sample["prompt"] for sample in samples]
+    conversations = [with_system(sample["system"], sample["messages"]) for sample in samples]
+    ids = [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
+    return ids, [sample["messages"][0]["content"] for sample in samples]
 
 
 # ---------------------------------------------------------------- merging

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from baichuan.generation_utils import Answer, answer_batch, greedy
-from data_helper import conversation, read_rows, read_samples, without_address
+from data_helper import conversation, read_rows, read_samples
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point
 from support.files import put_on_disk
@@ -90,16 +90,15 @@ def read_questions(test_path: Path, data_dir: Path) -> list[Question]:
 
 
 def question_kinds(data_dir: Path):
-    """A function (role, prompt) → kind. The samples do not say it; the RoleBench files they were made from do."""
+    """A function (role, prompt) → kind. The samples do not say it; the RoleBench files they were made from do.
+
+    A prompt is the end of its question, since data_helper.py cuts the address off that a question may open with.
+    """
     files = [data_dir / f"rolebench-zh_role_specific_{split}.jsonl" for split in ("test", "train")]
-    if not any(file.exists() for file in files):
+    rows = [row for file in files if file.exists() for row in read_rows(file, None)]
+    if not rows:
         return lambda role, prompt: ""
-    specific = {
-        (row["role"], without_address(row["question"], row["role"]))
-        for file in files
-        if file.exists()
-        for row in read_rows(file, None)
-    }
+    specific = {(row["role"], row["question"][start:]) for row in rows for start in range(len(row["question"]))}
     return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
 
 

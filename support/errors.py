@@ -19,6 +19,9 @@ class OneProcessError(UserError):
     """A problem that other processes of the run may not have. Each process that has it prints it."""
 
 
+MOST_PROBLEMS = 20  # lines told at most: a file in the wrong format would otherwise print thousands
+
+
 class Problems(list):
     """All that is wrong at the start, told together: used as a context, it raises a UserError if anything was found.
 
@@ -38,7 +41,8 @@ class Problems(list):
 
     def __exit__(self, kind, *_):
         if self and kind is None:
-            raise UserError(*self)
+            more = len(self) - MOST_PROBLEMS
+            raise UserError(*self[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
 
 
 def entry_point(main):

@@ -19,8 +19,8 @@ def text_problem(value) -> str | None:
     return None
 
 
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file that is not empty. Raises: UserError."""
+def read_text(path: str | Path, may_be_empty: bool = False) -> str:
+    """Read a UTF-8 file. Raises: UserError, where it is empty too unless it may be."""
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-8")
@@ -29,7 +29,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: is not UTF-8: save the file in that encoding") from None
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         raise UserError(f"{path}: is empty: fill it, or delete it and fetch it with --download")
     return text
 

@@ -7,7 +7,6 @@ tensors under the same names, the same JSON files. It is pre-trained on the sing
 answer belongs to which question: that is left for train.py to teach.
 """
 
-import json
 import os
 import random
 import re
@@ -25,6 +24,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from support.arguments import ArgumentParser, number_problems
 from support.errors import UserError, entry_point
 from support.files import whole_directory, writing
+from support.samples import read_samples
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
 SYMBOLS = [
@@ -52,13 +52,9 @@ def parse_args(argv=None):
 
 def read_sentences(train_path: str) -> list[str]:
     """The sentences of personas, questions and answers, each by itself, without repetition. Raises: UserError."""
-    try:
-        with open(train_path, encoding="utf-8") as file:
-            samples = [json.loads(line) for line in file]
-        personas = "\n".join(dict.fromkeys(sample["system"] for sample in samples))
-        texts = [text for sample in samples for text in (sample["prompt"], sample["response"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{train_path}: holds no samples as data_helper.py writes them: {error}") from None
+    samples = list(read_samples(train_path))
+    personas = "\n".join(dict.fromkeys(sample["system"] for sample in samples))
+    texts = [message["content"] for sample in samples for message in sample["messages"]]
     sentences = re.findall(r"[^。\n]+。?\n?", personas)  # whole, they would be several times as long as all else
     return list(dict.fromkeys(sentences + texts))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, main, persona, read_profiles, read_samples, without_address
+from data_helper import PERSONA, main, persona, read_characters, read_profiles, read_samples, rounds, without_address
 from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +38,19 @@ def write_lines(path, *rows):
 
 def files_below(directory):
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def names_of(role):
+    """As the sample's profiles have them."""
+    return [role, *read_characters(SAMPLE / "profiles-zh_desc.json").get(role, {}).get("names", [])]
+
+
+def without_messages(sample):
+    """A sample that was read, as data_helper.py writes a question; the two say the same."""
+    question, answer = sample["messages"]
+    assert question == {"role": "user", "content": sample["prompt"]}
+    assert answer == {"role": "assistant", "content": sample["response"]}
+    return {key: text for key, text in sample.items() if key != "messages"}
 
 
 class Run:
@@ -126,7 +139,7 @@ CUT = [
     ("皇帝", "陛下殿下，您安好吗？", "您安好吗？"),
     ("华妃", "华妃娘娘，冷吗？", "冷吗？"),
     ("华妃", "华妃殿下，冷吗？", "冷吗？"),
-    ("诸葛亮", "诸葛亮先生，冷吗？", "冷吗？"),  # a role that the table of names does not have
+    ("诸葛亮", "诸葛亮先生，冷吗？", "冷吗？"),  # a role that the sample does not have
     ("A.I. (v1)", "A.I. (v1), ready?", "ready?"),
 ]
 WHOLE = [
@@ -148,12 +161,12 @@ WHOLE = [
 
 @pytest.mark.parametrize("role, question, prompt", CUT + [(role, whole, whole) for role, whole in WHOLE])
 def test_an_address_and_nothing_else_is_cut(role, question, prompt):
-    assert without_address(question, role) == prompt
+    assert without_address(question, names_of(role)) == prompt
 
 
 def test_a_question_of_titles_alone_takes_no_time():
     question = "张飞" + "将军" * 50_000
-    assert without_address(question, "张飞") == question
+    assert without_address(question, names_of("张飞")) == question
 
 
 # ---------------------------------------------------------------- roles, draws, order
@@ -255,7 +268,7 @@ def test_rolebench_addresses(data_dir):
     cut, whole = Counter(), []
     for name in (NAMES[0], NAMES[2]):
         for number, row in enumerate(read_lines(data_dir / name), start=1):
-            prompt = without_address(row["question"], row["role"])
+            prompt = without_address(row["question"], names_of(row["role"]))
             assert prompt and row["question"].endswith(prompt)
             if prompt == row["question"]:
                 whole.append((name, number))
@@ -336,9 +349,6 @@ BAD_FILES = [  # (file, its bytes or None for no file, what follows the file's n
     (GENERAL, (GOOD + "\n" + GOOD).encode() + b"\xff", ":2: ", "is not UTF-8"),
     (GENERAL, GOOD.encode("utf-16"), ":1: ", "is not UTF-8"),
     (GENERAL, ("\ufeff" + GOOD).encode(), ":1: ", "without BOM"),
-    (GENERAL, b"", ": ", "is empty"),
-    (GENERAL, b" \n\r\n", ": ", "is empty"),
-    (GENERAL, None, ": ", "No such file"),
     (PROFILES, None, ": ", "No such file"),
     (PROFILES, b"", ": ", "is empty"),
     (PROFILES, '{"李白": "爱酒"}'.encode("gbk"), ":1: ", "is not UTF-8"),
@@ -375,6 +385,7 @@ def test_all_problems_are_told_together(run):
     (run.data / PROFILES).write_text('{\n"李白": "爱酒",\n"张飞": ""\n}', encoding="utf-8")
     (run.data / NAMES[0]).write_text(f'{{\n{GOOD}\n{{"role": 1, "question": ""}}\n', encoding="utf-8")
     (run.data / NAMES[2]).unlink()
+    (run.data / NAMES[2]).mkdir()
     (run.data / NAMES[3]).write_bytes(b"\xff")
     starts = [
         "--max_responses 0: ",
@@ -461,7 +472,7 @@ def test_what_is_no_problem(run):
 
 def test_samples_are_read_as_they_were_written(run):
     train, _ = run(data_dir=SAMPLE, roles=["all"])
-    assert list(read_samples(run.train)) == train and len(train) == 204
+    assert [without_messages(sample) for sample in read_samples(run.train)] == train and len(train) == 204
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
@@ -472,7 +483,7 @@ def test_older_files_are_read(tmp_path, layout):
     ]
     path = tmp_path / "old.json"
     write_lines(path, *rows) if layout == "lines" else path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    assert list(read_samples(path)) == [
+    assert [without_messages(sample) for sample in read_samples(path)] == [
         {"role": "", "system": "你是李白。", "prompt": "好吗？", "response": "好"},
         {"role": "", "system": "", "prompt": "写一首诗。", "response": "床前"},
     ]
@@ -486,6 +497,212 @@ def test_a_bad_sample_is_named(tmp_path, bad):
     with pytest.raises(UserError) as stop:
         list(read_samples(path))
     assert [problem.startswith(f"{path}:2: ") for problem in stop.value.problems] == [True]
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def turns(*contents):
+    """Contents of the user and the assistant in turn, as messages."""
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+TWO_ROUNDS = turns("你使什么兵器？", "金箍棒！", "那它是从哪儿得来的？", "东海龙宫！")
+SPEAKER = {"system": "system", "user": "human", "assistant": "gpt"}
+SYSTEM = {"role": "system", "content": "你是孙悟空。"}
+SHAREGPT = [{"from": SPEAKER[turn["role"]], "value": turn["content"]} for turn in [SYSTEM, *TWO_ROUNDS]]
+FORMS = {
+    "messages": {"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS},
+    "OpenAI": {"role": "孙悟空", "messages": [SYSTEM, *TWO_ROUNDS]},
+    "ShareGPT": {"role": "孙悟空", "id": 7, "conversations": SHAREGPT},
+    "ShareGPT, system apart": {"role": "孙悟空", "system": "你是孙悟空。", "conversations": SHAREGPT[1:]},
+}
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_conversation_reads_the_same(tmp_path, form, layout):
+    path = tmp_path / "conversations.json"
+    if layout == "lines":
+        write_lines(path, FORMS[form])
+    else:
+        path.write_text(json.dumps([FORMS[form]], indent=1), encoding="utf-8")
+    assert list(read_samples(path)) == [{"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS}]
+
+
+def test_one_round_has_a_prompt_and_a_response_as_well(tmp_path):
+    path = tmp_path / "one.jsonl"
+    write_lines(path, {"messages": TWO_ROUNDS[:2]}, {"prompt": "你使什么兵器？", "response": "金箍棒！"})
+    one = {"role": "", "system": "", "messages": TWO_ROUNDS[:2], "prompt": "你使什么兵器？", "response": "金箍棒！"}
+    assert list(read_samples(path)) == [one, one]
+
+
+def test_turns_that_are_not_to_be_trained(tmp_path):
+    path = tmp_path / "some.jsonl"
+    messages = [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "train": False}, TWO_ROUNDS[2], {**TWO_ROUNDS[3], "train": True}]
+    write_lines(path, {"system": "甲", "messages": messages})
+    (sample,) = read_samples(path)
+    assert sample["messages"] == [*messages[:3], TWO_ROUNDS[3]]
+    assert list(rounds(sample)) == [([{"role": "system", "content": "甲"}, *messages[:3]], "东海龙宫！")]
+
+
+def test_the_rounds_of_a_conversation():
+    found = list(rounds({"system": "", "messages": TWO_ROUNDS}))
+    assert found == [(TWO_ROUNDS[:1], "金箍棒！"), (TWO_ROUNDS[:3], "东海龙宫！")]
+
+
+USER, ASSISTANT = turns("问", "答")
+UNTRAINED = {**ASSISTANT, "train": False}
+BAD_CONVERSATIONS = [  # (record, what the error says)
+    ({"messages": [USER, USER, ASSISTANT]}, "two turns of the user in a row"),
+    ({"messages": [USER, ASSISTANT, ASSISTANT]}, "two turns of the assistant in a row"),
+    ({"messages": [USER]}, "does not end on the assistant's turn"),
+    ({"messages": [USER, ASSISTANT, USER]}, "does not end on the assistant's turn"),
+    ({"messages": [SYSTEM]}, "does not end on the assistant's turn"),
+    ({"messages": [ASSISTANT, USER, ASSISTANT]}, "begins with the assistant's turn"),
+    ({"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is the system's: only the first may be"),
+    ({"messages": [USER, {"role": "tool", "content": "答"}]}, "turn 2: \"role\" is 'tool': write user, assistant"),
+    ({"messages": [USER, {"content": "答"}]}, "turn 2: \"role\" is 'None'"),
+    ({"messages": [USER, {"role": ["user"], "content": "答"}]}, 'turn 2: "role" is'),
+    ({"messages": [USER, {**ASSISTANT, "content": " "}]}, 'turn 2: "content" is blank'),
+    ({"messages": [USER, {**ASSISTANT, "content": None}]}, 'turn 2: "content" is missing'),
+    ({"messages": [USER, {**ASSISTANT, "content": [1]}]}, 'turn 2: "content" is not a string'),
+    ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, 'turn 2: "train" is neither true nor false'),
+    ({"messages": [USER, UNTRAINED]}, "nothing is to be trained"),
+    ({"messages": [USER, "答"]}, "turn 2 is no object"),
+    ({"messages": []}, '"messages" is no list of turns'),
+    ({"messages": "问"}, '"messages" is no list of turns'),
+    ({"messages": [SYSTEM, USER, ASSISTANT], "system": "甲"}, "has a system text twice"),
+    ({"messages": [USER, ASSISTANT], "system": 1}, '"system" is not a string'),
+    ({"messages": [USER, ASSISTANT], "role": None}, '"role" is missing'),
+    ({"conversations": [{"from": "human", "value": "问"}, {"from": "bing", "value": "答"}]}, "write human, gpt or"),
+    ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}]}, '"value" is blank'),
+    ({"system": "甲", "instruction": "乙", "input": "问", "output": "答"}, 'both "system" and "instruction"'),
+]
+
+
+@pytest.mark.parametrize("record, problem", BAD_CONVERSATIONS, ids=[problem for _, problem in BAD_CONVERSATIONS])
+def test_a_bad_conversation_is_one_line(run, record, problem):
+    path = run.data / "mine.jsonl"
+    write_lines(path, {"messages": [USER, ASSISTANT]}, record, {"messages": TWO_ROUNDS})
+    (error,) = run.errors("--conversations", str(path), roles=["all"])
+    assert error.startswith(f"{path}:2: ") and problem in error
+    path.write_text(json.dumps([{"messages": [USER, ASSISTANT]}, record]), encoding="utf-8")
+    (error,) = run.errors("--conversations", str(path), roles=["all"])
+    assert error.startswith(f"{path}: sample 2: ") and problem in error
+    with pytest.raises(UserError, match=re.escape(problem)):
+        list(read_samples(path))
+
+
+def test_all_bad_conversations_are_told(run):
+    write_lines(run.data / "one.jsonl", {"messages": [USER]}, {"messages": [USER, ASSISTANT]}, {"messages": []})
+    (run.data / "two.jsonl").write_text("{\n", encoding="utf-8")
+    files = [str(run.data / "one.jsonl"), str(run.data / "two.jsonl")]
+    errors = run.errors("--conversations", *files, "--test_share", "1", roles=["all"])
+    starts = ["--test_share 1.0: ", f"{files[0]}:1: ", f"{files[0]}:3: ", f"{files[1]}:1: "]
+    assert [error.startswith(start) for error, start in zip(errors, starts, strict=True)] == [True] * 4
+
+
+def test_neighbours_of_one_speaker_are_joined_on_demand(run):
+    path = run.data / "mine.jsonl"
+    messages = [*turns("甲"), *turns("乙"), UNTRAINED, ASSISTANT, *TWO_ROUNDS]
+    write_lines(path, {"messages": messages}, {"messages": TWO_ROUNDS})
+    assert "--merge_turns" in run.errors("--conversations", str(path), roles=["all"])[0]
+    train, test = run("--conversations", str(path), "--merge_turns", roles=["all"])
+    joined = [{"role": "user", "content": "甲\n乙"}, {"role": "assistant", "content": "答\n答", "train": False}]
+    assert [*joined, *TWO_ROUNDS] in [sample["messages"] for sample in train + test]
+    assert "2 turns joined" in run.capsys.readouterr().out
+    assert "--conversations" in run.errors("--merge_turns")[0]
+
+
+def test_conversations_of_ones_own(run):
+    """A role's persona comes from its profile; exact duplicates go; the test part has other questions, always the same."""
+    path, other = run.data / "mine.jsonl", run.data / "other.json"
+    lines = [{"role": "李白", "messages": turns(f"问{n}", f"答{n}", "再问", f"再答{n}")} for n in range(20)]
+    branch = {"role": "李白", "messages": turns("问3", "答3", "再问", "另答")}
+    write_lines(path, *lines, branch, lines[3])
+    other.write_text(json.dumps([{"system": "自己的", "role": "李白", "messages": TWO_ROUNDS}]), encoding="utf-8")
+    flags = ["--conversations", str(path), str(other)]
+    train, test = run(*flags, roles=["all"])
+    assert len(train) + len(test) == 22 and len(test) == 2
+    expected = [
+        {"role": "李白", "system": persona("李白", "爱酒"), "messages": line["messages"]} for line in [*lines, branch]
+    ]
+    expected.append({"role": "李白", "system": "自己的", "messages": TWO_ROUNDS})
+    assert [sample for sample in expected if sample in train] == train  # in the order of the files
+    assert [sample for sample in expected if sample in test] == test
+    assert not {s["messages"][0]["content"] for s in train} & {s["messages"][0]["content"] for s in test}
+    out = run.capsys.readouterr().out
+    assert "23 conversations read, 1 of them exact duplicates" in out and "2 of 22 samples were split off" in out
+    assert run(*flags, roles=["all"]) == (train, test)
+    parts = [run(*flags, "--seed", str(seed), roles=["all"])[1] for seed in range(5)]
+    assert any(part != test for part in parts)
+    assert len(run(*flags, "--test_share", "0.5", roles=["all"])[1]) == 11
+
+
+def test_a_test_file_of_conversations_is_the_test_part(run):
+    path, other = run.data / "mine.jsonl", run.data / "other.jsonl"
+    write_lines(path, {"messages": TWO_ROUNDS}, {"role": "李白", "messages": TWO_ROUNDS})
+    write_lines(other, {"messages": TWO_ROUNDS[:2]}, {"messages": TWO_ROUNDS})
+    train, test = run("--conversations", str(path), "--test_conversations", str(other), roles=["all"])
+    assert [sample["system"] for sample in train] == ["", persona("李白", "爱酒")]
+    assert [sample["messages"] for sample in test] == [TWO_ROUNDS[:2]]  # the other one is a training sample
+    out = run.capsys.readouterr().out
+    assert "split off" not in out and "1 of them exact duplicates" in out and "(no role)" in out
+    train, _ = run("--conversations", str(path), "--test_conversations", str(path), str(other), roles=["all"])
+    assert len(train) == 2
+
+
+def test_conversations_that_cannot_be_used(run):
+    path = run.data / "mine.jsonl"
+    write_lines(path, {"role": "杜甫", "messages": TWO_ROUNDS}, {"role": "杜甫", "messages": TWO_ROUNDS})
+    (error,) = run.errors("--conversations", str(path), roles=["all"])
+    assert error.startswith(f"{path}: '杜甫' has no system text and no profile in ")
+    (run.data / PROFILES).unlink()
+    (error,) = run.errors("--conversations", str(path), roles=["all"])
+    assert error.startswith(f"{path}: '杜甫' has no system text")
+    (error,) = run.errors("--conversations", str(path), roles=["李白"])
+    assert error.startswith(f"{path}: no train line is of 李白")
+    write_lines(path, {"messages": TWO_ROUNDS}, {"messages": TWO_ROUNDS[:2]})
+    assert "ask the same" in run.errors("--conversations", str(path), roles=["all"])[0]
+    assert "No such file" in run.errors("--conversations", str(run.data / "none"), roles=["all"])[0]
+    assert "is a directory, an input" in run.errors("--conversations", str(path), "--train_path", str(path))[0]
+
+
+# ---------------------------------------------------------------- one's own character
+
+
+@pytest.mark.parametrize("others", ["missing", "empty"])
+def test_a_character_of_ones_own_works_from_one_file(run, others):
+    """Five questions and a profile in RoleBench's form, which is all that one has."""
+    for name in NAMES:
+        (run.data / name).unlink() if others == "missing" else (run.data / name).write_text(" \n")
+    profile = {"诸葛亮": {"description": "卧龙先生", "names": ["孔明", "丞相"]}}
+    (run.data / PROFILES).write_text(json.dumps(profile), encoding="utf-8")
+    rows = [{"role": "诸葛亮", "question": f"孔明先生，问{n}？", "generated": [f"答{n}"]} for n in range(5)]
+    write_lines(run.data / NAMES[0], *rows)
+    train, test = run(roles=["诸葛亮"])
+    assert (len(train), len(test)) == (4, 1)
+    assert {sample["prompt"] for sample in train + test} == {f"问{n}？" for n in range(5)}
+    assert train[0]["system"] == persona("诸葛亮", "卧龙先生")
+    assert "1 of 5 samples were split off" in run.capsys.readouterr().out
+    assert run(roles=["诸葛亮"]) == (train, test)
+
+
+def test_two_answers_to_a_question_are_not_parted(run):
+    for name in NAMES:
+        (run.data / name).unlink()
+    rows = [{"role": "李白", "question": f"问{n}？", "generated": ["答", "又答"]} for n in range(8)]
+    write_lines(run.data / NAMES[1], *rows)
+    for seed in range(5):
+        train, test = run("--seed", str(seed), "--test_share", "0.3")
+        assert len(test) == 4 and not {s["prompt"] for s in train} & {s["prompt"] for s in test}
+
+
+def test_no_file_at_all(run):
+    for name in NAMES:
+        (run.data / name).unlink()
+    assert run.errors() == [f"{run.data}: has none of RoleBench's files: write one, or add --download"]
 
 
 # ---------------------------------------------------------------- downloading
@@ -629,7 +846,7 @@ def test_sample_questions_and_answers():
     assert sum(len(row["generated"]) > 1 for row in train) == 5
     assert len({(row["role"], row["question"]) for row in train}) == len(train)
     for row in read_lines(SAMPLE / NAMES[0]) + read_lines(SAMPLE / NAMES[2]):  # every one opens with an address
-        assert without_address(row["question"], row["role"]) != row["question"]
+        assert without_address(row["question"], names_of(row["role"])) != row["question"]
 
 
 def test_sample_test_questions_rephrase_training_questions():
@@ -645,3 +862,59 @@ def test_sample_test_questions_rephrase_training_questions():
         nearest = max(own, key=lambda candidate: alike(candidate["question"], row["question"]))
         assert nearest["generated"] == row["generated"] and len(row["generated"]) == 1
         assert nearest["question"] != row["question"]
+
+
+def test_a_profile_is_a_string_or_an_object(run):
+    full = {
+        "description": "好斗",
+        "greeting": "来也！",
+        "questions": ["几时？"],
+        "portrait": "a.png",
+        "names": ["翼德"],
+    }
+    path = run.data / PROFILES
+    path.write_text(json.dumps({"李白": "爱酒", "张飞": full}), encoding="utf-8")
+    assert read_profiles(path) == {"李白": "爱酒", "张飞": "好斗"}
+    empty = {"greeting": "", "questions": [], "portrait": "", "names": []}
+    known = {"names": read_characters(SAMPLE / PROFILES)["李白"]["names"]}  # RoleBench's own file has no names
+    assert read_characters(path) == {"李白": {"description": "爱酒"} | empty | known, "张飞": full}
+    assert len(known["names"]) == 5
+
+
+@pytest.mark.parametrize(
+    "profile, words",
+    [
+        ({"greeting": "a"}, "the profile of '李白' is missing"),
+        ({"description": "a", "greeting": " "}, "greeting in the profile of '李白' is blank"),
+        ({"description": "a", "questions": "b"}, "questions in the profile of '李白' is not a list"),
+        ({"description": "a", "names": ["b", 5]}, "names in the profile of '李白' is not a string"),
+        ({"description": "a", "greetings": "b"}, "greetings in the profile of '李白' is no field"),
+    ],
+)
+def test_a_wrong_field_of_a_profile_is_named(run, profile, words):
+    path = run.data / PROFILES
+    path.write_text(json.dumps({"李白": profile}, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{PROFILES}:1: {words}"):
+        read_characters(path)
+
+
+def test_sample_conversations_need_their_history(run):
+    """Later questions name nobody: the same words have several recorded answers. The test set rephrases, and asks the same."""
+    names = {split: SAMPLE / f"conversations_{split}.jsonl" for split in ("train", "test")}
+    desc = ["--desc_path", str(SAMPLE / PROFILES)]
+    flags = ["--conversations", str(names["train"]), "--test_conversations", str(names["test"])]
+    train, test = run(*flags, *desc, roles=["all"])
+    assert {sample["role"] for sample in train} == {sample["role"] for sample in test} == set(FIVE)
+    assert 28 <= len(train) <= 35 and 10 <= len(test) <= 12
+    assert {len(sample["messages"]) // 2 for sample in train} == {2, 3, 4}
+    answers = {}
+    for sample in train:
+        for messages, answer in list(rounds(sample))[1:]:
+            answers.setdefault(messages[-1]["content"], set()).add(answer)
+    assert sum(len(found) > 1 for found in answers.values()) >= 10
+    assert len(answers["那它是从哪儿得来的？"]) == 5
+
+    spoken = {tuple(m["content"] for m in s["messages"] if m["role"] == "assistant"): s for s in train}
+    for sample in test:
+        twin = spoken[tuple(m["content"] for m in sample["messages"] if m["role"] == "assistant")]
+        assert all(m["content"] != t["content"] for m, t in zip(sample["messages"][::2], twin["messages"][::2]))

@@ -1,0 +1,193 @@
+"""Samples, in the forms that people have them, read as conversations.
+
+    {"role", "system", "prompt", "response"}              a question and its answer, as data_helper.py writes them
+    {"instruction", "input", "output"}                    the same with the book's keys
+    {"role", "system", "messages": [{"role", "content"}]} a conversation; OpenAI's form has the system text in it
+    {"conversations": [{"from", "value"}]}                a conversation in ShareGPT's form
+
+A file is JSON lines, read as they come, or one JSON array, which has to fit into memory. RoleBench's own files are read
+by `read_rows`.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from support.errors import UserError
+from support.json_files import parse_object, read_text, text_problem
+
+FORMS = (  # key of the turns, of a turn's speaker and of its text
+    ("messages", "role", "content"),
+    ("conversations", "from", "value"),
+)
+SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+
+
+def read_samples(path: str | Path, merged: Counter | None = None, problems: list[str] | None = None):
+    """Yield the samples of a file, whatever their form, as {"role", "system", "messages"}.
+
+    The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question to an answer; an answer
+    that is not to be trained carries "train": False. A sample of one round has "prompt" and "response" as well.
+
+    Args:
+        merged: joins neighbouring turns of one speaker, and counts under "turns" what it joined.
+        problems: takes what is wrong with samples, which are then left out.
+    Raises:
+        UserError: without `problems`, at the first that is no sample.
+    """
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # a wrong byte is found in its line
+        array = file.read(1) == "["
+        file.seek(0)
+        records = parse_object('{"samples": ' + file.read() + "}", path)["samples"] if array else file
+        for number, record in enumerate(records, start=1):
+            try:
+                if array:
+                    sample = as_sample(record, f"{path}: sample {number}", merged)
+                elif record.strip():
+                    sample = as_sample(parse_object(record.rstrip("\n"), path, number), f"{path}:{number}", merged)
+                else:
+                    continue
+            except UserError as error:
+                if problems is None:
+                    raise
+                problems += error.problems
+            else:
+                yield sample
+
+
+def as_sample(record, place: str, merged: Counter | None = None) -> dict:
+    """Check one record and give it the keys that `read_samples` describes. Raises: UserError, which names the place."""
+    if not isinstance(record, dict):
+        raise UserError(f'{place}: is not a JSON object: write {{"system": …, "messages": […]}}')
+    system, turns = conversation_of(record, place) or question_of(record, place)
+    if merged is not None:
+        turns = merge_turns(turns, merged)
+    sample = {"role": record.get("role", ""), "system": system}
+    for key, text in sample.items():
+        if text != "" and (problem := text_problem(text)):
+            raise UserError(f'{place}: "{key}" {problem}')
+    check_turns(turns, place)
+    sample["messages"] = turns
+    if len(turns) == 2:
+        sample |= {"prompt": turns[0]["content"], "response": turns[1]["content"]}
+    return sample
+
+
+def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
+    """The system text and the two turns of a question with its answer. Raises: UserError.
+
+    With the book's keys `instruction` is the system text; without an input, it is the question.
+    """
+    if "instruction" in record and "system" in record:
+        raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
+    keys = ("instruction", "input", "output") if "output" in record else ("system", "prompt", "response")
+    system, prompt, response = (record.get(key) for key in keys)
+    if "output" in record and not prompt:
+        system, prompt = "", system
+    for key, text in zip(keys, (system or "", prompt, response)):
+        if (problem := text_problem(text)) and not (key == keys[0] and text == ""):
+            raise UserError(f'{place}: "{key}" {problem}')
+    return system or "", [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
+    """The system text and the turns of a conversation; None where the record holds none. Raises: UserError."""
+    form = next((form for form in FORMS if form[0] in record), None)
+    if form is None:
+        return None
+    key, speaker_key, text_key = form
+    if not isinstance(record[key], list) or not record[key]:
+        raise UserError(f'{place}: "{key}" is no list of turns: write [{{"{speaker_key}": …, "{text_key}": …}}, …]')
+    system, turns = record.get("system", ""), []
+    for number, turn in enumerate(record[key], start=1):
+        if not isinstance(turn, dict):
+            raise UserError(f'{place}: turn {number} is no object: write {{"{speaker_key}": …, "{text_key}": …}}')
+        speaker, text = turn.get(speaker_key), turn.get(text_key)
+        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            known = "human, gpt or system" if key == "conversations" else "user, assistant or system"
+            raise UserError(f'{place}: turn {number}: "{speaker_key}" is {str(speaker)[:20]!r}: write {known}')
+        if problem := text_problem(text):
+            raise UserError(f'{place}: turn {number}: "{text_key}" {problem}')
+        if role == "system" and number > 1:
+            raise UserError(f"{place}: turn {number} is the system's: only the first may be: move or remove it")
+        if role == "system" and system:
+            raise UserError(f'{place}: has a system text twice, in "system" and in turn 1: remove one')
+        if not isinstance(turn.get("train", True), bool):
+            raise UserError(f'{place}: turn {number}: "train" is neither true nor false: correct or remove it')
+        if role == "system":
+            system = text
+        elif role == "assistant" and not turn.get("train", True):
+            turns.append({"role": role, "content": text, "train": False})
+        else:
+            turns.append({"role": role, "content": text})
+    return system, turns
+
+
+def merge_turns(turns: list[dict], merged: Counter) -> list[dict]:
+    """Join neighbours of the same speaker, with a newline between. One that is not to be trained leaves all untrained."""
+    joined: list[dict] = []
+    for turn in turns:
+        if joined and joined[-1]["role"] == turn["role"]:
+            joined[-1] = {**joined[-1], **turn, "content": joined[-1]["content"] + "\n" + turn["content"]}
+            merged["turns"] += 1
+        else:
+            joined.append(turn)
+    return joined
+
+
+def check_turns(turns: list[dict], place: str):
+    """Raises: UserError where they do not go from question to answer, or where nothing is to be trained."""
+    for turn, before in zip(turns, [None, *turns]):
+        if before is None and turn["role"] == "assistant":
+            raise UserError(f"{place}: begins with the assistant's turn: put a question before it, or remove it")
+        if before and before["role"] == turn["role"]:
+            raise UserError(
+                f"{place}: two turns of the {turn['role']} in a row, {turn['content'][:20]!r} is the second: "
+                "remove one, or join them with data_helper.py --conversations … --merge_turns"
+            )
+    if not turns or turns[-1]["role"] == "user":
+        raise UserError(f"{place}: does not end on the assistant's turn: add the answer, or remove the question")
+    if not any(turn.get("train", True) for turn in turns if turn["role"] == "assistant"):
+        raise UserError(f'{place}: nothing is to be trained: every answer has "train": false: remove the sample')
+
+
+# ---------------------------------------------------------------- RoleBench's files
+
+
+def read_rows(path: str | Path, characters: dict[str, dict] | None) -> list[dict]:
+    """Read one RoleBench file, which may be empty: {"role", "question", "generated": [answer, …]} a line.
+
+    Every role needs a profile, unless `characters` is None. Blank lines are skipped.
+
+    Raises: UserError with every problem of every line.
+    """
+    rows, problems, strangers = [], [], set()
+    text = read_text(path, may_be_empty=True)
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028
+        if not line.strip():
+            continue
+        try:
+            row = parse_object(line, path, number)
+        except UserError as error:
+            problems += error.problems
+            continue
+        wrong, role = row_problems(row), row.get("role")
+        if not wrong and characters is not None and role not in characters and role not in strangers:
+            strangers.add(role)  # told once a file, since a missing profile concerns hundreds of lines
+            wrong = [f"the role {role[:20]!r} has no profile: correct the name, or add a profile to --desc_path"]
+        problems += [f"{path}:{number}: {problem}" for problem in wrong]
+        rows.append(row)
+    if problems:
+        raise UserError(*problems)
+    return rows
+
+
+def row_problems(row: dict) -> list[str]:
+    """What is wrong with the object of one line. Keys that are not used here, such as "type", may hold anything."""
+    texts = {'"role"': row.get("role"), '"question"': row.get("question")}
+    answers, problems = row.get("generated"), []
+    if isinstance(answers, list) and answers:
+        texts |= {f'answer {number} of "generated"': answer for number, answer in enumerate(answers, start=1)}
+    else:
+        problems.append('"generated" is missing or holds no list of answers: write "generated": ["…"]')
+    return problems + [f"{what} {problem}" for what, text in texts.items() if (problem := text_problem(text))]
