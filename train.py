@@ -25,7 +25,7 @@ from baichuan.generation_utils import answer_batch, greedy
 from data_helper import conversation, read_samples
 from support import processes
 from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
-from support.costs import MOST_TOKENS, row_cost
+from support.costs import row_cost
 from support.errors import Problems, UserError, entry_point, first_line
 from support.files import newest_state, whole_files
 from support.log import Log
@@ -104,8 +104,7 @@ def read_data(args, tokenizer, path: str, needed: int) -> utils.RoleDataset:
     if len(data) < needed:
         raise UserError(
             f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
-            f"--max_src_len {args.max_src_len}; {needed} are needed: allow more tokens"
-            + (", take fewer samples a step" if data.counts["read"] else "")
+            f"--max_src_len {args.max_src_len}; {needed} are needed: allow more tokens, take fewer samples a step"
         )
     return data
 
@@ -118,8 +117,7 @@ def step_size(args) -> int:
 def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, list[dict]]:
     """The training steps of this process, and its share of the test rows."""
     rank, world_size = processes.place()
-    longest = MOST_TOKENS if args.max_pack_len == "auto" else args.max_pack_len
-    layout = (args.packing, longest, args.per_device_train_batch_size, row_cost(config, device))
+    layout = (args.packing, args.max_pack_len, args.per_device_train_batch_size, row_cost(config, device))
     collator = utils.Collator(train_data, *layout)
     steps = utils.Steps(train_data, collator, step_size(args), args.num_train_epochs, args.seed, rank, world_size)
     test_rows = utils.Collator(test_data, *layout)(test_data.in_tree_order(np.arange(len(test_data))))
@@ -256,13 +254,13 @@ def update(engine, dtype: torch.dtype) -> float:
 
 def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
-    questions: dict[str, dict[str, list[dict]]] = {}
+    questions, texts = {}, {}  # role → {question: messages}; role → Markdown
     for sample in read_samples(test_path):
         asked = questions.setdefault(sample["role"], {})
+        question = sample["messages"][0]["content"]
         if len(asked) < per_role:
-            asked[sample["prompt"]] = conversation(sample["system"], sample["prompt"])
+            asked[question] = conversation(sample["system"], question)
     model.eval()
-    texts = {}
     for role, asked in questions.items():
         answers = answer_batch(model, tokenizer, list(asked.values()), greedy(generation_config, 128))
         texts[f"answers/{role}"] = "\n\n".join(f"**{q}**  \n{answer.text}" for q, answer in zip(asked, answers))
@@ -320,8 +318,7 @@ def main(argv=None):
         load_state(engine, state)
     claim(Path(args.output_dir))
     if rank == 0:
-        where = f"{str(dtype).removeprefix('torch.')} on {world_size} × {device.type}"
-        introduce(args, model, steps, done, state, where)
+        introduce(args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}")
 
     # 4. Train, show, save; stop where one is asked to.
     engine.train()  # dropout and checkpointing act in no other mode

@@ -1,6 +1,5 @@
 """Tools around the model: samples → ids → rows with their mask, evaluation, and saving an adapter."""
 
-import functools
 import math
 from array import array
 from collections import Counter
@@ -34,15 +33,13 @@ class RoleDataset:
         max_len: tokens of a sample at most, persona and last eos included. A longer one loses whole oldest rounds, and
             then the end of its last answer, which gets no eos.
         is_skip: leave samples over either limit out instead of cutting them.
-    Attributes:
-        counts: Counter of what became of the samples.
     """
 
     def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
-        self.counts = Counter()
+        self.counts = Counter()  # what became of the samples
         self.personas: list[list[int]] = []
         self.eos = tokenizer.eos_token_id
-        self._layout = functools.partial(messages_to_ids, tokenizer, add_generation_prompt=False)
+        self._tokenizer = tokenizer
         self._limits = (max_len, max_src_len, is_skip)
         known: dict[str, int] = {}
         ids, starts, persona, numbers = array("i"), array("q", [0]), array("i"), array("i")
@@ -54,7 +51,7 @@ class RoleDataset:
                 system = sample["system"]
                 if system not in known:
                     known[system] = len(self.personas)
-                    self.personas.append(self._layout([{"role": "system", "content": system}]))
+                    self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
                 messages = [{**turn, "content": next(texts)} for turn in sample["messages"]]
                 sample_ids, spans = self._fit(len(self.personas[known[system]]), messages)
                 if spans:
@@ -104,7 +101,7 @@ class RoleDataset:
 
         ids, spans = [], []
         for turn in messages:
-            ids += self._layout([turn])
+            ids += messages_to_ids(self._tokenizer, [turn], add_generation_prompt=False)
             if turn["role"] == "assistant" and turn.get("train", True):
                 has_eos = turn is not messages[-1] or excess <= 0
                 spans.append((len(ids) - len(turn["content"]), len(ids), has_eos))
@@ -130,7 +127,6 @@ class RoleDataset:
         return np.array(sorted(indices, key=lambda index: self.sample(index)[0].astype(">i4").tobytes()), dtype=int)
 
     def supervised_tokens(self, indices: np.ndarray) -> int:
-        """Tokens of these samples that carry loss."""
         return int(self.supervised[indices].sum())
 
 
@@ -294,7 +290,6 @@ class Steps(Dataset):
         return self.epochs * self.steps_per_epoch
 
     def name(self, step: int) -> str:
-        """Name of the directory for the adapter of step 1 … len(self)."""
         return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
     def samples(self, step: int) -> np.ndarray:
@@ -344,9 +339,6 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
         dist.all_reduce(total)
     model.train(training)
     return (total[0] / total[1]).item()
-
-
-# ---------------------------------------------------------------- what a run leaves on disk
 
 
 def save_model(model, tokenizer, directory: Path, keep: int | None = None):

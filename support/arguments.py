@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from support.costs import MOST_TOKENS
 from support.errors import Problems, UserError
 from support.files import checkpoints, newest_state, unwritable
 
@@ -41,14 +42,13 @@ def refuse_wrong_arguments(args, model_directory):
         problems.of(read_deepspeed_config, args.ds_file)
 
 
-def tokens_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def tokens_or_auto(text: str) -> int:
+    return MOST_TOKENS if text == "auto" else int(text)
 
 
 def argument_problems(args) -> list[str]:
     positive = ("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps")
-    positive += ("num_train_epochs", "show_loss_step", "save_total_limit")
-    positive += ("max_pack_len",) if args.max_pack_len != "auto" else ()
+    positive += ("num_train_epochs", "show_loss_step", "max_pack_len", "save_total_limit")
     least = dict.fromkeys(positive, 1) | dict.fromkeys(("save_model_step", "sample_answers", "seed"), 0)
     problems = number_problems(args, least)
     for name in ("learning_rate", "lora_alpha"):
@@ -67,7 +67,7 @@ def argument_problems(args) -> list[str]:
     for name, end in (("lora_dropout", 1), ("warmup_ratio", 1), ("weight_decay", math.inf)):
         if not 0 <= getattr(args, name) < end:
             problems.append(f"--{name} must be in [0, {end}), not {getattr(args, name)}")
-    if args.packing == "tree" and args.max_pack_len != "auto" and args.max_pack_len < args.max_len:
+    if args.packing == "tree" and args.max_pack_len < args.max_len:
         problems.append(
             f"--max_pack_len {args.max_pack_len} is less than --max_len {args.max_len}: a row holds a sample"
         )

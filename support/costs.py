@@ -1,11 +1,9 @@
 """What computing costs, known beforehand."""
 
-import torch
-
-MOST_TOKENS = 8192  # of a row
+MOST_TOKENS = 8192  # of a row, however cheap
 
 
-def row_cost(config, device: torch.device):
+def row_cost(config, device):
     """A function: tokens of a row → what it costs, in tokens that pass through the linear layers.
 
     A layer takes 2 · (4 · hidden² + 3 · hidden · intermediate) operations a token, and 4 · hidden for each pair of tokens

@@ -139,7 +139,7 @@ def labelled(data, index):
     import torch
 
     ids, pairs = data.sample(index)
-    ids = torch.from_numpy(np.append(ids, [data.eos] * (pairs[-1, 0] == len(ids) - 1)))
+    ids = torch.from_numpy(np.append(ids, [data.eos] * int(pairs[-1, 0] == len(ids) - 1)))
     labels = torch.full_like(ids, -100)
     labels[pairs[:, 0] + 1] = torch.from_numpy(pairs[:, 1])
     return ids, labels
