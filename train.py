@@ -109,8 +109,7 @@ def read_data(args, tokenizer, path: str, needed: int) -> utils.RoleDataset:
     return data
 
 
-def step_size(args) -> int:
-    """Samples of a step, over all processes."""
+def step_size(args) -> int:  # samples of a step, over all processes
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.place()[1]
 
 
@@ -285,7 +284,7 @@ def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: L
 
 
 def broken(args, steps: utils.Steps, step: int, what: str) -> UserError:
-    """Why the run cannot go on, with what a user can do."""
+    """Why the run cannot go on, and what a user can do."""
     numbers = ", ".join(map(str, steps.data.numbers[steps.samples(step - 1)]))
     return UserError(
         f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "

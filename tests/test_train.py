@@ -72,8 +72,9 @@ def plain_training(
         indices = order.samples(step - 1)
         tokens, total = data.supervised_tokens(indices), 0.0
         for index in indices:
-            ids, labels = labelled(data, index)
-            loss = model(ids[None], labels=labels[None]).loss * (labels != -100).sum() / tokens
+            ids, pairs = map(torch.from_numpy, data.sample(index))
+            logits = model(ids[None]).logits[0, pairs[:, 0]].float()
+            loss = torch.nn.functional.cross_entropy(logits, pairs[:, 1], reduction="sum") / tokens
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, clipping or math.inf).item()
