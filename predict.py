@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from baichuan.generation_utils import Answer, answer_batch, greedy
-from data_helper import conversation, read_rows, read_samples
+from data_helper import read_rows, read_samples, rounds
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point
 from support.files import put_on_disk
@@ -72,18 +72,27 @@ class Question(NamedTuple):
     role: str
     system: str
     prompt: str
-    kind: str  # "role-specific" or "general"; "" when that is not known
+    kind: str  # "role-specific" or "general"; "" when that is not known; "round 1", "round 2" or "round 3+" of conversations
     references: list[str]
+    messages: list[dict]  # what was said before it, as recorded, and the question
 
 
 def read_questions(test_path: Path, data_dir: Path) -> list[Question]:
-    """The distinct questions of a test set, in its order. Raises: UserError."""
-    kind_of = question_kinds(data_dir)
-    questions: dict[tuple[str, str], Question] = {}
-    for sample in read_samples(test_path):
-        role, system, prompt = sample["role"], sample["system"], sample["prompt"]
-        new = Question(role, system, prompt, kind_of(role, prompt), [])
-        questions.setdefault((system, prompt), new).references.append(sample["response"])
+    """The distinct questions of a test set, in its order; of a conversation each round, with the recorded history.
+
+    Raises: UserError.
+    """
+    kind_of, samples = question_kinds(data_dir), list(read_samples(test_path))
+    conversations = any(len(sample["messages"]) > 2 for sample in samples)
+    questions: dict[tuple[str, ...], Question] = {}
+    for sample in samples:
+        for messages, answer in rounds(sample):
+            role, prompt = sample["role"], messages[-1]["content"]
+            number = sum(message["role"] == "user" for message in messages)
+            kind = f"round {number}" if number < 3 else "round 3+"
+            kind = kind if conversations else kind_of(role, prompt)
+            new = Question(role, sample["system"], prompt, kind, [], messages)
+            questions.setdefault(tuple(message["content"] for message in messages), new).references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
     return list(questions.values())
@@ -157,7 +166,7 @@ def answer_all(args, directory: ModelDirectory, path: Path, questions: list[Ques
     else:
         generation_config = greedy(generation_config, args.max_new_tokens)
     directory.refuse_to_fail_later(model, generation_config)
-    prompts = [conversation(question.system, question.prompt) for question in questions]
+    prompts = [question.messages for question in questions]
     # Questions of about the same length go together; the longest first, so that memory fails at once or not at all.
     order = sorted(
         range(len(questions)), key=lambda number: -sum(len(message["content"]) for message in prompts[number])
@@ -275,7 +284,7 @@ def main(argv=None):
     kinds = {question.kind for question in questions}
     if "" in kinds:
         print(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")
-    if kinds != {"role-specific"}:
+    if kinds & {"", "general"}:
         print(CAVEAT)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import merge_params
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from support.comparison import compare
-from support.model_directory import Weights, write_weights
+from support.model_directory import ModelDirectory, Weights, write_weights
 
 TARGETS = ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -290,6 +291,19 @@ def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, m
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
     save_file(tensors, copy / "model.safetensors")
     assert "worst probe" in refusal(capsys, checkpoint, adapter, copy, "--check_only")
+
+
+def test_a_conversation_is_one_probe(checkpoint, tmp_path):
+    """Laid out whole: no eos between its turns, and a marker for each."""
+    turns = ["你是谁？", "俺老孙！", "再说一遍。", "齐天大圣！"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    path = tmp_path / "probes.json"
+    path.write_text(json.dumps({"system": "甲", "messages": messages}), encoding="utf-8")
+    base = ModelDirectory(checkpoint)
+    (ids,), questions = merge_params.read_probes(SimpleNamespace(probe_path=path, probes=5), base)
+    text = [base.tokenizer.text_to_ids(text) for text in ["甲", *turns]]
+    assert ids == [*text[0], 195, *text[1], 196, *text[2], 195, *text[3], 196, *text[4]]
+    assert questions == ["你是谁？"]
 
 
 def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path, capsys):

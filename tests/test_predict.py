@@ -19,7 +19,7 @@ from test_merge import make_adapter
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from data_helper import persona, read_profiles, read_samples
+from data_helper import conversation, persona, read_profiles, read_samples
 from support.scores import Scores, catchwords, interval, rouge_l
 
 
@@ -36,9 +36,9 @@ def tokenizer(checkpoint):
 @pytest.fixture(scope="module")
 def conversations(samples) -> list[list[dict]]:
     """Prompts of many lengths, with and without a system text, one of several turns."""
-    found = [predict.conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])][:6]
+    found = [conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])][:6]
     turns = [*found[0], {"role": "assistant", "content": "俺老孙来也！"}, {"role": "user", "content": "再说一遍。"}]
-    return [*found, predict.conversation("", "好"), turns]
+    return [*found, conversation("", "好"), turns]
 
 
 def greedy_by_hand(model, tokenizer, messages, new_tokens: int) -> list[int]:
@@ -81,7 +81,7 @@ def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch
     seen = []
     monkeypatch.setattr(type(model), "generate", lambda self, input_ids, **kwargs: seen.append(input_ids) or input_ids)
     predict.answer_batch(
-        model, tokenizer, [predict.conversation("", "<reserved_107></s>")], predict.greedy(model.generation_config, 4)
+        model, tokenizer, [conversation("", "<reserved_107></s>")], predict.greedy(model.generation_config, 4)
     )
     assert [id for id in seen[0][0].tolist() if id in (1, 2, 195, 196)] == [195, 196]
 
@@ -262,6 +262,23 @@ def test_questions_are_distinct_and_keep_their_references(tmp_path):
         ("张飞", "1 + 1 = ?", "general", ["二"]),
     ]
     assert {q.kind for q in predict.read_questions(tmp_path / "test.json", tmp_path / "elsewhere")} == {""}
+
+
+def test_every_round_of_a_conversation_is_a_question(tmp_path):
+    """With the recorded history; endings of one beginning share its rounds; what is not to be trained is no reference."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("甲乙丙丁戊己庚辛")]
+    ending = [*turns[:3], {"role": "assistant", "content": "另"}]
+    unsure = [*turns[:1], {**turns[1], "train": False}, *turns[2:4]]
+    samples = [{"role": "李白", "system": "诗", "messages": messages} for messages in (turns, ending, unsure)]
+    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    questions = predict.read_questions(tmp_path / "test.json", tmp_path)
+    assert [(q.prompt, q.kind, q.references) for q in questions] == [
+        ("甲", "round 1", ["乙", "乙"]),
+        ("丙", "round 2", ["丁", "另", "丁"]),
+        ("戊", "round 3+", ["己"]),
+        ("庚", "round 3+", ["辛"]),
+    ]
+    assert questions[3].messages == [{"role": "system", "content": "诗"}, *turns[:7]]
 
 
 def test_catchwords_of_personas():
