@@ -250,17 +250,18 @@ def update(engine, dtype: torch.dtype) -> float:
 
 def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
-    questions: dict[str, dict[str, list[dict]]] = {}
+    asked: dict[str, dict[str, list[dict]]] = {}
     for sample in read_samples(test_path):
-        asked = questions.setdefault(sample["role"], {})
-        if len(asked) < per_role:
-            asked[sample["prompt"]] = conversation(sample["system"], sample["prompt"])
+        questions = asked.setdefault(sample["role"], {})
+        if len(questions) < per_role:
+            questions[sample["prompt"]] = conversation(sample["system"], sample["prompt"])
     model.eval()
-    texts = {}
-    for role, asked in questions.items():
-        answers = answer_batch(model, tokenizer, list(asked.values()), greedy(generation_config, 128))
-        texts[f"answers/{role}"] = "\n\n".join(f"**{q}**  \n{answer.text}" for q, answer in zip(asked, answers))
-    return texts
+    conversations = [messages for questions in asked.values() for messages in questions.values()]
+    answers = iter(answer_batch(model, tokenizer, conversations, greedy(generation_config, 128)))  # all roles at once
+    return {
+        f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
+        for role, questions in asked.items()
+    }
 
 
 def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: Log, steps: utils.Steps, step: int):

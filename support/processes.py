@@ -50,6 +50,8 @@ def join_processes() -> torch.device:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed  # here, so that --help and wrong arguments need not wait for it
 
+    if torch.cuda.is_available() and re.search("GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        raise UserError("CUDA_VISIBLE_DEVICES: DeepSpeed knows GPUs by number alone: name 0, 1, … (nvidia-smi -L)")
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -65,8 +67,19 @@ def join_processes() -> torch.device:
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_processes)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def leave_processes():
+    """Leave the group. After an error the others may be waiting for this process, and NCCL would wait for them here."""
+    if failed and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+failed = []  # the error that ended the run on this process, if any
 
 
 def has_bfloat16() -> bool:
@@ -109,7 +122,10 @@ def one_line_for_each_end():
     """Around a run: memory that does not suffice, and the end of another process, become one line each."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        failed.append(error)
+        if not isinstance(error, RuntimeError):
+            raise
         text = str(error)
         if out_of_memory(error):
             raise OneProcessError(
