@@ -11,6 +11,7 @@ The weights pass through memory one shard at a time. Then the result's logits ar
 its adapter, as PEFT computes them; only a result within the bound of its dtype takes the name --save_model_dir.
 """
 
+import gc
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -198,6 +199,9 @@ def prove(
         UserError: the two differ by more than the bound of the dtype.
     """
     expected, alone = adapter_logits(base, args.model_dir, probes, device)
+    gc.collect()  # a GPU may hold one of the models, not both
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     found = logits_of(load_in_float32(merged, device), probes)
     dtype = merged.weights.dtype
     print_comparison(compare(expected, found), compare(expected, alone), dtype, sum(map(len, expected)), len(probes))

@@ -9,6 +9,7 @@
 `python3 train.py …` runs a single process without the launcher. Without a CUDA GPU everything runs on the CPU.
 """
 
+import functools
 import json
 import math
 import signal
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import utils
 from baichuan.generation_utils import answer_batch, greedy
 from data_helper import conversation, read_samples
-from support import processes
+from support import one_parameter, processes
 from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 from support.costs import row_cost
 from support.errors import Problems, UserError, entry_point, first_line
@@ -185,13 +186,12 @@ def start_engine(model, config: dict, args, total_steps: int):
     # A step's backward passes are summed by hand (their number varies), so to DeepSpeed every step is one micro-batch.
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     config["gradient_accumulation_steps"] = 1
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = functools.partial(deepspeed.initialize, model=model, config=config, lr_scheduler=schedule)
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config, lr_scheduler=schedule)
+        return one_parameter.initialize(model, lambda adapters: start(model_parameters=[adapters])[0])
     # DeepSpeed has no class for its own errors.
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
-    return engine
 
 
 # ---------------------------------------------------------------- what the run is
@@ -229,6 +229,7 @@ def train_step(engine, batches, tokens: int, attn_implementation: str, stop: boo
             loss = engine(**inputs, use_cache=False, num_items_in_batch=tokens).loss
             engine.backward(loss * world_size)
             total[0] += loss.detach()
+        one_parameter.hand_over_gradients(engine)
     dist.all_reduce(total)
     loss, stop = total.tolist()
     return loss, stop > 0
@@ -253,17 +254,19 @@ def update(engine, dtype: torch.dtype) -> float:
 
 def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
-    questions, texts = {}, {}  # role → {question: messages}; role → Markdown
+    asked: dict[str, dict[str, list[dict]]] = {}
     for sample in read_samples(test_path):
-        asked = questions.setdefault(sample["role"], {})
+        questions = asked.setdefault(sample["role"], {})
         question = sample["messages"][0]["content"]
-        if len(asked) < per_role:
-            asked[question] = conversation(sample["system"], question)
+        if len(questions) < per_role:
+            questions[question] = conversation(sample["system"], question)
     model.eval()
-    for role, asked in questions.items():
-        answers = answer_batch(model, tokenizer, list(asked.values()), greedy(generation_config, 128))
-        texts[f"answers/{role}"] = "\n\n".join(f"**{q}**  \n{answer.text}" for q, answer in zip(asked, answers))
-    return texts
+    conversations = [messages for questions in asked.values() for messages in questions.values()]
+    answers = iter(answer_batch(model, tokenizer, conversations, greedy(generation_config, 128)))  # all roles at once
+    return {
+        f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
+        for role, questions in asked.items()
+    }
 
 
 def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: Log, steps: utils.Steps, step: int):

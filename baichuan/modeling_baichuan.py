@@ -32,7 +32,7 @@ KNOWN_ARGUMENTS = {
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467), mean of squares in float32."""
+    """Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -40,9 +40,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_cos_sin(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +61,19 @@ def rotary_cos_sin(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Ten
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its position's angle. x: (b, h, l, d), any dtype, kept."""
+    """Turn each pair (x[i], x[i + d/2]) by its position's angle. x: (…, b, h, l, d), any dtype, kept."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """True where attention is allowed → 0 there and -inf elsewhere, as torch's attention would make it in every layer.
+
+    Its kernel on a GPU reads rows that begin at multiples of 16; others it would copy in every layer as well.
+    """
+    length = mask.shape[-1]
+    rows = torch.full((*mask.shape[:-1], length + -length % 16), -torch.inf, dtype=dtype, device=mask.device)
+    return rows[..., :length].masked_fill_(mask, 0)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -90,8 +98,9 @@ class Attention(nn.Module):
     def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, paged_cache=None, **kwargs):
         batch, length, _ = hidden_states.shape
         packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)  # (b, l, 3, h, d)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, l, d)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        turned, value = packed.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, b, h, l, d) and (1, b, h, l, d)
+        query, key = rotate(turned, cos, sin).unbind(0)  # each (b, h, l, d)
+        value = value.squeeze(0)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if paged_cache is not None:  # before transformers 5.24 the attention function updates it by itself
@@ -250,6 +259,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
 
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache, position_ids)
+        if self.config._attn_implementation == "sdpa" and mask is not None and mask.dtype == torch.bool:
+            mask = additive_mask(mask, hidden_states.dtype)
         cos, sin = rotary_cos_sin(position_ids, self.config.head_dim)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, cos, sin, cache=cache, **kwargs)

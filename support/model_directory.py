@@ -22,6 +22,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
 from support.comparison import cache_error
 from support.errors import Problems, UserError, few, out_of_memory
+from support.processes import refuse_unusable_gpu, set_up_cuda
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -191,7 +192,9 @@ def load_adapter(model, directory) -> PeftModel:
 
 def pick_device(name: str) -> torch.device:
     """cpu, -1, auto or a GPU's number → a device that is there. Raises: UserError."""
+    set_up_cuda()
     if name == "auto":
+        refuse_unusable_gpu()
         name = "0" if torch.cuda.is_available() else "cpu"
     if name in ("cpu", "-1"):
         return torch.device("cpu")

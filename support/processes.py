@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -19,11 +20,38 @@ def place() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def refuse_unusable_gpu():
+    """Raise UserError where an NVIDIA device is there and CUDA cannot use it, instead of computing on the CPU for days.
+
+    Without such a device CUDA_VISIBLE_DEVICES is no matter, so that the book's line runs on a laptop.
+    """
+    there = any(Path(path).exists() for path in ("/dev/nvidia0", "/proc/driver/nvidia"))
+    if not there or torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the GPU is hidden on purpose
+        return
+    if torch.version.cuda is None:
+        raise UserError("there is an NVIDIA GPU, and this torch was built without CUDA: install torch with CUDA")
+    raise UserError(
+        f"there is an NVIDIA GPU, and CUDA {torch.version.cuda} of this torch cannot use it: update the driver (580 or "
+        "newer for CUDA 13) or look at CUDA_VISIBLE_DEVICES; CUDA_VISIBLE_DEVICES=-1 computes on the CPU"
+    )
+
+
+def set_up_cuda():
+    """cuDNN's attention plans a kernel for every new row length, up to a second each; others need no plan."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def join_processes() -> torch.device:
     """Meet the other processes of the launcher, or be a group of one; returns this process's device."""
+    refuse_unusable_gpu()
+    set_up_cuda()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed  # here, so that --help and wrong arguments need not wait for it
 
+    if torch.cuda.is_available() and re.search("GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        raise UserError("CUDA_VISIBLE_DEVICES: DeepSpeed knows GPUs by number alone: name 0, 1, … (nvidia-smi -L)")
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -31,15 +59,27 @@ def join_processes() -> torch.device:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in alone.items()})
     # On the CPU DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":  # on a GPU the mere look would probe every operation's compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_processes)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def leave_processes():
+    """Leave the group. After an error the others may be waiting for this process, and NCCL would wait for them here."""
+    if failed and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+failed = []  # the error that ended the run on this process, if any
 
 
 def has_bfloat16() -> bool:
@@ -82,7 +122,10 @@ def one_line_for_each_end():
     """Use around a run: running out of memory, or losing another process, becomes one line."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        failed.append(error)
+        if not isinstance(error, RuntimeError):
+            raise
         text = str(error)
         if out_of_memory(error):
             raise OneProcessError(

@@ -4,6 +4,7 @@
     python3 tests/tools/bench_train.py --size tiny --growth             # how cost grows with samples and persona
     python3 tests/tools/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
     python3 tests/tools/bench_train.py --size 7b --dtype bfloat16       # on a GPU
+    python3 tests/tools/bench_train.py --operations                     # those of one step, counted on the CPU
 
 Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
 the same samples in a step and divide the loss by the same tokens; runs alternate, and medians are printed.
@@ -18,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ import data_helper  # noqa: E402 - the scripts lie in the root
 import train  # noqa: E402
 import utils  # noqa: E402
 from baichuan import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
+from support import stand_in  # noqa: E402
 from support.model_directory import ModelDirectory  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, intermediate
@@ -55,6 +59,7 @@ def parse_args():
     parser.add_argument("--attn_implementation", default="sdpa", choices=train.ATTENTIONS)
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
+    parser.add_argument("--operations", action="store_true", help="count the operations of a step instead")
     parser.add_argument("--scale", type=int, metavar="SAMPLES", help="measure the data of this many samples instead")
     return parser.parse_args()
 
@@ -68,8 +73,6 @@ def load_data(args, directory: Path):
     roles = [] if args.tokenizer_dir else ["--roles", "all"]
     data_helper.main(["--data_dir", args.data_dir, *paths, *roles])
     if not args.tokenizer_dir:
-        from support import stand_in
-
         args.tokenizer_dir = str(directory / "model")
         stand_in.main(["--save_dir", args.tokenizer_dir, "--train_path", str(train_path), "--steps", "0"])
     return train_path, ModelDirectory(args.tokenizer_dir).tokenizer
@@ -449,6 +452,104 @@ def scale(args):
         )
 
 
+# ---------------------------------------------------------------- counting
+
+# Views, and memory that is only allocated or looked at: no work for a GPU.
+NO_WORK = "view _unsafe_view reshape _reshape_alias as_strided expand permute transpose t unbind select slice narrow "
+NO_WORK += "split split_with_sizes chunk flatten unsqueeze squeeze detach detach_ alias view_as to lift_fresh set_ "
+NO_WORK += (
+    "empty empty_like empty_strided resize_ result_type resolve_conj resolve_neg _has_compatible_shallow_copy_type"
+)
+NO_WORK = {"detach", "detach_", *(f"aten::{name}" for name in NO_WORK.split())}
+# What a GPU has one kernel for, and one for its gradient, whatever the CPU makes of it …
+FUSED = {f"aten::{name}" for name in ("rms_norm", "dropout", "cross_entropy_loss")}
+FUSED |= {"aten::_scaled_dot_product_flash_attention_for_cpu"}
+# … and what converts a number on the CPU on its way.
+SINGLE = {f"aten::{name}" for name in ("mul", "mul_", "add", "add_", "div", "div_", "pow", "sum", "mean")}
+
+
+def count_operations(step: Callable) -> Counter:
+    """{(place, operation): times} of a training step: operations that compute and call none that does.
+
+    Each is a launch on a GPU, and launches are what the time of a step of few tokens is made of. Places are the names
+    given to `torch.profiler.record_function`, and "backward" wherever autograd computes.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    found, fused = Counter(), {}  # autograd's number of each operation inside a fused one → the latter
+    counted = set()  # fused operations, once the gradient of one is met
+
+    def numbers(event):
+        return {event.sequence_nr} | {number for child in event.cpu_children for number in numbers(child)}
+
+    def visit(event, place: str) -> bool:
+        """Count an event with those it calls; whether any of them computes."""
+        place = event.name if event.is_user_annotation else place
+        if event.name.startswith("autograd::engine::evaluate_function"):
+            place = "backward"
+            if event.sequence_nr in fused:
+                kernel, first = fused[event.sequence_nr]
+                found[place, f"{kernel} backward"] += (kernel, first) not in counted
+                counted.add((kernel, first))
+                # The sum of the gradients of a tensor that is used twice is no part of the kernel.
+                found[place, "aten::add_"] += sum(child.name == "aten::add_" for child in event.cpu_children)
+                return True
+        elif event.name in FUSED:
+            inside = numbers(event) - {-1}
+            fused.update(dict.fromkeys(inside, (event.name, min(inside, default=-1))))
+        inner = [] if event.name in FUSED | SINGLE else [visit(child, place) for child in event.cpu_children]
+        works = not any(inner) and event.name.startswith("aten::") and event.name not in NO_WORK
+        found[place, event.name] += works
+        return works or any(inner)
+
+    for event in profile.events():
+        if event.cpu_parent is None:
+            visit(event, "elsewhere")
+    return +found
+
+
+def operations_of_a_step(layers: int, directory: Path) -> Counter:
+    """Of train.py's own step: the book's flags, small widths, 8 samples in one row, in bfloat16."""
+    directory.mkdir(exist_ok=True)
+    train_path, test_path, model_path = (str(directory / name) for name in ("train.json", "test.json", "model"))
+    paths = ["--train_path", train_path, "--test_path", test_path]
+    data_helper.main(["--data_dir", str(ROOT / "data/sample"), "--roles", "all", *paths])
+    sizes = ["--hidden_size", "64", "--num_hidden_layers", str(layers), "--vocab_size", "2000", "--steps", "0"]
+    stand_in.main(["--save_dir", model_path, "--train_path", train_path, *sizes])
+    flags = ["--model_name_or_path", model_path, "--output_dir", str(directory / "run"), "--max_pack_len", "4096"]
+    args = train.parse_args([*paths, *flags, "--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
+    model_directory, config, train_data, test_data = train.read_inputs(args)
+    train.join_processes()
+    model = train.model_with_adapters(args, model_directory, torch.bfloat16)
+    steps, _ = train.lay_out(args, train_data, test_data)
+    engine = train.start_engine(model, config, args, len(steps))
+    engine.train()
+
+    def step(number=0):
+        batches, tokens = steps[number]
+        assert len(batches) == 1
+        with torch.profiler.record_function("forward and reduction"):
+            train.train_step(engine, batches, tokens, args.attn_implementation, stop=False)
+        with torch.profiler.record_function("engine.step()"):
+            train.update(engine, torch.bfloat16)
+
+    step()  # the first one also makes the optimizer's state
+    return count_operations(step)
+
+
+def operations(args):
+    with tempfile.TemporaryDirectory() as directory:
+        found = operations_of_a_step(32, Path(directory))
+    print(f"{found.total():,} operations in a step of 8 samples through 32 layers")
+    for place in dict.fromkeys(place for place, _ in found):
+        here = Counter({name: times for (where, name), times in found.items() if where == place})
+        print(f"\n{place}: {here.total():,}")
+        for name, times in here.most_common():
+            print(f"{times:8,}  {name.removeprefix('aten::')}")
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    (growth if arguments.growth else scale if arguments.scale else table)(arguments)
+    kinds = {"operations": operations, "growth": growth, "scale": scale}
+    chosen = next((measure for name, measure in kinds.items() if getattr(arguments, name)), table)
+    chosen(arguments)
