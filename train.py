@@ -31,7 +31,6 @@ from support.errors import Problems, UserError, entry_point, first_line
 from support.files import newest_state, whole_files
 from support.log import Log
 from support.model_directory import ModelDirectory
-from support.processes import join_processes
 from support.resume import claim, find_state, load_state, save_state
 
 
@@ -202,10 +201,8 @@ def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, wh
     with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
         json.dump(vars(args), file, ensure_ascii=False, indent=2)
     model.print_trainable_parameters()
-    print(
-        f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; "
-        f"{where}; to {args.output_dir}"
-    )
+    epoch = f"{steps.steps_per_epoch:,} an epoch"
+    print(f"{len(steps):,} steps of {steps.step_size} samples, {epoch}; {where}; to {args.output_dir}")
     if args.resume:
         print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
     if done == len(steps):
@@ -304,7 +301,7 @@ def main(argv=None):
     directory, config, train_data, test_data = read_inputs(args)
 
     # 2. The processes meet, and agree on what this run is and from where it goes on.
-    device = join_processes()
+    device = processes.join_processes()
     dtype = processes.precision(config)
     done, state, run = find_state(args, train_data, dtype)
     rank, world_size = processes.place()
