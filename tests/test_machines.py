@@ -48,7 +48,7 @@ def bfloat16_file(tmp_path):
 @pytest.fixture
 def accelerator(monkeypatch):
     """accelerator(bf16=…, fp16=…) makes DeepSpeed's accelerator say what it can do."""
-    train.join_processes()
+    train.processes.join_processes()
     from deepspeed import get_accelerator
 
     def says(bf16: bool, fp16: bool):

@@ -321,7 +321,7 @@ def table(args):
         directory = Path(directory)
         path, tokenizer = load_data(args, directory)
         data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)
-        device, dtype = train.join_processes(), getattr(torch, args.dtype)
+        device, dtype = train.processes.join_processes(), getattr(torch, args.dtype)
         launched = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         # … or Trainer would wrap its model for several processes; DeepSpeed gets them back below.
         rate = matmul_rate(device, dtype)
@@ -397,7 +397,7 @@ def growth(args):
     with tempfile.TemporaryDirectory() as directory:
         path, tokenizer = load_data(args, Path(directory))
         samples = list(data_helper.read_samples(path))
-        device = train.join_processes()
+        device = train.processes.join_processes()
         model = with_lora(random_model(args.size, torch.float32, device, "sdpa", len(tokenizer)), ["W_pack", "o_proj"])
         print(
             "\n| persona tokens | samples a step | padded ms/sample | prefix ms/sample | ratio |\n|---|---|---|---|---|"
@@ -519,7 +519,7 @@ def operations_of_a_step(layers: int, directory: Path) -> Counter:
     flags = ["--model_name_or_path", model_path, "--output_dir", str(directory / "run"), "--max_pack_len", "4096"]
     args = train.parse_args([*paths, *flags, "--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data = train.read_inputs(args)
-    train.join_processes()
+    train.processes.join_processes()
     model = train.model_with_adapters(args, model_directory, torch.bfloat16)
     steps, _ = train.lay_out(args, train_data, test_data)
     engine = train.start_engine(model, config, args, len(steps))
