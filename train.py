@@ -14,23 +14,10 @@ import math
 import signal
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-import utils
-from baichuan.generation_utils import answer_batch, greedy
 from data_helper import conversation, read_samples
-from support import processes
 from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments
-from support.errors import Problems, UserError, entry_point, first_line
+from support.errors import Problems, UserError, entry_point, first_line, slow_imports
 from support.files import newest_state, whole_files
-from support.log import Log
-from support.model_directory import ModelDirectory
-from support.processes import join_processes
-from support.resume import claim, find_state, load_state, save_state
 
 
 def parse_args(argv=None):
@@ -73,6 +60,22 @@ def parse_args(argv=None):
 
 
 ATTENTIONS = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
+
+# After the arguments, since these take seconds.
+with slow_imports(parse_args, __name__):
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    import utils
+    from baichuan.generation_utils import answer_batch, greedy
+    from support import processes
+    from support.log import Log
+    from support.model_directory import ModelDirectory
+    from support.processes import join_processes
+    from support.resume import claim, find_state, load_state, save_state
 
 
 # ---------------------------------------------------------------- samples

@@ -18,17 +18,10 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at gradio's import: the page reports to nobody
 
-import gradio as gr
-import torch
-from starlette.middleware import Middleware
-
 from data_helper import conversation, example_questions, persona, read_profiles
-from support import page_guard as guard
 from support.arguments import ArgumentParser
-from support.errors import Problems, UserError, entry_point
+from support.errors import Problems, UserError, entry_point, slow_imports
 from support.json_files import text_problem
-from support.model_directory import ModelDirectory, pick_device
-from support.speaker import Speaker, TooLong
 
 SUPPORT = Path(__file__).parent / "support"
 PERIOD = 0.05  # seconds between two updates of a growing answer
@@ -46,6 +39,17 @@ def parse_args(argv=None):
     parser.add_argument("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")
     parser.add_argument("--role", help="the role that --ask asks (default: the first of --desc_path)")
     return parser.parse_args(argv)
+
+
+# After the arguments, since these take seconds.
+with slow_imports(parse_args, __name__):
+    import gradio as gr
+    import torch
+    from starlette.middleware import Middleware
+
+    from support import page_guard as guard
+    from support.model_directory import ModelDirectory, pick_device
+    from support.speaker import Speaker, TooLong
 
 
 def check(args) -> tuple[torch.device, dict[str, str]]:
