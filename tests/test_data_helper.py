@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, main, persona, read_profiles, read_samples, without_address
+from data_helper import PERSONA, main, persona, read_characters, read_profiles, read_samples, without_address
 from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -645,3 +645,35 @@ def test_sample_test_questions_rephrase_training_questions():
         nearest = max(own, key=lambda candidate: alike(candidate["question"], row["question"]))
         assert nearest["generated"] == row["generated"] and len(row["generated"]) == 1
         assert nearest["question"] != row["question"]
+
+
+def test_a_profile_is_a_string_or_an_object(run):
+    full = {
+        "description": "好斗",
+        "greeting": "来也！",
+        "questions": ["几时？"],
+        "portrait": "a.png",
+        "names": ["翼德"],
+    }
+    path = run.data / PROFILES
+    path.write_text(json.dumps({"李白": "爱酒", "张飞": full}), encoding="utf-8")
+    assert read_profiles(path) == {"李白": "爱酒", "张飞": "好斗"}
+    empty = {"greeting": "", "questions": [], "portrait": "", "names": []}
+    assert read_characters(path) == {"李白": {"description": "爱酒"} | empty, "张飞": full}
+
+
+@pytest.mark.parametrize(
+    "profile, words",
+    [
+        ({"greeting": "a"}, "the profile of '李白' is missing"),
+        ({"description": "a", "greeting": " "}, "greeting in the profile of '李白' is blank"),
+        ({"description": "a", "questions": "b"}, "questions in the profile of '李白' is not a list"),
+        ({"description": "a", "names": ["b", 5]}, "names in the profile of '李白' is not a string"),
+        ({"description": "a", "greetings": "b"}, "greetings in the profile of '李白' is no field"),
+    ],
+)
+def test_a_wrong_field_of_a_profile_is_named(run, profile, words):
+    path = run.data / PROFILES
+    path.write_text(json.dumps({"李白": profile}, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{PROFILES}:1: {words}"):
+        read_characters(path)

@@ -19,7 +19,7 @@ from test_merge import make_adapter
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from data_helper import persona, read_samples
+from data_helper import persona, read_profiles, read_samples
 from support.scores import Scores, catchwords, interval, rouge_l
 
 
@@ -277,7 +277,7 @@ def test_catchwords_of_personas():
 def test_every_persona_but_li_bais_has_catchwords(directory):
     if not directory.exists():
         pytest.skip("RoleBench is not beside this checkout")
-    profiles = json.loads((directory / "profiles-zh_desc.json").read_text(encoding="utf-8"))
+    profiles = read_profiles(directory / "profiles-zh_desc.json")
     found = {role: catchwords(persona(role, profile)) for role, profile in profiles.items()}
     assert {role for role in profiles if not found[role]} == {"李白"}
     assert "官二代" not in found["华妃"] and "本宫" in found["华妃"]

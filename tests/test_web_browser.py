@@ -15,9 +15,10 @@ from playwright.sync_api import Error, expect, sync_playwright
 from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a fixture)
 from web_client import DESC_PATH, FORM, Server, squeezed
 
+from data_helper import read_profiles
 from support.speaker import Speaker
 
-DESCRIPTIONS = json.loads(DESC_PATH.read_text(encoding="utf-8"))
+DESCRIPTIONS = read_profiles(DESC_PATH)
 FIRST = next(iter(DESCRIPTIONS))
 expect.set_options(timeout=60_000)  # a slow machine is no fault of the page; waits end as soon as they can
 DESKTOP, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 780}

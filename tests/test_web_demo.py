@@ -19,7 +19,7 @@ from web_client import DESC_PATH, FORM, Server, Visitor, free_port
 
 import web_demo
 from baichuan.generation_utils import messages_to_ids
-from data_helper import persona
+from data_helper import persona, read_profiles
 from support import page_guard
 from support.model_directory import ModelDirectory
 from support.speaker import PrefixCaches, Speaker
@@ -120,7 +120,7 @@ def test_port_in_use(run, server, checkpoint):
 def test_ask_prints_one_greedy_answer(run, checkpoint, speaker):
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH, "--device", "cpu", "--role", "张飞"]
     answer = run(*flags, "--ask", "你是谁？", expected=0).out
-    description = json.loads(DESC_PATH.read_text(encoding="utf-8"))["张飞"]
+    description = read_profiles(DESC_PATH)["张飞"]
     expected = conversation("你是谁？", role="张飞", description=description)
     settings = greedy(speaker.model.generation_config.max_new_tokens)
     assert answer.rstrip("\n") == whole(speaker.answer(expected, settings)).rstrip("\n")
@@ -395,7 +395,7 @@ def test_another_role_starts_a_fresh_conversation(visitor, speaker):
     visitor.ask("你是谁？")
     changed = visitor.call("change_role", None, "张飞")["data"]
     assert changed[1]["value"] == [] and "new conversation" in changed[3]
-    assert changed[5] == json.loads(DESC_PATH.read_text(encoding="utf-8"))["张飞"]
+    assert changed[5] == read_profiles(DESC_PATH)["张飞"]
     assert len(changed[1]["examples"]) == 4
     visitor.ask("你是谁？")
     answer = visitor.ask("再说一遍。", role="曹操", description="枭雄")  # a client that skips the event
