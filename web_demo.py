@@ -16,10 +16,11 @@ import re
 import time
 from pathlib import Path
 
-from data_helper import conversation, example_questions, persona, read_characters
+from data_helper import conversation, example_questions, persona
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.json_files import text_problem
+from support.profiles import read_characters
 
 SUPPORT = Path(__file__).parent / "support"
 PERIOD = 0.05  # seconds between two updates of a growing answer

@@ -16,7 +16,8 @@ from playwright.sync_api import Error, expect, sync_playwright
 from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a fixture)
 from web_client import DESC_PATH, Server, squeezed
 
-from data_helper import persona, read_characters, read_profiles
+from data_helper import persona, read_profiles
+from support.profiles import read_characters
 from support.speaker import Speaker
 
 DESCRIPTIONS = read_profiles(DESC_PATH)
