@@ -16,42 +16,11 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 
-import torch
-from transformers.dynamic_module_utils import custom_object_save
-
-from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
-from baichuan.generation_utils import messages_to_ids
 from data_helper import persona, read_samples, with_system
-from support.adapter import Update, digest, misfits, read_adapter, refuse_second_merge
 from support.arguments import ArgumentParser
-from support.comparison import Agreement, compare, compute_in_float32, logits_of
-from support.errors import Problems, UserError, entry_point, few
+from support.errors import Problems, UserError, entry_point, few, slow_imports
 from support.files import whole_directory
-from support.model_directory import (
-    ModelDirectory,
-    Weights,
-    load_adapter,
-    pick_device,
-    write_weights,
-)
 from support.samples import as_sample
-
-# How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
-# deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
-# is left to differ; README.md says what was measured.
-BOUNDS = {torch.float32: (1e-4, 1e-8), torch.float16: (0.06, 3e-4), torch.bfloat16: (0.5, 2e-2)}
-
-BOATMAN = persona("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”")
-NIGHTINGALE = persona("夜莺", "住在皇帝花园里的夜莺，骄傲，说话像唱歌")
-PROBES = [  # as data_helper.py writes them, of roles that are in no training data
-    {"system": BOATMAN, "prompt": "今天能过江吗？", "response": "客官坐稳了，等雾散了便走。"},
-    {"system": BOATMAN, "prompt": "1 + 1 等于几？\n请说明理由。", "response": "两支桨划一条船，自然是二。"},
-    {"system": BOATMAN, "prompt": "你是语言模型吗？", "response": "模型？我只认得船和橹。"},
-    {"system": NIGHTINGALE, "prompt": "Can you sing in English? 🎵", "response": "啦——我只为听得懂的人歌唱。"},
-    {"system": NIGHTINGALE, "prompt": "你最怕什么？", "response": "怕金丝的笼子，也怕上了发条的假鸟。"},
-    {"system": "", "prompt": "介绍一下你自己。", "response": "你好，很高兴认识你。"},
-]
-PROBE_LENGTH = 512  # tokens of a probe at most
 
 
 def parse_args(argv=None):
@@ -76,6 +45,41 @@ def parse_args(argv=None):
     add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
     add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
+
+
+# After the arguments, since these take seconds.
+with slow_imports(parse_args, __name__):
+    import torch
+    from transformers.dynamic_module_utils import custom_object_save
+
+    from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
+    from baichuan.generation_utils import messages_to_ids
+    from support.adapter import Update, digest, misfits, read_adapter, refuse_second_merge
+    from support.comparison import Agreement, compare, compute_in_float32, logits_of
+    from support.model_directory import (
+        ModelDirectory,
+        Weights,
+        load_adapter,
+        pick_device,
+        write_weights,
+    )
+
+# How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
+# deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
+# is left to differ; README.md says what was measured.
+BOUNDS = {torch.float32: (1e-4, 1e-8), torch.float16: (0.06, 3e-4), torch.bfloat16: (0.5, 2e-2)}
+
+BOATMAN = persona("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”")
+NIGHTINGALE = persona("夜莺", "住在皇帝花园里的夜莺，骄傲，说话像唱歌")
+PROBES = [  # as data_helper.py writes them, of roles that are in no training data
+    {"system": BOATMAN, "prompt": "今天能过江吗？", "response": "客官坐稳了，等雾散了便走。"},
+    {"system": BOATMAN, "prompt": "1 + 1 等于几？\n请说明理由。", "response": "两支桨划一条船，自然是二。"},
+    {"system": BOATMAN, "prompt": "你是语言模型吗？", "response": "模型？我只认得船和橹。"},
+    {"system": NIGHTINGALE, "prompt": "Can you sing in English? 🎵", "response": "啦——我只为听得懂的人歌唱。"},
+    {"system": NIGHTINGALE, "prompt": "你最怕什么？", "response": "怕金丝的笼子，也怕上了发条的假鸟。"},
+    {"system": "", "prompt": "介绍一下你自己。", "response": "你好，很高兴认识你。"},
+]
+PROBE_LENGTH = 512  # tokens of a probe at most
 
 
 # ---------------------------------------------------------------- what can be wrong, found before anything slow

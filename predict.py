@@ -20,18 +20,10 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import set_seed
-
-from baichuan.generation_utils import Answer, answer_batch, greedy
 from data_helper import read_rows, read_samples, rounds
 from support.arguments import ArgumentParser, number_problems
-from support.errors import Problems, UserError, entry_point
+from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import put_on_disk
-from support.model_directory import ModelDirectory, pick_device
-from support.scores import COLUMNS, Scores, interval
 
 CAVEAT = (
     "All general questions of RoleBench's test set also occur in its training set, under another role: "
@@ -61,6 +53,18 @@ def parse_args(argv=None):
     add("--seed", type=int, default=1234, help="integer that decides the draws of --sample, and of the bootstrap")
     add("--resamples", type=int, default=1000, help="of the bootstrap, for the intervals of the differences")
     return parser.parse_args(argv)
+
+
+# After the arguments, since these take seconds.
+with slow_imports(parse_args, __name__):
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from transformers import set_seed
+
+    from baichuan.generation_utils import Answer, answer_batch, greedy
+    from support.model_directory import ModelDirectory, pick_device
+    from support.scores import COLUMNS, Scores, interval
 
 
 # ---------------------------------------------------------------- answering

@@ -15,23 +15,11 @@ import math
 import signal
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-import utils
-from baichuan.generation_utils import answer_batch, greedy
 from data_helper import conversation, read_samples
-from support import one_parameter, processes
 from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 from support.costs import row_cost
-from support.errors import Problems, UserError, entry_point, first_line
+from support.errors import Problems, UserError, entry_point, first_line, slow_imports
 from support.files import newest_state, whole_files
-from support.log import Log
-from support.model_directory import ModelDirectory
-from support.resume import claim, find_state, load_state, save_state
 
 
 def parse_args(argv=None):
@@ -47,7 +35,8 @@ def parse_args(argv=None):
     add("--lora_dim", type=int, default=16, help="rank r of the adapters")
     add("--lora_alpha", type=float, default=64, help="adapters are scaled by lora_alpha / lora_dim")
     add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
-    add("--attn_implementation", default="sdpa", choices=ATTENTIONS, help="attention kernels to use")
+    kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
+    add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
     add("--gradient_checkpointing", action="store_true", help="recompute layers: less memory, slower")
     add("--compile", action="store_true", help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument
@@ -78,7 +67,20 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-ATTENTIONS = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
+# After the arguments, since these take seconds.
+with slow_imports(parse_args, __name__):
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    import utils
+    from baichuan.generation_utils import answer_batch, greedy
+    from support import one_parameter, processes
+    from support.log import Log
+    from support.model_directory import ModelDirectory
+    from support.resume import claim, find_state, load_state, save_state
 
 
 # ---------------------------------------------------------------- samples
@@ -201,8 +203,7 @@ def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, wh
     with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
         json.dump(vars(args), file, ensure_ascii=False, indent=2)
     model.print_trainable_parameters()
-    epoch = f"{steps.steps_per_epoch:,} an epoch"
-    print(f"{len(steps):,} steps of {steps.step_size} samples, {epoch}; {where}; to {args.output_dir}")
+    print(f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}")
     if args.resume:
         print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
     if done == len(steps):
@@ -317,7 +318,9 @@ def main(argv=None):
         load_state(engine, state)
     claim(Path(args.output_dir))
     if rank == 0:
-        introduce(args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}")
+        introduce(
+            args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
+        )
 
     # 4. Train, show, save; stop where one is asked to.
     engine.train()  # dropout and checkpointing act in no other mode

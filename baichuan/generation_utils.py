@@ -202,7 +202,7 @@ class ChatMixin:
         return torch.tensor([ids], device=self.device)
 
     def stream_answer(self, tokenizer, prompt: torch.LongTensor, generation_config, **generate_kwargs) -> Iterator[str]:
-        """Yield the answer so far while `generate` runs in a thread. prompt: (1, l) ids.
+        """Yield the answer so far while `generate` runs in a thread. prompt: (1, l) ids. Returns its last token.
 
         An exception in the thread (out of memory, say) is raised here; closing the generator stops the thread.
         """
@@ -232,8 +232,10 @@ class ChatMixin:
         try:
             answer, settled = "", ""  # settled: text that no further token changes
             pending: list[int] = []  # the tokens after it
+            last = None
             for new in tokens:
                 pending += new
+                last = new[-1]
                 text = settled + tokenizer.decode(pending, skip_special_tokens=True)
                 if text != answer and not text.endswith("\ufffd"):  # that is a character whose bytes are still coming
                     answer = text
@@ -245,6 +247,7 @@ class ChatMixin:
                 yield text
             if failure:
                 raise failure[0]
+            return last
         finally:
             stopped.set()
             thread.join()

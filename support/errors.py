@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -66,6 +67,8 @@ def entry_point(main):
             if not out_of_memory(error):
                 raise
             problems, speaks = [f"too little memory is free: {first_line(error)}"], True
+        except ImportError as error:
+            problems = [import_problem(error)]
         except OSError as error:  # disk full, permission, a directory where a file should be, …
             where = f"{error.filename}: " if error.filename else ""
             problems = [f"{where}{error.strerror or error}"]
@@ -74,6 +77,31 @@ def entry_point(main):
         raise SystemExit(2)
 
     return wrapper
+
+
+@contextmanager
+def slow_imports(parse_args, name: str):
+    """Around the imports that take seconds: a script that is run (`name` is "__main__") reads its arguments before them.
+
+    So --help and a typing error are answered at once, and an environment that lacks a package is told in a line.
+    """
+    if name != "__main__":
+        yield
+        return
+    entry_point(parse_args)()
+    try:
+        yield
+    except ImportError as error:
+        print("error:", import_problem(error), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def import_problem(error: ImportError) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return first_line(error)
+    script = os.path.relpath(sys.argv[0])
+    script = "-m support.stand_in" if script == "support/stand_in.py" else script
+    return f'{error.name} is not installed for this Python: run "make setup", then .venv/bin/python3 {script} …'
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -7,9 +7,6 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-from safetensors import SafetensorError
-
 from support.errors import OneProcessError, UserError, first_line
 
 
@@ -46,6 +43,8 @@ def whole_files(*paths):
 @contextmanager
 def writing(path):
     """Use around libraries that write: each has its own error for a full disk; here it becomes one that names `path`."""
+    from safetensors import SafetensorError  # here, so that --help works outside the environment
+
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -84,6 +83,8 @@ def whole_directory(path, overwrite: bool = False):
 
 def remove_leftovers(path: Path):
     """Remove what processes that were killed had begun to write for `path`: 15 GB each for a model of 7B."""
+    import psutil  # here, so that --help works outside the environment
+
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = left.name.split(".")[-2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):

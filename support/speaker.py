@@ -3,11 +3,12 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 
 import torch
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import DynamicCache
 
 from baichuan.generation_utils import CACHE_NAME, messages_to_ids
@@ -86,51 +87,103 @@ class Speaker:
             raise UserError(f"{device}: too little memory is free for {model_path}: give --device cpu") from error
         return cls(model, directory.tokenizer, adapter)
 
-    def fit(self, messages: list[dict], wanted: int) -> tuple[list[int], int, bool]:
+    def fit(self, messages: list[dict], wanted: int, begun: str = "") -> tuple[list[int], int, bool]:
         """Share the context out: persona and question come first, then the reply, then the earlier rounds.
 
         Args:
             messages: first the persona, last the question.
             wanted: tokens of the reply, at most.
+            begun: the reply's beginning, when there is one to go on from.
         Returns:
             the prompt's ids, the tokens that its reply may have, and whether the oldest rounds were left out.
         Raises:
             TooLong: the question does not fit.
         """
         context = self.model.config.model_max_length
-        needed = len(messages_to_ids(self.tokenizer, [messages[0], messages[-1]]))
+        begun = self.tokenizer.text_to_ids(begun)
+        needed = len(messages_to_ids(self.tokenizer, [messages[0], messages[-1]])) + len(begun)
         room = min(wanted, context - needed)
         if room < min(wanted, SHORTEST_REPLY):
             raise TooLong(needed, context)
         whole = messages_to_ids(self.tokenizer, messages)
-        prompt = messages_to_ids(self.tokenizer, messages, context - room)
-        return prompt, room, len(prompt) < len(whole)
+        prompt = messages_to_ids(self.tokenizer, messages, context - room - len(begun))
+        return prompt + begun, room, len(prompt) < len(whole)
 
-    def answer(self, messages: list[dict], settings: dict, base: bool = False) -> Iterator[str]:
-        """Yield the answer so far. Closing the iterator stops the model, and lets the next question in.
+    def answer(
+        self, messages: list[dict], settings: dict, base: bool = False, begun: str = "", strength: float = 1.0
+    ) -> Iterator[str]:
+        """Yield the answer so far; return it and whether it was cut. Closing the iterator stops the model, and frees it.
 
         Args:
             messages: first the persona, last the question.
             settings: fields of GenerationConfig, and `seed`, None for a random one.
             base: answer as the model does without its adapter.
+            begun: the answer's beginning, which the model goes on from, and which what is yielded begins with.
+            strength: what the adapter's update is multiplied by.
         Raises:
             TooLong: the question does not fit. MemoryError: the device's memory does not suffice.
         """
-        ids, room, _ = self.fit(messages, settings["max_new_tokens"])
+        ids, room, _ = self.fit(messages, settings["max_new_tokens"], begun)
         fields = {name: value for name, value in settings.items() if name != "seed"} | {"max_new_tokens": room}
         if not settings["do_sample"]:
             fields |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' own: greedy has no use for them
         config = deepcopy(self.model.generation_config)
         config.update(**fields)
         prompt = torch.tensor([ids], device=self.model.device)
-        with self.turn, self.adapter.disable_adapter() if base else nullcontext():
+        strength = 0.0 if base else strength
+        with self.turn, self.scaled(strength):
             torch.seed() if settings["seed"] is None else torch.manual_seed(settings["seed"])
             try:
-                cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), base)
-                yield from self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})
+                cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), strength)
+                stream = self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})
+                text = begun
+                with closing(stream):
+                    while True:
+                        text = begun + next(stream)
+                        yield text
+            except StopIteration as end:
+                ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+                return text, end.value not in ends
             except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                self.personas.clear()
-                torch.cuda.empty_cache()
-                raise MemoryError(str(error)) from None
+                self.free_memory(error)
+
+    @torch.no_grad()
+    def words(self, messages: list[dict], answer: str, strength: float = 1.0) -> list[tuple[str, float]]:
+        """The pieces of an answer, each with log p(tuned) − log p(base), in nats, of its tokens.
+
+        messages: first the persona, last the question. Raises: TooLong, MemoryError.
+        """
+        answer_ids = self.tokenizer.text_to_ids(answer)
+        prompt, _, _ = self.fit(messages, len(answer_ids))
+        ids = torch.tensor([prompt + answer_ids], device=self.model.device)
+        of = []
+        with self.turn:
+            try:
+                for scale in (strength, 0.0):
+                    with self.scaled(scale):
+                        logits = self.model(input_ids=ids, logits_to_keep=len(answer_ids) + 1).logits[0, :-1].float()
+                    of.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
+            except RuntimeError as error:
+                self.free_memory(error)
+        pieces, shown, gain = [], "", 0.0
+        for number, difference in enumerate((of[0] - of[1]).tolist(), start=1):
+            gain += difference
+            text = self.tokenizer.decode(answer_ids[:number])
+            if not text.endswith("\ufffd") or number == len(answer_ids):  # a character of several tokens is one piece
+                pieces.append((text[len(shown) :], gain))
+                shown, gain = text, 0.0
+        return pieces
+
+    def scaled(self, strength: float):
+        """The model with its adapter's update multiplied by `strength`; 0 is the base model."""
+        if self.adapter is None or strength == 1:
+            return nullcontext()
+        return self.adapter.disable_adapter() if strength == 0 else rescale_adapter_scale(self.adapter, strength)
+
+    def free_memory(self, error: RuntimeError):
+        """Raises: MemoryError for want of memory, the error itself for all else."""
+        if not out_of_memory(error):
+            raise error
+        self.personas.clear()
+        torch.cuda.empty_cache()
+        raise MemoryError(str(error)) from None

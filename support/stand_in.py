@@ -13,16 +13,8 @@ import re
 import sys
 from io import BytesIO
 
-import sentencepiece
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import trange
-from transformers import GenerationConfig, set_seed
-
-from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from support.arguments import ArgumentParser, number_problems
-from support.errors import UserError, entry_point
+from support.errors import UserError, entry_point, slow_imports
 from support.files import whole_directory, writing
 from support.samples import read_samples
 
@@ -48,6 +40,18 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=32, help="sentences a pre-training step")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the weights and of the order of sentences")
     return parser.parse_args(argv)
+
+
+# After the arguments, since these take seconds.
+with slow_imports(parse_args, __name__):
+    import sentencepiece
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from torch.nn.utils.rnn import pad_sequence
+    from tqdm import trange
+    from transformers import GenerationConfig, set_seed
+
+    from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 
 
 def read_sentences(train_path: str) -> list[str]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, main, persona, read_characters, read_profiles, read_samples, rounds, without_address
+from data_helper import PERSONA, main, persona, read_profiles, read_samples, rounds, without_address
 from support.errors import UserError
+from support.profiles import read_characters
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data/sample"

@@ -1,21 +1,21 @@
 """The chat page without a browser: its arguments, what it answers, and what it says to everything it should not answer."""
 
+import asyncio
 import json
 import os
+import socket
 import string
-from html.parser import HTMLParser
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
-import gradio as gr
 import httpx
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from starlette.requests import Request
 from test_tokenizer import pause_generation
-from tools import load_chat
-from web_client import DESC_PATH, FORM, Server, Visitor, free_port
+from web_client import DESC_PATH, Server, Visitor, free_port
 
 import web_demo
 from baichuan.generation_utils import messages_to_ids
@@ -23,6 +23,7 @@ from data_helper import persona, read_profiles
 from support import page_guard
 from support.model_directory import ModelDirectory
 from support.speaker import PrefixCaches, Speaker
+from tests.tools import load_chat
 
 # Started before the page, this writes down every address that the page's process connects to or looks up.
 WATCHED = """
@@ -96,12 +97,20 @@ def run(capsys):
 def test_all_problems_are_told_at_once(run, tmp_path):
     (tmp_path / "roles.json").write_text('{\n"李白": ""\n}', encoding="utf-8")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "auth").write_text("nobody")
     flags = ["--model_path", tmp_path / "empty", "--adapter_path", tmp_path, "--desc_path", tmp_path / "roles.json"]
-    result = run(*flags, "--device", "7", "--auth", "nobody", "--server_name", "203.0.113.1")
+    result = run(*flags, "--device", "7", "--auth_file", tmp_path / "auth", "--server_name", "203.0.113.1")
     lines = result.err.splitlines()
     assert result.out == ""
     assert all(line.startswith("error: ") for line in lines)
-    for words in ("has no weights", "adapter_config.json", "roles.json:2:", "--device 7", "--auth", "203.0.113.1:9090"):
+    for words in (
+        "has no weights",
+        "adapter_config.json",
+        "roles.json:2:",
+        "--device 7",
+        "--auth_file",
+        "203.0.113.1:9090",
+    ):
         assert sum(words in line for line in lines) == 1, (words, lines)
 
 
@@ -132,32 +141,64 @@ def test_ask_knows_its_role_and_its_limits(run, checkpoint):
     assert "--ask: persona and question have" in run(*flags, "--ask", "字" * 9000).err
 
 
-@pytest.mark.parametrize("name, auth", [("0.0.0.0", None), ("0.0.0.0", "guest:a"), ("127.0.0.1", None)])
-def test_listening_to_others_without_a_password_is_warned_about(run, checkpoint, monkeypatch, name, auth):
-    page = MagicMock()
-    monkeypatch.setattr(web_demo.Page, "build", lambda self: page)
+@pytest.mark.parametrize("name, password", [("0.0.0.0", False), ("0.0.0.0", True), ("127.0.0.1", False)])
+def test_listening_to_others_without_a_password_is_warned_about(run, checkpoint, monkeypatch, name, password):
+    monkeypatch.setattr(page_guard, "serve", lambda *args: None)
+    if password:
+        monkeypatch.setenv("WEB_DEMO_AUTH", "guest:a")
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH, "--device", "cpu", "--server_name", name]
-    flags += ["--port", free_port(), *(["--auth", auth] if auth else [])]
-    printed = run(*flags, expected=0).out
-    assert (f"warning: whoever reaches {name}" in printed) == (name == "0.0.0.0" and auth is None)
-    launched = page.queue.return_value.launch.call_args.kwargs
-    assert launched["server_name"] == name and launched["auth"] == (("guest", "a") if auth else None)
+    printed = run(*flags, "--port", free_port(), expected=0).out
+    assert (f"warning: whoever reaches {name}" in printed) == (name == "0.0.0.0" and not password)
+
+
+def test_an_adapter_as_model_is_recognised(run, adapter):
+    line = run("--model_path", adapter, "--desc_path", DESC_PATH, "--port", free_port()).err
+    assert line == f"error: --model_path {adapter}: is an adapter: give it as --adapter_path, and its base model here\n"
+
+
+def test_a_portrait_that_is_not_there(run, checkpoint, tmp_path):
+    profiles = {"李白": {"description": "诗人", "portrait": "libai.png"}}
+    (tmp_path / "roles.json").write_text(json.dumps(profiles), encoding="utf-8")
+    flags = ["--model_path", checkpoint, "--desc_path", tmp_path / "roles.json", "--port", free_port()]
+    assert "libai.png: the portrait of 李白 must be a file" in run(*flags).err
 
 
 def test_a_password_is_asked_for(checkpoint, tmp_path):
-    server = Server(tmp_path / "log", checkpoint, "--auth", "guest:a:b")
+    (tmp_path / "auth").write_text("guest:a:b\n")
+    server = Server(tmp_path / "log", checkpoint, "--auth_file", str(tmp_path / "auth"))
     try:
-        http = httpx.Client(base_url=server.url)
-        for path in ("/config", "/gradio_api/queue/data?session_hash=a"):
-            assert http.get(path).status_code in (401, 404)
-        call = {"fn_index": 0, "data": [None, "你是谁？", *FORM.values()], "session_hash": "a"}
-        assert http.post("/gradio_api/queue/join", json=call).status_code == 401
-        assert http.post("/login", data={"username": "guest", "password": "a"}).status_code == 400
-        assert http.post("/login", data={"username": "guest", "password": "a:b"}).status_code == 200
-        assert http.get("/config").status_code == 200
+        visitor = Visitor(server.url)
+        assert "孙悟空" not in visitor.http.get("/").text
+        for path in ("/answer", "/words", "/logout"):
+            assert visitor.post({}, path).status_code == 401
+        assert visitor.post({"account": "guest:a"}, "/login").status_code == 403
+        assert visitor.post({"account": "guest:a:b"}, "/login").status_code == 429  # too soon, though right
+        assert visitor.post({"account": None}, "/login").json()["error"].startswith("Too many attempts")
+        while visitor.post({"account": "guest:a:b"}, "/login").status_code == 429:
+            time.sleep(0.1)
+        assert visitor.ask("你是谁？", max_new_tokens=2)
+        assert "孙悟空" in visitor.http.get("/").text
+        assert visitor.post({}, "/logout").status_code == 200
+        assert "孙悟空" not in visitor.http.get("/").text
+        assert visitor.post(visitor.body("你是谁？")).status_code == 401
     finally:
         server.close()
     assert "warning" not in server.log
+
+
+def test_failed_sign_ins_wait_twice_as_long_each_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(page_guard.time, "monotonic", lambda: now)
+    door = page_guard.Door(set(), "guest:a")
+    waits = []
+    for _ in range(8):
+        assert not door.try_password("1.2.3.4", "guest:b")
+        with pytest.raises(page_guard.Refusal) as refusal:
+            door.try_password("1.2.3.4", "guest:a")
+        waits.append(refusal.value.values["seconds"] - 1)
+        now += waits[-1] + 1
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert door.try_password("1.2.3.4", "guest:a") and not door.try_password("5.6.7.8", "guest:b")
 
 
 # ---------------------------------------------------------------- the model
@@ -211,22 +252,19 @@ def test_a_seed_repeats_an_answer(speaker):
 
 
 class Tab:
-    """A conversation on the page, without gradio and a server between the two."""
-
-    request = SimpleNamespace(headers={})
+    """The page's functions, without a server."""
 
     def __init__(self, speaker):
-        self.page = web_demo.Page(speaker, {"李白": "盛唐诗人"}, {"李白": []})
-        self.conversation = web_demo.Conversation()
+        profile = {"description": "盛唐诗人", "greeting": "", "questions": [], "portrait": "", "names": []}
+        self.page = web_demo.Page(speaker, {"李白": profile}, DESC_PATH, page_guard.Door(set(), None))
 
-    def ask(self, question: str, **changes) -> dict:
-        """The round of this question, once it is answered."""
-        self.page.ask(self.request, self.conversation, question, *(FORM | changes).values())
-        for _ in self.page.answer(self.request, self.conversation):
-            pass
-        return self.conversation.rounds[-1]
+    def ask(self, question: str, **changes) -> str:
+        asked = self.page.checked(Visitor.body(VISITOR, question, **changes))
+        return whole(self.page.speaker.answer(**asked))
 
 
+VISITOR = Visitor.__new__(Visitor)
+VISITOR.messages = []
 OWN = {"do_sample": True, "max_new_tokens": 256, "temperature": 0.3, "top_p": 0.85, "top_k": 5} | {
     "repetition_penalty": 1.05,
     "seed": -1,
@@ -256,15 +294,11 @@ def test_every_setting_reaches_the_model(speaker, monkeypatch, name):
     assert speaker.model.generation_config.to_dict() == own
 
 
-def test_every_control_of_the_page_is_what_it_says(speaker):
-    """In the order of FORM, which the functions take, under its own label, and at first as generation_config.json has it."""
-    demo = Tab(speaker).page.build()
-    functions = [function for function in demo.fns.values() if function.name in ("ask", "ask_example", "retry", "edit")]
-    assert len(functions) == 4
-    for function in functions:
-        form = function.inputs[-len(FORM) :]
-        assert [str(component.label) for component in form] == [str(gr.I18n()(name)) for name in FORM]
-        assert {name: component.value for name, component in zip(FORM, form) if name in OWN} == OWN
+def test_the_page_begins_with_the_models_own_settings(visitor):
+    page = visitor.http.get("/").text
+    facts = json.loads(page.split('id="facts">')[1].split("</script>")[0])
+    assert facts["settings"] == OWN
+    assert facts["persona"].format(role="李白", description="诗人") == persona("李白", "诗人")
 
 
 def test_a_closed_answer_frees_the_model(speaker, monkeypatch):
@@ -278,7 +312,9 @@ def test_a_closed_answer_frees_the_model(speaker, monkeypatch):
     assert len(threads) == 1 and not threads[0].is_alive()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 1 bytes")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 1 bytes")]
+)
 def test_out_of_memory_is_told_apart_and_survived(speaker, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
@@ -337,28 +373,42 @@ def test_the_base_model_answers_beside_the_adapter(checkpoint, adapter, speaker)
     assert whole(alone.answer(question, greedy(20))) != whole(speaker.answer(question, greedy(20)))
 
 
-def test_each_column_continues_its_own_answers(speaker, monkeypatch):
-    """Where the base model has not answered, it reads the other's answer; otherwise nothing of the other's."""
-    both, read = Speaker(speaker.model, speaker.tokenizer, adapter=MagicMock()), []
+def test_the_adapter_can_be_scaled(checkpoint, adapter, speaker):
+    both = Speaker.load(checkpoint, adapter, torch.device("cpu"))
+    question = conversation("你是谁？")
+    ids = torch.tensor([messages_to_ids(speaker.tokenizer, question)])
 
-    def answer(messages, settings, base=False):
-        read.append(("base" if base else "tuned", messages))
-        yield f"{read[-1][0]} {len(messages) // 2}"
+    def logits(strength):
+        with torch.no_grad(), both.scaled(strength):
+            return both.model(input_ids=ids).logits
 
-    monkeypatch.setattr(both, "answer", answer)
-    tab = Tab(both)
-    tab.ask("一？")
-    tab.ask("二？", compare=True)
-    tab.ask("三？", compare=True)
-    assert read == [
-        ("tuned", conversation("一？")),
-        ("tuned", conversation("一？", "tuned 1", "二？")),
-        ("base", conversation("一？", "tuned 1", "二？")),
-        ("tuned", conversation("一？", "tuned 1", "二？", "tuned 2", "三？")),
-        ("base", conversation("一？", "tuned 1", "二？", "base 2", "三？")),
-    ]
-    answers = [(past["response"], past["base"]) for past in tab.conversation.rounds]
-    assert answers == [("tuned 1", ""), ("tuned 2", "base 2"), ("tuned 3", "base 3")]
+    model = ModelDirectory(checkpoint).load(torch.float32)
+    wrapped = PeftModel.from_pretrained(model, adapter)
+    for module in wrapped.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = {name: scale / 2 for name, scale in module.scaling.items()}
+    halved = wrapped.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(0.5), halved(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    assert whole(both.answer(question, greedy(8), strength=0.0)) == whole(speaker.answer(question, greedy(8)))
+    assert not torch.allclose(logits(0.5), logits(1.0), atol=1e-2)
+
+
+def test_words_are_coloured_by_the_difference_of_log_probabilities(checkpoint, adapter, speaker):
+    both = Speaker.load(checkpoint, adapter, torch.device("cpu"))
+    merged = PeftModel.from_pretrained(ModelDirectory(checkpoint).load(torch.float32), adapter).merge_and_unload()
+    question, answer = conversation("你是谁？"), "我是李白🎵。\ufffd"  # the note has a token a byte
+    prompt = messages_to_ids(speaker.tokenizer, question)
+    ids = torch.tensor([prompt + speaker.tokenizer.text_to_ids(answer)])
+
+    def log_p(model):
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits.log_softmax(-1)
+        return sum(logits[0, place - 1, ids[0, place]].item() for place in range(len(prompt), ids.shape[1]))
+
+    words = both.words(question, answer)
+    assert "".join(word for word, _ in words) == answer and len(words) > 1
+    assert sum(gain for _, gain in words) == pytest.approx(log_p(merged) - log_p(speaker.model), abs=1e-3)
 
 
 # ---------------------------------------------------------------- a conversation through the server
@@ -369,85 +419,130 @@ def test_the_conversation_is_kept_from_turn_to_turn(visitor, speaker):
     second = visitor.ask("再说一遍。")
     assert first == whole(speaker.answer(conversation("你是谁？"), greedy(12)))
     assert second == whole(speaker.answer(conversation("你是谁？", first, "再说一遍。"), greedy(12)))
-    assert visitor.shown(visitor.put(question=["好。"]))[:4] == ["你是谁？", first, "再说一遍。", second]
 
 
-def test_nobody_sees_another_ones_conversation(server, speaker):
-    one, other = Visitor(server.url), Visitor(server.url)
-    one.ask("你是谁？")
-    assert other.ask("再说一遍。") == whole(speaker.answer(conversation("再说一遍。"), greedy(12)))
-    assert other.call("download", None)["data"][0].count("\n") == 1
+def test_a_greeting_is_read_as_the_roles_own_turn(visitor, speaker):
+    visitor.messages = [{"role": "assistant", "content": "来也！"}]
+    messages = conversation("你是谁？")
+    messages.insert(1, {"role": "assistant", "content": "来也！"})
+    assert visitor.ask("你是谁？") == whole(speaker.answer(messages, greedy(12)))
 
 
-def test_download_is_training_data(visitor):
-    answers = [visitor.ask(question) for question in ("你是谁？", '"</s>"\n<b>')]
-    visitor.put(question=["没有等到回答"])
-    lines = [json.loads(line) for line in visitor.call("download", None)["data"][0].splitlines()]
-    system = persona(FORM["role"], FORM["description"])
-    prompts = ("你是谁？", '"</s>"\n<b>')
-    assert lines == [
-        {"role": "李白", "system": system, "prompt": prompt, "response": answer}
-        for prompt, answer in zip(prompts, answers)
-    ]
-
-
-def test_another_role_starts_a_fresh_conversation(visitor, speaker):
-    visitor.ask("你是谁？")
-    changed = visitor.call("change_role", None, "张飞")["data"]
-    assert changed[1]["value"] == [] and "new conversation" in changed[3]
-    assert changed[5] == read_profiles(DESC_PATH)["张飞"]
-    assert len(changed[1]["examples"]) == 4
-    visitor.ask("你是谁？")
-    answer = visitor.ask("再说一遍。", role="曹操", description="枭雄")  # a client that skips the event
-    assert answer == whole(speaker.answer(conversation("再说一遍。", role="曹操", description="枭雄"), greedy(12)))
-
-
-def test_retry_edit_undo_clear(visitor, speaker):
-    sampled = {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 1.0, "seed": 7}
-    first = visitor.ask("你是谁？", **sampled)
-    visitor.put("retry", event={"index": 0, "value": "你是谁？"}, **sampled)
-    second = visitor.shown(visitor.call("answer", None))
-    assert second[0] == "你是谁？" and second[1] != first  # with a seed too, another attempt is another answer
-    assert "same question gets the same answer" in visitor.put("retry", event={"index": 0})["data"][3]
-    visitor.call("answer", None)
-    visitor.put("edit", event={"index": 0, "previous_value": "你是谁？", "value": "你好。"})
-    edited = visitor.shown(visitor.call("answer", None))
-    assert edited == ["你好。", whole(speaker.answer(conversation("你好。"), greedy(12)))]
-    undone = visitor.call("undo", None, event={"index": 0, "value": "你好。"})["data"]
-    assert undone[1] == [] and undone[4] == "你好。"
-    visitor.ask("你是谁？")
-    assert visitor.call("clear", None)["data"][1] == []
-    assert visitor.ask("再说一遍。") == whole(speaker.answer(conversation("再说一遍。"), greedy(12)))
-
-
-def test_a_question_while_an_answer_is_written(visitor):
-    visitor.put(question=["你是谁？"])
-    assert "stop it first" in visitor.put(question=["再说一遍。"])["error"]
-    visitor.call("stop", None)
-    assert visitor.shown(visitor.put(question=["再说一遍。"])) == ["再说一遍。"]  # the unanswered one is gone
-
-
-def test_a_reply_longer_than_the_context_is_cut_with_a_note(visitor):
-    question = "字" * 3000
-    asked = visitor.put(question=[question], max_new_tokens=2048)
-    assert "The context has room for" in asked["data"][3]
-    assert (
-        "上下文只容得下"
-        in Visitor(visitor.http.base_url, "zh-CN").put(question=[question], max_new_tokens=2048)["data"][3]
+def test_an_answer_that_was_cut_says_so_and_can_be_continued(visitor, speaker):
+    (*_, first) = visitor.lines("你是谁？", max_new_tokens=6, repetition_penalty=1.0)
+    assert first["cut"] is True
+    (*_, more) = visitor.lines("你是谁？", begun=first["text"], max_new_tokens=6, repetition_penalty=1.0)
+    ids = messages_to_ids(speaker.tokenizer, conversation("你是谁？")) + speaker.tokenizer.text_to_ids(first["text"])
+    prompt = torch.tensor([ids])
+    output = speaker.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6, repetition_penalty=1.0
     )
+    added = speaker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    assert added and more["text"] == first["text"] + added
+
+
+def test_an_answer_that_ended_by_itself_is_not_cut(speaker, monkeypatch):
+    eos = speaker.model.generation_config.eos_token_id
+    for last, cut in ((eos, False), (5, True)):
+
+        def generate(prompt, streamer, last=last, **kwargs):
+            streamer.put(prompt[0])
+            streamer.put(torch.tensor([90]))
+            streamer.put(torch.tensor([last]))
+            streamer.end()
+
+        monkeypatch.setattr(speaker.model, "generate", generate)
+        stream = speaker.answer(conversation("你是谁？"), greedy(12))
+        while (step := page_guard.advance(stream))[1] is None:
+            pass
+        assert step[1][1] is cut
+
+
+def test_a_model_that_fails_is_told_in_words(speaker, monkeypatch, capsys):
+    page = Tab(speaker).page
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("a defect")
+        yield
+
+    monkeypatch.setattr(speaker, "answer", fail)
+    place = page_guard.Place("a", "b")
+    page.line.places.append(place)
+    request = SimpleRequest()
+
+    async def collect():
+        return [line async for line in page.lines(request, {}, place, "")]
+
+    assert asyncio.run(collect()) == [{"error": page_guard.TEXTS["en"]["failed"]}]
+    assert capsys.readouterr().out == "error: an answer failed: ZeroDivisionError: a defect\n"
+
+
+class SimpleRequest:
+    headers = {}
+
+
+def test_a_place_in_the_queue_is_told_and_limited():
+    line = page_guard.Line()
+    places = [line.enter("one", "a") for _ in range(page_guard.PLACES_OF_VISITOR)]
+    with pytest.raises(page_guard.Refusal, match="busy"):
+        line.enter("one", "a")
+    for number in range(page_guard.PLACES_OF_ADDRESS - len(places)):
+        line.enter(f"v{number}", "a")
+    with pytest.raises(page_guard.Refusal, match="full"):
+        line.enter("another", "a")
+    other = line.enter("other", "b")
+    assert not other.moved.is_set()
+    line.leave(places[0])
+    assert other.moved.is_set() and line.places.index(other) == page_guard.PLACES_OF_ADDRESS - 1
+
+
+def test_a_turn_that_comes_while_the_place_is_told_is_not_missed(speaker):
+    page = Tab(speaker).page
+    asked = page.checked(Visitor.body(VISITOR, "你是谁？", max_new_tokens=2))
+
+    async def wait():
+        first, second = page.line.enter("a", "x"), page.line.enter("b", "y")
+        lines = page.lines(SimpleRequest(), asked, second, "")
+        assert await anext(lines) == {"place": 1}
+        page.line.leave(first)
+        return [line async for line in lines][-1]
+
+    assert "cut" in asyncio.run(asyncio.wait_for(wait(), 60))
+
+
+def test_those_who_wait_are_told_their_place(server):
+    first, second = Visitor(server.url), Visitor(server.url)
+    body = first.body("你是谁？", max_new_tokens=2048, repetition_penalty=2.0)
+    with first.http.stream("POST", "/answer", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        got = []
+        thread = threading.Thread(target=lambda: got.extend(second.lines("你是谁？", max_new_tokens=3)))
+        thread.start()
+        third = Visitor(server.url)
+        with third.http.stream("POST", "/answer", json=third.body("你是谁？")) as waiting:
+            place = json.loads(next(waiting.iter_lines()))
+    thread.join()
+    assert place in ({"place": 1}, {"place": 2})  # whichever of the two came first
+    assert {"place": 1} in got or {"place": 2} in got
+    assert "cut" in got[-1]
+
+
+def test_a_reply_longer_than_the_context_is_cut_with_a_note(server):
+    for language, note in (("en", "The context has room for"), ("zh-CN", "上下文只容得下")):
+        visitor = Visitor(server.url, language)
+        with visitor.http.stream("POST", "/answer", json=visitor.body("字" * 3000, max_new_tokens=2048)) as stream:
+            assert note in json.loads(next(stream.iter_lines()))["note"]
 
 
 def test_a_visitor_who_leaves_frees_the_model(server, visitor):
-    """3,000 tokens take a minute here; the next visitor's answer does not wait for them."""
-    visitor.put(question=["你是谁？"], max_new_tokens=2048, repetition_penalty=2.0)
-    visitor.join("answer", None)
-    for message in visitor.messages():
-        if message["msg"] == "process_generating":
-            break  # and out of the `with`, which closes the connection
-    other = Visitor(server.url)
-    assert other.ask("你是谁？", max_new_tokens=3)
-    lines = visitor.call("download", None)["data"][0]
-    assert len(visitor.http.get("/config").json()) and len(json.loads(lines)["response"]) < 1500
+    """2,000 tokens take a minute here; the next visitor's answer does not wait for them."""
+    with visitor.http.stream(
+        "POST", "/answer", json=visitor.body("你是谁？", max_new_tokens=2048, repetition_penalty=2.0)
+    ) as stream:
+        next(stream.iter_lines())
+    lines = Visitor(server.url).lines("你是谁？", max_new_tokens=3)
+    assert "cut" in lines[-1]
 
 
 def test_many_visitors_at_once(server):
@@ -458,33 +553,32 @@ def test_many_visitors_at_once(server):
 
 # ---------------------------------------------------------------- hostile input
 
-FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 REFUSED_QUESTIONS = [
     ("\ud800", "half a character"),
     ("a\0b", "control character"),
     ("\x1b[31m", "control character"),
     ("\x85", "control character"),
-    ("x" * 1_000_000, "at most 8,000"),
+    ("x" * 8001, "at most 8,000"),
     ("字" * 8000, "leaves no room for a reply"),
     ("", "please write something"),
     (" \n\t", "please write something"),
     (None, "text is expected"),
     (5, "text is expected"),
     (True, "text is expected"),
-    (["a"], "not a request of the page"),
-    (FILE, "not a request of the page"),
-    ({"text": "a", "files": [FILE]}, "not a request of the page"),
-    ([{"role": "user", "content": [{"file": FILE, "type": "file"}]}], "not a request of the page"),
+    (["a"], "text is expected"),
+    ({"text": "a"}, "text is expected"),
 ]
 REFUSED_FORMS = [
     ("role", "", "Role"),
     ("role", "x" * 41, "at most 40"),
     ("role", "\udfff", "half a character"),
-    ("role", ["a", "b"], "not a request of the page"),
+    ("role", ["a", "b"], "text is expected"),
     ("description", " ", "please write something"),
     ("description", "x" * 2001, "at most 2,000"),
     ("description", "a\0", "control character"),
-    ("compare", "yes", "true or false"),
+    ("base", "yes", "true or false"),
+    ("strength", 1.6, "from 0.0 to 1.5"),
+    ("strength", "1", "from 0.0 to 1.5"),
     ("do_sample", 1, "true or false"),
     ("max_new_tokens", 0, "from 1 to 2048"),
     ("max_new_tokens", 2049, "from 1 to 2048"),
@@ -501,7 +595,7 @@ REFUSED_FORMS = [
     ("seed", -2, "from -1 to 4294967295"),
     ("seed", "x", "from -1 to 4294967295"),
 ]
-ROUNDLESS = [None, {}, 5, "index", {"index": None}, {"index": "0"}, {"index": 99}, {"index": -2}, {"index": [0, 1]}]
+USER = {"role": "user", "content": "a"}
 NOT_OF_THE_PAGE = [
     b"",
     b"{",
@@ -509,125 +603,121 @@ NOT_OF_THE_PAGE = [
     "null",
     "[]",
     "[" * 200_000,
-    '{"data": [null]}',
-    '{"fn_index": 999, "data": [null], "session_hash": "a"}',
-    '{"fn_index": "ask", "data": [null], "session_hash": "a"}',
-    '{"fn_index": [0], "data": [null], "session_hash": "a"}',
-    '{"fn_index": 0, "data": [null, "a"], "session_hash": "a"}',
-    '{"fn_index": 0, "data": {"a": 1}, "session_hash": "a"}',
-    '{"fn_index": 1, "data": [null]}',
-    '{"fn_index": 1, "data": [null], "session_hash": 5}',
-    '{"fn_index": 1, "data": [null], "session_hash": "../../etc"}',
-    '{"fn_index": 1, "data": [null], "session_hash": "\\ud800"}',
+    {"messages": None},
+    {"messages": []},
+    {"messages": "a"},
+    {"messages": ["a"]},
+    {"messages": [{"role": "system", "content": "a"}, USER]},
+    {"messages": [{"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": ["user"], "content": "a"}]},
+    {"settings": None},
+    {"settings": {}},
+    {"settings": {"use_cache": False}},
 ]
-CLOSED = [
-    "/gradio_api/file=/etc/passwd",
-    "/gradio_api/file=web_demo.py",
-    "/gradio_api/file=../../etc/passwd",
-    "/gradio_api/file/etc/passwd",
-    "/gradio_api/proxy=http://127.0.0.1:22/",
-    "/gradio_api/stream/a/b/1/playlist.m3u8",
-    "/gradio_api/upload",
-    "/gradio_api/upload_progress?upload_id=a",
-    "/gradio_api/component_server",
-    "/gradio_api/custom_component/a/b/c/style.css",
-    "/gradio_api/call/ask",
-    "/gradio_api/run/ask",
-    "/gradio_api/api/ask",
-    "/gradio_api/info",
-    "/gradio_api/openapi.json",
-    "/gradio_api/runs",
-    "/gradio_api/mcp/",
-    "/gradio_api/dev/reload",
-    "/monitoring",
-    "/docs",
-    "/openapi.json",
-]
-OUTSIDE = [  # of what gradio itself serves; it looks for such paths, and so do we here
+CLOSED = ["/config", "/docs", "/openapi.json", "/login_check", "/gradio_api/queue/join", "/page_texts.json"]
+CLOSED += ["/portrait/0", "/portrait/99", "/portrait/-1", "/portrait/a", "/page_guard.py", "/support/page.js"]
+OUTSIDE = [
     "/static/../web_demo.py",
-    "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
-    "/static/..%2f..%2f..%2fetc/passwd",
-    "/assets//etc/passwd",
-    "/assets/..\\..\\web_demo.py",
-    "/svelte/%2e%2e/%2e%2e/etc/passwd",
+    "/%2e%2e/%2e%2e/etc/passwd",
+    "/page.js/../../web_demo.py",
+    "/portrait/..%2f..%2fetc/passwd",
+    "//etc/passwd",
 ]
 
 
 @pytest.mark.parametrize("question, answer", REFUSED_QUESTIONS, ids=lambda value: repr(value)[:30])
 def test_refused_questions(visitor, question, answer):
-    assert answer in visitor.put(question=[question])["error"]
+    (line,) = visitor.lines(question)
+    assert answer in line["error"]
 
 
 @pytest.mark.parametrize("name, value, answer", REFUSED_FORMS, ids=lambda value: repr(value)[:20])
 def test_refused_values(visitor, name, value, answer):
-    assert answer in visitor.put(question=["你是谁？"], **{name: value})["error"]
+    (line,) = visitor.lines("你是谁？", **{name: value})
+    assert answer in line["error"]
 
 
-@pytest.mark.parametrize("event", ROUNDLESS, ids=repr)
-def test_events_about_no_message(visitor, event):
-    visitor.ask("你是谁？", max_new_tokens=1)
-    for function in ("retry", "edit"):
-        assert "no such message" in visitor.put(function, event=event)["error"]
-    assert "no such message" in visitor.call("undo", None, event=event)["error"]
-
-
-def test_events_with_a_wrong_text(visitor):
-    visitor.ask("你是谁？", max_new_tokens=1)
-    for event in ({"index": 0, "value": FILE}, {"index": 0, "value": [[FILE]]}, FILE):
-        assert "not a request of the page" in visitor.put("edit", event=event)["error"]
-    for value in (None, ["a"], {"text": "a"}):
-        assert "text is expected" in visitor.put("edit", event={"index": 0, "value": value})["error"]
-    for value in (None, "a", ["a"], {"text": 5}, {"files": []}):
-        assert "text is expected" in visitor.put("ask_example", event={"value": value})["error"]
-    assert "text is expected" in visitor.call("change_role", None, 5)["error"]
-    assert "no such message" in visitor.call("answer", None)["error"]  # nothing has been asked
-
-
-@pytest.mark.parametrize("body", NOT_OF_THE_PAGE, ids=lambda body: repr(body[:50]))
+@pytest.mark.parametrize("body", NOT_OF_THE_PAGE, ids=lambda body: repr(body)[:50])
 def test_what_the_page_does_not_send(visitor, body):
-    response = visitor.post(body)
+    response = visitor.post(visitor.body("a") | body if isinstance(body, dict) else body)
     assert response.status_code == 422 and "not a request of the page" in response.json()["error"]
+
+
+def test_a_form_of_another_page_is_no_request(visitor):
+    """Browsers send these content types without asking the server first."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        assert visitor.post(visitor.body("你是谁？"), **{"content-type": kind}).status_code == 422
 
 
 def test_more_than_a_request_may_hold(visitor):
     response = visitor.post(b"x" * (page_guard.MAX_BODY + 1))
-    assert response.status_code == 413 and "at most 8,000" in response.json()["error"]
-    assert "字" in Visitor(visitor.http.base_url, "zh").post(b"x" * (page_guard.MAX_BODY + 1)).json()["error"]
+    assert response.status_code == 413 and "1,024 KB" in response.json()["error"]
+    visitor.messages = [USER, {"role": "assistant", "content": "b"}] * 200
+    assert "200 rounds" in visitor.lines("c")[0]["error"]
 
 
-@pytest.fixture(scope="module")
-def strange_request(server):
-    with httpx.Client(base_url=server.url, headers={"accept-language": "zh"}) as http:
+def test_a_body_that_is_withheld_is_given_up(visitor, monkeypatch):
+    """In this process, where the deadline can be short."""
+    monkeypatch.setattr(page_guard, "BODY_SECONDS", 0.05)
 
-        def send(method: str, path: str) -> httpx.Response:
-            request = http.build_request(method, path, content=b"" if method in ("POST", "PUT") else None)
-            request.url = request.url.copy_with(raw_path=path.encode())  # httpx would tidy the path up
-            return http.send(request)
+    async def receive():
+        await asyncio.sleep(60)
 
-        yield send
+    request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+    with pytest.raises(page_guard.Refusal, match="too_slow"):
+        asyncio.run(page_guard.read_json(request))
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:9191", "localhost.evil.example", "", "192.0.2.1"])
+def test_a_strange_name_for_this_machine_is_refused(server, host):
+    """What a name that its owner points at the loopback would do (DNS rebinding)."""
+    for path in ("/", "/page.js", "/portrait/0"):
+        assert httpx.get(server.url + path, headers={"host": host}).status_code in (400, 403)
+
+
+def test_names_that_are_allowed(server):
+    port = server.url.rsplit(":", 1)[1]
+    for host in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST"):
+        assert httpx.get(server.url, headers={"host": f"{host}:{port}"}).status_code == 200
+    assert page_guard.allowed_hosts("0.0.0.0", ["Chat.example"]) == {"localhost", "127.0.0.1", "::1", "chat.example"}
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:1", "http://127.0.0.1:1", "null", ""])
+def test_another_origin_is_refused(visitor, origin):
+    assert visitor.post(visitor.body("你是谁？"), origin=origin).status_code == 403
+
+
+def test_another_site_is_refused(visitor):
+    assert visitor.post(visitor.body("你是谁？"), **{"sec-fetch-site": "same-site"}).status_code == 403
+
+
+def test_an_invented_visitor_is_refused(server):
+    for cookie in ("", "visitor=v1", "visitor=v1.abc", "visitor=.", "visitor=\xff.\xe9"):
+        headers = {"cookie": cookie.encode("latin-1"), "content-type": "application/json"}
+        response = httpx.post(server.url + "/answer", content=json.dumps(VISITOR.body("a")), headers=headers)
+        assert response.status_code == 401, cookie
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD"])
-@pytest.mark.parametrize("path", CLOSED)
-def test_closed_paths_end_at_the_gate(strange_request, path, method):
-    """The words are the page's own: gradio, which would answer some of these with a file and others with its 403, is not asked."""
-    response = strange_request(method, path)
-    assert response.status_code == 404
-    message = page_guard.TEXTS["zh"]["no_path"]
-    assert method == "HEAD" or response.json() == {"error": message, "detail": message}
+@pytest.mark.parametrize("path", [*CLOSED, *OUTSIDE])
+def test_no_other_path(visitor, path, method):
+    request = visitor.http.build_request(method, "/", content=b"" if method in ("POST", "PUT") else None)
+    request.url = request.url.copy_with(raw_path=path.encode())  # httpx would tidy the path up
+    response = visitor.http.send(request)
+    assert response.status_code in (404, 405)
+    assert method == "HEAD" or response.json() == {"error": page_guard.TEXTS["en"]["no_path"]}
 
 
-def test_messages_of_a_strange_session_end_at_the_gate(strange_request):
-    response = strange_request("GET", "/gradio_api/queue/data?session_hash=stranger")
-    assert response.status_code == 404 and response.json()["error"] == page_guard.TEXTS["zh"]["no_call"]
-
-
-@pytest.mark.parametrize("path", OUTSIDE)
-def test_no_file_outside_what_the_page_is_made_of(strange_request, path):
-    for method in ("GET", "POST", "PUT", "HEAD"):
-        response = strange_request(method, path)
-        assert response.status_code in (403, 404, 405), (method, response.status_code)
-        assert "root:" not in response.text and "argparse" not in response.text
+def test_half_requests_leave_no_traceback(server):
+    port = int(server.url.rsplit(":", 1)[1])
+    cookie = "; ".join(f"{name}={value}" for name, value in Visitor(server.url).http.cookies.items())
+    head = f"POST /answer HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie}\r\nContent-Type: application/json\r\n"
+    halves = ["GET", "GET / HTTP/9.9\r\n\r\n", "\x16\x03\x01", head + "Content-Length: 5000\r\n\r\n{",
+              "GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"]  # fmt: skip
+    for half in halves:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(half.encode("latin-1"))
+    assert Visitor(server.url).ask("你是谁？", max_new_tokens=1)
 
 
 @pytest.mark.parametrize("marker", ["<reserved_106>", "<reserved_107>", "</s>", "<s>", "<unk>"])
@@ -643,19 +733,13 @@ def test_no_text_becomes_a_control_token(visitor, speaker, marker, monkeypatch):
     assert answer == whole(speaker.answer(conversation(text, role=marker, description=text), greedy(12)))
 
 
-@pytest.mark.parametrize(
-    "text", ["<script>x</script>", "<img src=x>", "&lt;b&gt;", "<!-- x", "</div>", "a < b & c", "<中>"]
-)
-def test_shown_text_is_no_html(text):
-    parser = HTMLParser(convert_charrefs=True)
-    found = []
-    parser.handle_starttag = lambda tag, attributes: found.append(tag)
-    parser.handle_endtag = parser.handle_comment = parser.handle_decl = found.append
-    seen = []
-    parser.handle_data = seen.append
-    parser.feed(page_guard.literal(text))
-    parser.close()
-    assert found == [] and "".join(seen).replace(page_guard.JOINER, "") == text
+def test_facts_cannot_end_the_script_they_stand_in(speaker):
+    tab = Tab(speaker)
+    tab.page.characters["李白"]["greeting"] = "</script><script>alert(1)</script><!--"
+    page = tab.page.document(SimpleRequest, tab.page.facts(SimpleRequest), "page.js").body.decode()
+    assert page.count("</script>") == 2 and "<!--" not in page
+    facts = json.loads(page.split('id="facts">')[1].split("</script>")[0])
+    assert facts["characters"]["李白"]["greeting"].startswith("</script>")
 
 
 def test_languages_have_the_same_texts():
@@ -669,7 +753,7 @@ def test_languages_have_the_same_texts():
 
 
 def test_headers_keep_the_browser_at_home(visitor):
-    for path in ("/", "/config", "/nowhere"):
+    for path in ("/", "/page.js", "/nowhere"):
         assert "default-src 'self'" in visitor.http.get(path).headers["content-security-policy"]
 
 

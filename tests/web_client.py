@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import httpx
@@ -16,14 +15,15 @@ DESC_PATH = ROOT / "data/sample/profiles-zh_desc.json"
 FORM = {  # what the page sends with every question
     "role": "李白",
     "description": "盛唐诗人",
-    "compare": False,
+    "base": False,
+    "strength": 1.0,
     "do_sample": False,
     "max_new_tokens": 12,
     "temperature": 0.3,
     "top_p": 0.85,
     "top_k": 5,
     "repetition_penalty": 1.05,
-    "seed": None,
+    "seed": -1,
 }
 
 
@@ -69,53 +69,38 @@ class Server:
 
 
 class Visitor:
-    """One browser tab, without the browser."""
+    """One browser, without the browser: it keeps its conversation, and sends all of it with each question."""
 
     def __init__(self, url: str, language: str = "en", **kwargs):
         self.http = httpx.Client(base_url=url, timeout=60, headers={"accept-language": language}, **kwargs)
-        self.session = uuid.uuid4().hex
-        self.functions = {call["api_name"]: call for call in self.http.get("/config").json()["dependencies"]}
+        self.http.get("/")  # for the cookie
+        self.messages: list[dict] = []
 
-    def post(self, body, path: str = "/gradio_api/queue/join") -> httpx.Response:
+    def body(self, question: str, **changes) -> dict:
+        values = FORM | changes
+        body = {name: values.pop(name) for name in ("role", "description", "base", "strength")}
+        return body | {"messages": [*self.messages, {"role": "user", "content": question}], "settings": values}
+
+    def post(self, body, path: str = "/answer", **headers) -> httpx.Response:
         content = body if isinstance(body, (str, bytes)) else json.dumps(body)
-        return self.http.post(path, content=content, headers={"content-type": "application/json"})
+        return self.http.post(path, content=content, headers={"content-type": "application/json"} | headers)
 
-    def join(self, function: str, *values, event=None) -> httpx.Response:
-        call = {"fn_index": self.functions[function]["id"], "data": list(values), "session_hash": self.session}
-        return self.post(call | {"event_data": event})
-
-    def messages(self):
-        with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as stream:
-            for line in stream.iter_lines():
-                if line.startswith("data:"):
-                    yield json.loads(line.removeprefix("data:"))
-
-    def call(self, function: str, *values, event=None) -> dict:
-        """The outcome of one event: {"data": […]} or {"error": message}."""
-        response = self.join(function, *values, event=event)
-        if response.status_code != 200:
-            return response.json()
-        for message in self.messages():
-            if message["msg"] == "process_completed" and message["event_id"] == response.json()["event_id"]:
-                return message["output"]
-        raise AssertionError("the server closed the stream")
-
-    def put(self, function="ask", question=(), event=None, **changes) -> dict:
-        return self.call(function, None, *question, *(FORM | changes).values(), event=event)
+    def lines(self, question: str, begun: str = "", **changes) -> list[dict]:
+        """All that is said to a question; what is refused has one line, {"error"}."""
+        response = self.post(self.body(question, **changes) | {"begun": begun})
+        return [json.loads(line) for line in response.text.splitlines()]
 
     def ask(self, question: str, **changes) -> str:
-        """The whole answer to a question, as the page shows it."""
-        asked = self.put(question=[question], **changes)
-        assert "error" not in asked, asked
-        return self.shown(self.call("answer", None))[-1]
-
-    @staticmethod
-    def shown(output: dict, column: int = 1) -> list[str]:
-        """The texts in the chat window."""
-        assert "error" not in output, output
-        return [bubble["content"][0]["text"].replace("\u2060", "") for bubble in output["data"][column]]
+        """The whole answer to a question, which the next question goes on from."""
+        lines = self.lines(question, **changes)
+        assert "cut" in lines[-1], lines
+        self.messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": lines[-1]["text"]},
+        ]
+        return lines[-1]["text"]
 
 
 def squeezed(text: str) -> str:
-    """Without white space, which a browser folds, and the invisible joiner."""
-    return re.sub(r"[\s\u2060]+", "", text)
+    """Without white space, which a browser folds."""
+    return re.sub(r"\s+", "", text)

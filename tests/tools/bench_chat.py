@@ -11,7 +11,6 @@ greedy answer of --tokens tokens, beside `model.generate` of the same prompt. Me
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +24,6 @@ from support.errors import entry_point
 from support.model_directory import pick_device
 from support.speaker import Speaker
 from tests.tools.sample_model import write_model
-from web_demo import Conversation, Page
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["你是谁？", "你平生最得意的是哪一件事？说来听听。", "那时候身边都有谁？", "后来呢？", "再说得细一些。"]
@@ -52,30 +50,28 @@ def seconds(call, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def asked(system: str, rounds: int, tokens: int) -> Conversation:
-    """A conversation of `rounds` earlier answers and a question."""
-    settings = {"do_sample": False, "seed": None, "repetition_penalty": 1.05}
-    settings |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
-    past = [{"prompt": question, "response": "这个嘛，" * 12, "base": ""} for question in QUESTIONS[:rounds]]
-    last = {"prompt": QUESTIONS[rounds], "response": "", "base": ""}
-    common = {"system": system, "settings": settings, "compare": False, "attempt": 0, "answering": True}
-    return Conversation([common | this for this in [*past, last]])
+def asked(system: str, rounds: int) -> list[dict]:
+    """The messages of `rounds` earlier answers and a question."""
+    messages = [{"role": "system", "content": system}]
+    for question in QUESTIONS[:rounds]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "这个嘛，" * 12}]
+    return [*messages, {"role": "user", "content": QUESTIONS[rounds]}]
 
 
-def measure(page: Page, make, device: torch.device) -> dict[str, float]:
-    """Seconds of one run of each. make() → a conversation with an unanswered question."""
-    model, settings = page.speaker.model, make().rounds[-1]["settings"]
-    ids, _, _ = page.speaker.fit(make().messages("response"), settings["max_new_tokens"])
+def measure(speaker: Speaker, messages: list[dict], settings: dict, device: torch.device) -> dict[str, float]:
+    """Seconds of one run of each."""
+    model = speaker.model
+    ids, _, _ = speaker.fit(messages, settings["max_new_tokens"])
     prompt = torch.tensor([ids], device=device)
     options = {name: value for name, value in settings.items() if name != "seed"}
     streams = []
 
     def first():
-        streams.append(page.answer(None, make()))
+        streams.append(speaker.answer(messages, settings))
         next(streams[0])
 
     def whole():
-        for _ in page.answer(None, make()):
+        for _ in speaker.answer(messages, settings):
             pass
 
     with torch.no_grad():
@@ -101,11 +97,12 @@ def main(argv=None):
     profiles = read_profiles(ROOT / "data/sample/profiles-zh_desc.json")
     role = next(iter(profiles))
     system = persona(role, profiles[role])
-    page = Page(speaker, profiles, {})
+    settings = {"do_sample": False, "seed": None, "repetition_penalty": 1.05}
+    settings |= {"min_new_tokens": args.tokens, "max_new_tokens": args.tokens}
     for rounds in (0, 4):
-        make = partial(asked, system, rounds, args.tokens)
-        measure(page, make, device)  # warms up, and computes the persona's cache
-        runs = [measure(page, make, device) for _ in range(args.repeats)]
+        messages = asked(system, rounds)
+        measure(speaker, messages, settings, device)  # warms up, and computes the persona's cache
+        runs = [measure(speaker, messages, settings, device) for _ in range(args.repeats)]
         length, forward, first, generate, streamed = (
             median(run[name] for run in runs) for name in ("length", "forward", "first", "generate", "page")
         )

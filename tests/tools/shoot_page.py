@@ -1,6 +1,7 @@
-"""Pictures of the chat page for the README: images/6_2.png (desktop) and images/6_2_phone.png.
+"""Pictures of the chat page for the README: images/6_2.png (desktop), 6_2_phone.png, 6_2_dark.png and 6_2_begin.png.
 
-python3 tests/tools/shoot_page.py --model_path output_dir/demo/merged
+python3 tests/tools/shoot_page.py --model_path output_dir/demo/Baichuan2-tiny \\
+    --adapter_path output_dir/demo/run/epoch-30-step-180
 """
 
 import shutil
@@ -17,31 +18,31 @@ from web_client import ROOT, Server
 from support.arguments import ArgumentParser
 from support.errors import UserError, entry_point
 
-QUESTIONS = ["你一个筋斗能翻多远？", "你的本事是跟谁学的？"]
+QUESTIONS = ["你一个筋斗能翻多远？"]
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default="output_dir/demo/merged", help="model to serve")
-    parser.add_argument("--adapter_path", help="adapter to serve, with the base model's answers beside its own")
+    parser.add_argument("--adapter_path", help="adapter to serve; 6_2_dark.png then shows the base model's answers too")
     parser.add_argument("--images", type=Path, default=ROOT / "images", help="directory of the pictures")
     parser.add_argument("--language", default="zh-CN", help="the browser's language")
     parser.add_argument("--questions", nargs="+", default=QUESTIONS, help="what 孙悟空 is asked")
     return parser.parse_args(argv)
 
 
-def shoot(browser, args, url: str, name: str, width: int, height: int):
-    context = browser.new_context(locale=args.language, viewport={"width": width, "height": height})
+def shoot(browser, args, url: str, name: str, width: int, height: int, scheme="light", both=False, asked=True):
+    viewport = {"width": width, "height": height}
+    context = browser.new_context(locale=args.language, viewport=viewport, color_scheme=scheme, device_scale_factor=1)
     page = context.new_page()
     page.goto(url)
-    expect(page.locator("#question .submit-button")).to_be_visible()
-    if args.adapter_path:
-        page.locator(".sidebar input[type=checkbox]").first.dispatch_event("click")
-    for number, question in enumerate(args.questions, start=1):
-        page.locator("#question textarea").fill(question)
-        page.locator("#question textarea").press("Enter")
-        expect(page.locator("#chat .bot.message")).to_have_count(number)
-        expect(page.locator("#question .submit-button")).to_be_visible(timeout=60_000)
+    expect(page.locator("#question")).to_be_focused()
+    page.evaluate(f"Object.assign(settings, {{do_sample: false, compare: {str(both).lower()}}})")
+    page.evaluate(f"settings.colour = {str(both).lower()}")
+    for number, question in enumerate(args.questions if asked else [], start=1):
+        page.locator("#question").fill(question)
+        page.locator("#question").press("Enter")
+        expect(page.locator(".answer .actions")).to_have_count(number, timeout=60_000)
     page.mouse.move(0, 0)
     page.screenshot(path=args.images / name, animations="disabled")
     context.close()
@@ -61,6 +62,8 @@ def main(argv=None):
         try:
             shoot(browser, args, server.url, "6_2.png", 1280, 820)
             shoot(browser, args, server.url, "6_2_phone.png", 390, 780)
+            shoot(browser, args, server.url, "6_2_dark.png", 1280, 820, scheme="dark", both=bool(args.adapter_path))
+            shoot(browser, args, server.url, "6_2_begin.png", 820, 1180, asked=False)
         finally:
             browser.close()
             server.close()

@@ -1,0 +1,55 @@
+"""Arguments are answered before anything slow is imported, and a wrong environment is told in one line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["data_helper.py", "train.py", "merge_params.py", "predict.py", "web_demo.py", "-m support.stand_in"]
+SLOW = ["torch", "transformers", "numpy", "peft", "deepspeed", "starlette", "uvicorn"]
+WORKING = {  # arguments that are right as far as argparse sees
+    "merge_params.py": ["--ori_model_dir", "a", "--model_dir", "b", "--save_model_dir", "c"],
+    "predict.py": ["--model_path", "a"],
+}
+
+
+def run(script: str, *arguments: str, options=(), path="") -> subprocess.CompletedProcess:
+    command = [sys.executable, *options, *script.split(), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(path)}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def no_slow_modules(tmp_path_factory):
+    """A directory whose modules stand before the real ones, and say so when they are imported."""
+    directory = tmp_path_factory.mktemp("slow")
+    for name in SLOW:
+        (directory / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    return directory
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_arguments_are_read_first(script, no_slow_modules):
+    shown = run(script, "--help", path=no_slow_modules)
+    assert (shown.returncode, shown.stderr) == (0, "") and "show this help" in shown.stdout
+    wrong = run(script, *WORKING.get(script, []), "--no_such_flag", path=no_slow_modules)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: unrecognized arguments: --no_such_flag (--help explains every flag)\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_outside_the_environment_one_line_says_how_to_enter_it(script):
+    ended = run(script, *WORKING.get(script, []), options=["-S"])  # without the installed packages
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("error: ") and "is not installed for this Python" in ended.stderr
+    assert f'run "make setup", then .venv/bin/python3 {script}' in ended.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "-m support.stand_in"])
+def test_an_untested_transformers_is_one_line(script, tmp_path):
+    (tmp_path / "transformers.py").write_text("__version__ = '4.57.6'\ndef __getattr__(name): return object\n")
+    (tmp_path / "peft.py").write_text("def __getattr__(name): return object\n")
+    ended = run(script, *WORKING.get(script, []), path=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: transformers 4.57.6 is installed") and ended.stderr.count("\n") == 1
