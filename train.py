@@ -49,12 +49,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=1234, help="decides initial adapters, order of samples and dropout")
     packing = "tree: rows that hold once what samples share; none: padded rows of per_device_train_batch_size samples"
     add("--packing", default="tree", choices=["tree", "none"], help=packing)
-    add(
-        "--max_pack_len",
-        type=tokens_or_auto,
-        default="auto",
-        help="tokens of such a row at most; auto: what costs least",
-    )
+    add("--max_pack_len", type=tokens_or_auto, default="auto", help="tokens of such a row at most; auto: least cost")
     add("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
