@@ -125,10 +125,10 @@ def free_bytes(path: Path) -> int:
 
 
 def open_base(path: Path) -> ModelDirectory:
-    base = ModelDirectory(path).check()
-    if (kind := base.config.model_type) != "baichuan":
+    base = ModelDirectory(path)
+    if (path / "config.json").is_file() and (kind := base.settings.get("model_type")) != "baichuan":
         raise UserError(f"{path}: is a model of the type {kind}: name a Baichuan2 model")
-    return base
+    return base.check()
 
 
 def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]:

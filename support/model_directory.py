@@ -223,7 +223,10 @@ class Weights:
             raise UserError(f"{directory}: has no weights: there is no {', no '.join(WEIGHT_FILES)}")
         self.files = [first]
         if first.suffix == ".json":
-            self.files = [directory / name for name in sorted(set(read_json(first).get("weight_map", {}).values()))]
+            weight_map = read_json(first).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{first}: is no index of weight files: fetch it again")
+            self.files = [directory / name for name in sorted(set(weight_map.values()))]
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         problems = []
         for file in self.files:

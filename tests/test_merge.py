@@ -431,7 +431,7 @@ def test_bases_that_cannot_be_merged(checkpoint, adapter, tmp_path, capsys):
     assert "is damaged or incomplete" in error()
     (base / "pytorch_model.bin.index.json").write_text('{"weight_map": {"lm_head.weight": "pytorch_model-1.bin"}}')
     (base / "pytorch_model.bin").unlink()
-    assert "pytorch_model-1.bin is missing" in error()
+    assert "pytorch_model-1.bin: is missing" in error()
     shutil.copy(Path(checkpoint) / "model.safetensors", base)
     (base / "config.json").write_text('{"model_type": "llama"}')
     assert "is a model of the type llama" in error()

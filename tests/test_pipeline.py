@@ -24,16 +24,16 @@ from support.model_directory import ModelDirectory
 def walk(samples, tmp_path_factory):
     """(stand-in, merged model), made with the flags of `make demo`."""
     directory = tmp_path_factory.mktemp("walk")
-    stand_in, merged = str(directory / "Baichuan2-tiny"), str(directory / "merged")
-    stand_in.main(["--save_dir", stand_in, "--data_dir", str(ROOT / "data/sample")])
+    base, merged = str(directory / "Baichuan2-tiny"), str(directory / "merged")
+    stand_in.main(["--save_dir", base, "--train_path", samples[0]])
     lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
     (command,) = [line for line in lines if "train.py --train_path" in line]
     flags = command.split("--output_dir")[1].split()[1:]  # after the paths: what decides the training
     paths = ["--train_path", samples[0], "--test_path", samples[1], "--output_dir", str(directory / "run")]
-    train.main([*paths, "--model_name_or_path", stand_in, *flags])
+    train.main([*paths, "--model_name_or_path", base, *flags])
     (adapter,) = (path for _, path in utils.checkpoints(directory / "run"))
-    merge_params.main(["--ori_model_dir", stand_in, "--model_dir", str(adapter), "--save_model_dir", merged])
-    return stand_in, merged
+    merge_params.main(["--ori_model_dir", base, "--model_dir", str(adapter), "--save_model_dir", merged])
+    return base, merged
 
 
 def test_loss(directory, path) -> float:
