@@ -45,9 +45,9 @@ def parse_args(argv=None):
 
 # After the arguments, since these take seconds.
 with slow_imports(parse_args, __name__):
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at gradio's import: the page reports to nobody
+    import gradio as gr
     import torch
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
     from starlette.responses import FileResponse, HTMLResponse, JSONResponse
     from starlette.routing import Route
 
@@ -269,7 +269,7 @@ class Page:
         response.delete_cookie(self.door.COOKIE)
         return response
 
-    def app(self) -> Starlette:
+    def app(self) -> gr.Server:
         files = [Route(f"/{name}", self.file) for name in ("page.css", "page.js", "login.js")]
         calls = {"answer": self.answer, "words": self.words, "login": self.sign_in, "logout": self.sign_out}
         routes = [Route("/", self.index), Route("/portrait/{number:int}", self.portrait), *files]
@@ -282,9 +282,12 @@ class Page:
             return guard.refused(request, Refusal("no_path", getattr(error, "status_code", 404)))
 
         handlers = {Refusal: refuse, 404: not_found, 405: not_found, IndexError: not_found, KeyError: not_found}
-        return Starlette(
-            routes=routes, exception_handlers=handlers, middleware=[Middleware(guard.Gate, door=self.door)]
-        )
+        server = gr.Server(openapi_url=None)
+        server.router.routes[:] = routes  # the page's own; gradio's would be closed by the gate
+        for kind, handler in handlers.items():
+            server.add_exception_handler(kind, handler)
+        server.add_middleware(guard.Gate, door=self.door)
+        return server
 
 
 def answer_once(speaker: Speaker, role: str, description: str, question: str) -> str:

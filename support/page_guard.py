@@ -1,6 +1,6 @@
 """What a browser may send to web_demo.py, and the message it gets when it sends anything else.
 
-It rests on Starlette alone. Conversations stay in the browser: the server keeps no session that could be guessed,
+The page runs in gradio's Server mode, with HTML of its own. Conversations stay in the browser: the server keeps no session that could be guessed,
 filled or lost. A visitor is a cookie that the server has signed; it counts his places in the queue, and his sign-in.
 """
 

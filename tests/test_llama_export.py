@@ -199,7 +199,9 @@ def test_ids_and_text_on_every_line_of_rolebench(tokenizers):
         for path in sorted(directory.glob("*.json*")):
             lines += path.read_text(encoding="utf-8").split("\n")
     records = [json.loads(line) for line in lines if line.startswith('{"role"')]
-    texts = lines + [text for record in records for text in (record["question"], *record["generated"])]
+    dialogues = [record for record in records if "question" in record]
+    texts = lines + [text for record in dialogues for text in (record["question"], *record["generated"])]
+    texts += [turn["content"] for record in records for turn in record.get("messages", [])]
     texts = list(dict.fromkeys(texts))
     assert len(texts) > 500
     expected = ours.text_to_ids(texts)

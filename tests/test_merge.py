@@ -433,8 +433,10 @@ def test_bases_that_cannot_be_merged(checkpoint, adapter, tmp_path, capsys):
     (base / "pytorch_model.bin").unlink()
     assert "pytorch_model-1.bin: is missing" in error()
     shutil.copy(Path(checkpoint) / "model.safetensors", base)
+    settings = (base / "config.json").read_text()
     (base / "config.json").write_text('{"model_type": "llama"}')
     assert "is a model of the type llama" in error()
+    (base / "config.json").write_text(settings)
     (base / "generation_config.json").unlink()
     assert "generation_config.json" in error()
 

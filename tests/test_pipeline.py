@@ -17,6 +17,7 @@ import train
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from data_helper import read_samples
+from support import stand_in
 from support.model_directory import ModelDirectory
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["data_helper.py", "train.py", "merge_params.py", "predict.py", "web_demo.py", "-m support.stand_in"]
-SLOW = ["torch", "transformers", "numpy", "peft", "deepspeed", "starlette", "uvicorn"]
+SLOW = ["torch", "transformers", "numpy", "peft", "deepspeed", "gradio", "starlette", "uvicorn"]
 WORKING = {  # arguments that are right as far as argparse sees
     "merge_params.py": ["--ori_model_dir", "a", "--model_dir", "b", "--save_model_dir", "c"],
     "predict.py": ["--model_path", "a"],

@@ -352,7 +352,7 @@ def copy_at_step_2(monkeypatch, tmp_path):
 
 def test_the_loss_scale_is_resumed(run_arguments, copy_at_step_2, tmp_path, monkeypatch):
     """In float16, where it has fallen from too high a start by then; begun anew, it would cost steps again."""
-    train.join_processes()
+    train.processes.join_processes()
     from deepspeed import get_accelerator
 
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)

@@ -347,16 +347,10 @@ def table(args):
         if args.compile:
             for layer in model.get_base_model().model.layers:
                 layer.compile(dynamic=True)
-        flags = argparse.Namespace(
-            ds_file=str(ROOT / "ds_zero2_no_offload.json"),
-            learning_rate=1e-4,
-            weight_decay=0.1,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-        )
-        config = train.deepspeed_config(flags) | {"bf16": {"enabled": args.dtype == "bfloat16"}}
+        flags = train.parse_args(["--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
+        config = train.read_deepspeed_config(flags.ds_file) | {"bf16": {"enabled": args.dtype == "bfloat16"}}
         os.environ.update(launched)
-        engine = train.start_engine(model, config, 10_000, 0.03)
+        engine = train.start_engine(model, config, flags, 10_000)
         for name in launched:
             del os.environ[name]
         print(
@@ -519,9 +513,10 @@ def operations_of_a_step(layers: int, directory: Path) -> Counter:
     flags = ["--model_name_or_path", model_path, "--output_dir", str(directory / "run"), "--max_pack_len", "4096"]
     args = train.parse_args([*paths, *flags, "--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data = train.read_inputs(args)
-    train.processes.join_processes()
+    device = train.processes.join_processes()
+    train.row_cost = lambda config, device: None  # as few rows as possible
     model = train.model_with_adapters(args, model_directory, torch.bfloat16)
-    steps, _ = train.lay_out(args, train_data, test_data)
+    steps, _ = train.lay_out(args, model_directory.config, device, train_data, test_data)
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
 
