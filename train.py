@@ -250,7 +250,7 @@ def sample_answers(model, tokenizer, generation_config, test_path: str, per_role
     asked: dict[str, dict[str, list[dict]]] = {}
     for sample in read_samples(test_path):
         questions = asked.setdefault(sample["role"], {})
-        question = sample["messages"][0]["content"]
+        question = next(turn["content"] for turn in sample["messages"] if turn["role"] == "user")
         if len(questions) < per_role:
             questions[question] = conversation(sample["system"], question)
     model.eval()

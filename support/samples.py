@@ -25,8 +25,8 @@ SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human
 def read_samples(path: str | Path, merged: Counter | None = None, problems: list[str] | None = None):
     """Yield the samples of a file, whatever their form, as {"role", "system", "messages"}.
 
-    The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question to an answer; an answer
-    that is not to be trained carries "train": False. A sample of one round has "prompt" and "response" as well.
+    The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question, or a greeting before it, to
+    an answer; one that is not to be trained carries "train": False. A sample of one round has "prompt" and "response" as well.
 
     Args:
         merged: joins neighbouring turns of one speaker, and counts under "turns" what it joined.
@@ -116,7 +116,7 @@ def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
             raise UserError(f'{place}: turn {number}: "train" is neither true nor false: correct or remove it')
         if role == "system":
             system = text
-        elif role == "assistant" and not turn.get("train", True):
+        elif role == "assistant" and (not turns or not turn.get("train", True)):  # a greeting answers nothing
             turns.append({"role": role, "content": text, "train": False})
         else:
             turns.append({"role": role, "content": text})
@@ -136,10 +136,11 @@ def merge_turns(turns: list[dict], merged: Counter) -> list[dict]:
 
 
 def check_turns(turns: list[dict], place: str):
-    """Raises: UserError where they do not go from question to answer, or where nothing is to be trained."""
+    """Raises: UserError where they do not go from question to answer, or where nothing is to be trained.
+
+    Before the first question may stand a greeting of the assistant, which is read and not trained.
+    """
     for turn, before in zip(turns, [None, *turns]):
-        if before is None and turn["role"] == "assistant":
-            raise UserError(f"{place}: begins with the assistant's turn: put a question before it, or remove it")
         if before and before["role"] == turn["role"]:
             raise UserError(
                 f"{place}: two turns of the {turn['role']} in a row, {turn['content'][:20]!r} is the second: "

@@ -560,7 +560,7 @@ BAD_CONVERSATIONS = [  # (record, what the error says)
     ({"messages": [USER]}, "does not end on the assistant's turn"),
     ({"messages": [USER, ASSISTANT, USER]}, "does not end on the assistant's turn"),
     ({"messages": [SYSTEM]}, "does not end on the assistant's turn"),
-    ({"messages": [ASSISTANT, USER, ASSISTANT]}, "begins with the assistant's turn"),
+    ({"messages": [ASSISTANT, ASSISTANT]}, "two turns of the assistant in a row"),
     ({"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is the system's: only the first may be"),
     ({"messages": [USER, {"role": "tool", "content": "答"}]}, "turn 2: \"role\" is 'tool': write user, assistant"),
     ({"messages": [USER, {"content": "答"}]}, "turn 2: \"role\" is 'None'"),
@@ -897,6 +897,17 @@ def test_a_wrong_field_of_a_profile_is_named(run, profile, words):
     path.write_text(json.dumps({"李白": profile}, ensure_ascii=False), encoding="utf-8")
     with pytest.raises(UserError, match=f"{PROFILES}:1: {words}"):
         read_characters(path)
+
+
+def test_a_greeting_before_the_first_question_is_read_and_not_trained(tmp_path):
+    path = tmp_path / "download.jsonl"
+    turns = [{"role": "assistant", "content": "来也！"}, {"role": "user", "content": "谁？"}]
+    turns.append({"role": "assistant", "content": "俺！"})
+    path.write_text(json.dumps({"role": "孙悟空", "system": "你是孙悟空。", "messages": turns}), encoding="utf-8")
+    (sample,) = read_samples(path)
+    assert [turn.get("train", True) for turn in sample["messages"]] == [False, True, True]
+    ((asked, answer),) = rounds(sample)
+    assert [turn["content"] for turn in asked] == ["你是孙悟空。", "来也！", "谁？"] and answer == "俺！"
 
 
 def test_sample_conversations_need_their_history(run):

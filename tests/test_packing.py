@@ -56,6 +56,13 @@ CONVERSATIONS = [
     conversation("你是李白。", "你是谁？", "我。"),
     conversation("你是孙悟空。", "你怕谁？", "师父念咒。", "为什么？", "头疼。"),
     conversation("", "无名？", "无名。", "真的？", "真的。"),
+    {  # the page's download begins with the greeting
+        "system": "你是张飞。",
+        "messages": [
+            {"role": "assistant", "content": "哈哈！", "train": False},
+            *conversation("", "谁？", "俺！")["messages"],
+        ],
+    },
 ]
 
 
