@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parents[2]
@@ -32,15 +33,13 @@ def main():
 
     ends = row["end"][0].tolist()
     supervised = {place + 1 for place in row["loss_positions"][:, 0].tolist()}
-    starts = [place for place, position in enumerate(row["position_ids"][0].tolist()) if position == 0]
-    personas = {ids for ids in map(tuple, data.personas)}
-    shared = set()
-    for start in starts:
-        length = max(
-            len(ids) for ids in personas if tuple(row["input_ids"][0, start : start + len(ids)].tolist()) == ids
-        )
-        shared |= set(range(start, start + length))
-    kinds = ["persona" if i in shared else "answer" if i in supervised else "sample" for i in range(len(ends))]
+    kinds, previous = [], np.empty(0)
+    for index in indices:  # as `tree_row` lays them out
+        ids, _ = data.sample(index)
+        for position in range(utils.shared_beginning(previous, ids), len(ids)):
+            persona = position < len(data.personas[data.persona[index]])
+            kinds.append("persona" if persona else "answer" if len(kinds) in supervised else "sample")
+        previous = ids
     allowed = utils.tree_mask(row["end"])[0, 0]
     length = len(ends)
     image = Image.new("RGB", (MARGIN + length * CELL + 20, TOP + length * CELL + 20), "white")
@@ -53,8 +52,16 @@ def main():
     font = ImageFont.load_default(size=14)
     start = 0
     for end in range(1, length + 1):
-        if end == length or ends[end] != ends[start]:
-            label = "persona" if kinds[start] == "persona" else f"sample at {row['position_ids'][0, start]}"
+        if (
+            end == length
+            or (kinds[end] == "persona") != (kinds[start] == "persona")
+            or kinds[end - 1 : end + 1]
+            == [
+                "answer",
+                "sample",
+            ]
+        ):
+            label = "persona" if kinds[start] == "persona" else "question, answer"
             y = TOP + start * CELL
             draw.line((MARGIN - 6, y, MARGIN + length * CELL, y), fill="#dddddd")
             draw.text((8, TOP + (start + end) * CELL // 2 - 8), label, fill="black", font=font)
