@@ -240,6 +240,7 @@ def test_what_is_asked_meanwhile_is_kept(tab):
     tab.question.press("Enter")
     expect(tab.status).to_contain_text("still being written")
     expect(tab.question).to_have_value("再说一遍。")
+    expect(tab.page.locator(".answer .box.text .words")).to_have_count(1)  # stopped before its first word it has none
     tab.page.get_by_role("button", name="Stop").click()
     tab.finished(1)
     expect(tab.page.locator(".state")).to_have_text("Stopped.")
