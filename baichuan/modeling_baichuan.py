@@ -30,6 +30,11 @@ KNOWN_ARGUMENTS = {
     *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),  # of generate_batch
 }
 
+# MKL looks a function up at its first call. Made by two threads at once, that call may compute with an error of 1e-4
+# (pytorch/pytorch issue 188792). One number takes one thread. The square root is AdamW's.
+for function in (torch.cos, torch.sin, torch.sqrt):
+    function(torch.ones(1, device="cpu"))
+
 
 class RMSNorm(nn.Module):
     """Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
