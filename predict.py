@@ -16,7 +16,6 @@ stops       answers that end by themselves within --max_new_tokens
 import gc
 import hashlib
 import json
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +64,7 @@ with slow_imports(parse_args, __name__):
     from baichuan.generation_utils import Answer, answer_batch, greedy
     from support.model_directory import ModelDirectory, pick_device
     from support.scores import COLUMNS, Scores, interval
+    from support.tables import markdown
 
 
 # ---------------------------------------------------------------- answering
@@ -229,17 +229,6 @@ def table(questions: list[Question], models: dict[str, Scores], resamples: int, 
                 rows.append([label, "difference", "", *cells])
         lines += [f"{kind.capitalize() or 'All'} questions", "", *markdown(rows), ""]
     return "\n".join(lines)
-
-
-def markdown(rows: list[list[str]]) -> list[str]:
-    """Rows, the first of which is the header, as an aligned Markdown table."""
-
-    def width(text):  # a Chinese character takes two columns of a terminal
-        return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-    widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(t + " " * (w - width(t)) for t, w in zip(row, widths)) + " |" for row in rows]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
 # ---------------------------------------------------------------- the script

@@ -1,7 +1,7 @@
 """Scores of the answers to role-play questions, and bootstrap intervals of their differences."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jieba
 import numpy as np
@@ -71,15 +71,23 @@ def interval(scores: Scores, baseline: Scores, rows: np.ndarray, resamples: int,
     A question drawn twice lowers distinct-2 of both models. That shifts the resampled differences away from the measured
     one, so they are shifted back.
     """
-    generator = np.random.default_rng(seed)
     difference = scores.measure(rows) - baseline.measure(rows)
-    (drawable,) = np.nonzero(rows)
-    resampled = np.empty((resamples, len(COLUMNS)))
-    for resample in resampled:
-        counts = np.bincount(generator.choice(drawable, len(drawable)), minlength=len(rows))
-        resample[:] = scores.measure(counts) - baseline.measure(counts)
     nothing = np.isnan(difference)  # to measure
+    resampled = resample(lambda counts: scores.measure(counts) - baseline.measure(counts), rows, resamples, seed)
     resampled[:, nothing] = 0
     distinct = COLUMNS.index("distinct-2")
     resampled[:, distinct] += difference[distinct] - resampled[:, distinct].mean()
     return np.where(nothing, np.nan, np.nanpercentile(resampled, (2.5, 97.5), axis=0))
+
+
+def resample(measure: Callable, rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """measure(counts) of bootstrap draws: (resamples, k), of which percentiles 2.5 and 97.5 are an interval.
+
+    Args:
+        measure: (n,) integers → k numbers, where item i counts counts[i] times.
+        rows: (n,), not zero where an item may be drawn.
+    """
+    generator = np.random.default_rng(seed)
+    (drawable,) = np.nonzero(rows)
+    draws = (generator.choice(drawable, len(drawable)) for _ in range(resamples))
+    return np.array([measure(np.bincount(draw, minlength=len(rows))) for draw in draws])
