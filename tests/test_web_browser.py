@@ -16,6 +16,7 @@ from playwright.sync_api import Error, expect, sync_playwright
 from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a fixture)
 from web_client import DESC_PATH, Server, squeezed
 
+import train
 from data_helper import persona, read_profiles
 from support.profiles import read_characters
 from support.speaker import Speaker
@@ -381,6 +382,41 @@ def test_the_download_holds_finished_answers_and_their_history(tab):
     assert [line["messages"] for line in lines("Download whole")] == [[greeting, *whole], [greeting, *ending]]
     pairs = [("一？", "甲"), ("一？", "乙"), ("二？", "丙")]
     assert lines("Download single") == [common | {"prompt": prompt, "response": text} for prompt, text in pairs]
+
+
+def test_talk_download_train_ask(tab, checkpoint, train_arguments, tmp_path):
+    """A character is talked to and corrected; what the page then gives is trained on as it is, and it answers so."""
+    turns = ["你从哪里来？", "花果山，水帘洞。", "那里有什么？", "桃子，还有猴儿们。"]
+    for number in (1, 2):
+        tab.ask(turns[2 * number - 2], number)
+        tab.action("Edit")
+        tab.page.get_by_label("Edit the answer").fill(turns[2 * number - 1])
+        tab.page.get_by_role("button", name="Save").click()
+        expect(tab.answers.last).to_have_text(turns[2 * number - 1])
+    tab.page.locator("#gear").click()
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Download whole").click()
+    path, run = download.value.path(), tmp_path / "run"
+    step = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--num_train_epochs", 60]
+    rest = [
+        "--train_path",
+        path,
+        "--test_path",
+        path,
+        "--learning_rate",
+        1e-2,
+        "--weight_decay",
+        0,
+        "--sample_answers",
+        0,
+    ]
+    train.main(train_arguments(run, *step, *rest, "--save_total_limit", 1))
+    speaker = Speaker.load(checkpoint, run / "epoch-60-step-60", torch.device("cpu"))
+    for known in (1, 3):  # turns that are said before the answer
+        assert (
+            whole(speaker.answer(conversation(*turns[:known], role=FIRST, description=DESCRIPTIONS[FIRST]), greedy(32)))
+            == turns[known]
+        )
 
 
 def test_copying_copies_what_stands_there(tab):

@@ -1,13 +1,20 @@
 """How fast a training step is, beside the padded step of the book and beside transformers' Trainer with PEFT.
 
     python3 tests/tools/bench_train.py --size small                     # two CPU cores: some fifteen minutes
-    python3 tests/tools/bench_train.py --size tiny --growth             # how cost grows with samples and persona
+    python3 tests/tools/bench_train.py --size small --conversations     # conversations of 3 and 4 rounds
+    python3 tests/tools/bench_train.py --size tiny --growth             # how their cost grows with rounds and persona
     python3 tests/tools/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
     python3 tests/tools/bench_train.py --size 7b --dtype bfloat16       # on a GPU
     python3 tests/tools/bench_train.py --operations                     # those of one step, counted on the CPU
 
 Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
-the same samples in a step and divide the loss by the same tokens; runs alternate, and medians are printed.
+the same samples in a step and divide the loss by the same tokens; runs alternate, and medians are printed. The ways:
+
+book              padded rows, head and logits at every position
+padded            the same rows, the head at supervised positions alone
+tree              rows of trees, as train.py takes them
+trainer           transformers' Trainer + PEFT on the equivalent LLaMA, padded rows
+padded-rounds, trainer-rounds   of conversations: one sample a round, with the history before it
 """
 
 import argparse
@@ -35,6 +42,7 @@ import train  # noqa: E402
 import utils  # noqa: E402
 from baichuan import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
 from support import stand_in  # noqa: E402
+from support.costs import row_cost  # noqa: E402
 from support.model_directory import ModelDirectory  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, intermediate
@@ -53,10 +61,18 @@ def parse_args():
     parser.add_argument("--tokenizer_dir", help="directory with tokenizer.model; default: one trained on --data_dir")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 64], help="samples a step")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way, after the untimed gradients")
-    parser.add_argument("--ways", nargs="+", default=["book", "padded", "tree", "trainer"])
-    parser.add_argument("--max_pack_len", type=int, default=1024)
-    parser.add_argument("--attn_implementation", default="sdpa", choices=train.ATTENTIONS)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each way, after the untimed gradients")
+    parser.add_argument("--ways", nargs="+", help="ways to measure; default: all that fit the samples")
+    parser.add_argument(
+        "--conversations",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="take conversations; without a FILE, a role's questions in RoleBench, three and four in a row",
+    )
+    parser.add_argument("--persona_tokens", type=int, default=400, help="tokens of a conversation's persona")
+    parser.add_argument("--max_pack_len", type=int, default=8192)
+    parser.add_argument("--attn_implementation", default="sdpa")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
     parser.add_argument("--operations", action="store_true", help="count the operations of a step instead")
@@ -76,6 +92,61 @@ def load_data(args, directory: Path):
         args.tokenizer_dir = str(directory / "model")
         stand_in.main(["--save_dir", args.tokenizer_dir, "--train_path", str(train_path), "--steps", "0"])
     return train_path, ModelDirectory(args.tokenizer_dir).tokenizer
+
+
+def chained(samples: list[dict], rounds: list[int]) -> list[dict]:
+    """Conversations made of a role's questions in a row; their numbers of rounds are those of `rounds`, in turn."""
+    conversations = []
+    for role in dict.fromkeys(sample["role"] for sample in samples):
+        own = iter([sample for sample in samples if sample["role"] == role])
+        for number in itertools.cycle(rounds):
+            taken = list(itertools.islice(own, number))
+            if len(taken) < number:
+                break
+            messages = [message for sample in taken for message in sample["messages"]]
+            conversations.append({"role": role, "system": taken[0]["system"], "messages": messages})
+    return conversations
+
+
+class Samples:
+    """What is trained, whole and as one sample a round."""
+
+    def __init__(self, samples: list[dict], tokenizer, persona_tokens: int | None = None):
+        if persona_tokens:  # personas repeated up to this length
+            systems = {sample["system"] for sample in samples}
+            longer = {s: tokenizer.decode((tokenizer.text_to_ids(s) * 200)[:persona_tokens]) for s in systems}
+            samples = [{**sample, "system": longer[sample["system"]]} for sample in samples]
+        rounds, self.rounds_of = [], []
+        for sample in samples:
+            ends = [
+                place for place, message in enumerate(sample["messages"], start=1) if message["role"] == "assistant"
+            ]
+            self.rounds_of.append(range(len(rounds), len(rounds) + len(ends)))
+            for end in ends:
+                read = [{**message, "train": False} for message in sample["messages"][: end - 1]]
+                rounds.append({**sample, "messages": [*read, sample["messages"][end - 1]]})
+        self.whole, self.rounds = (utils.RoleDataset(part, tokenizer, 4096, 4096) for part in (samples, rounds))
+
+    def of(self, way: str, indices: np.ndarray) -> tuple[utils.RoleDataset, np.ndarray]:
+        """The data set that a way reads, and where the samples of a step are in it."""
+        if not way.endswith("-rounds"):
+            return self.whole, indices
+        return self.rounds, np.array([place for index in indices for place in self.rounds_of[index]])
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+
+def load_samples(args, directory: Path) -> Samples:
+    path, tokenizer = load_data(args, directory)
+    if args.conversations is None:
+        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)  # as the book
+        kept = set(data.numbers)
+        samples = [s for number, s in enumerate(data_helper.read_samples(path), start=1) if number in kept]
+        return Samples(samples, tokenizer)
+    if args.conversations:
+        return Samples(list(data_helper.read_samples(args.conversations)), tokenizer, args.persona_tokens)
+    return Samples(chained(list(data_helper.read_samples(path)), [3, 4]), tokenizer, args.persona_tokens)
 
 
 def random_model(size: str, dtype: torch.dtype, device, attn_implementation: str, vocab_size: int = 125_696):
@@ -151,7 +222,7 @@ class OwnSteps:
 
     def batches(self, data, indices):
         packing = "tree" if self.way == "tree" else "none"
-        collator = utils.Collator(data, packing, self.args.max_pack_len, 2)
+        collator = utils.Collator(data, packing, self.args.max_pack_len, 2, row_cost(self.model.config, self.device))
         return collator(data.in_tree_order(indices) if packing == "tree" else indices)
 
     def loss(self, module, batch, tokens):
@@ -230,7 +301,7 @@ class TrainerSteps:
         arguments = TrainingArguments(
             output_dir=str(self.directory / "trainer"),
             per_device_train_batch_size=2,
-            gradient_accumulation_steps=len(indices) // 2,
+            gradient_accumulation_steps=-(-len(indices) // 2),
             max_steps=steps,
             learning_rate=0.0,  # its weights stay comparable from one size to the next
             max_grad_norm=0.0,
@@ -319,8 +390,7 @@ def relative_difference(found, expected) -> float:
 def table(args):
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
-        path, tokenizer = load_data(args, directory)
-        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)
+        data = load_samples(args, directory)
         device, dtype = train.processes.join_processes(), getattr(torch, args.dtype)
         launched = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         # … or Trainer would wrap its model for several processes; DeepSpeed gets them back below.
@@ -328,21 +398,27 @@ def table(args):
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(
             f"{name}, {args.dtype}, {rate / 1e12:.3f} TFLOP/s in a matrix product; size {args.size}: hidden, layers, "
-            f"heads, intermediate {SIZES[args.size]}; {len(data):,} samples of {args.data_dir}"
+            f"heads, intermediate {SIZES[args.size]}; {len(data):,} samples"
         )
         model = with_lora(
             random_model(args.size, dtype, device, args.attn_implementation),
             ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"],
         )
-        ways = {way: OwnSteps(way, model, None, args, device) for way in args.ways if way != "trainer"}
-        if "trainer" in args.ways:
-            ways["trainer"] = TrainerSteps(equivalent_llama(model), args, device, directory)
+        rounds = ["padded-rounds", "padded", "tree", "trainer-rounds", "trainer"]
+        names = args.ways or (["book", "padded", "tree", "trainer"] if args.conversations is None else rounds)
+        llama = equivalent_llama(model) if any(way.startswith("trainer") for way in names) else None
+        ways = {
+            way: TrainerSteps(llama, args, device, directory)
+            if way.startswith("trainer")
+            else OwnSteps(way, model, None, args, device)
+            for way in names
+        }
         draw = np.random.default_rng(0)
-        steps = {size: [draw.permutation(len(data))[:size] for _ in range(args.rounds)] for size in args.samples}
+        steps = {size: [draw.permutation(len(data))[:size] for _ in range(args.steps)] for size in args.samples}
         differences = {}
         for size in args.samples:
-            found = {way: steps_of.gradients(data, steps[size][0]) for way, steps_of in ways.items()}
-            reference = found.get("book") or next(iter(found.values()))
+            found = {way: ways[way].gradients(*data.of(way, steps[size][0])) for way in names}
+            reference = found[names[0]]
             differences |= {(size, way): relative_difference(found[way], reference) for way in ways}
         if args.compile:
             for layer in model.get_base_model().model.layers:
@@ -363,17 +439,19 @@ def table(args):
             memory = {}
             for indices in steps[size]:
                 for way, steps_of in ways.items():
-                    if way != "trainer":
+                    if isinstance(steps_of, OwnSteps):
                         steps_of.engine = engine
                     reset_peak(device)
-                    measured[way].append((*steps_of.step(data, indices), data.supervised_tokens(indices)))
+                    measured[way].append(
+                        (*steps_of.step(*data.of(way, indices)), data.whole.supervised_tokens(indices))
+                    )
                     memory[way] = max(memory.get(way, 0), peak_gib(device))
             seconds = {way: statistics.median(s for s, *_ in runs) for way, runs in measured.items()}
-            slowest = seconds.get("book", max(seconds.values()))
+            slowest = seconds[names[0]]
             for way, runs in measured.items():
                 tokens = statistics.mean(tokens for _, tokens, _ in runs)
                 supervised = statistics.mean(supervised for *_, supervised in runs)
-                head = tokens if way in ("book", "trainer") else supervised
+                head = tokens if way == "book" or way.startswith("trainer") else supervised
                 share = arithmetic(model, tokens, head) / seconds[way] / rate
                 row = [size, way, f"{size / seconds[way]:.2f}", f"{slowest / seconds[way]:.2f}", f"{tokens / size:.1f}"]
                 row += [
@@ -387,31 +465,33 @@ def table(args):
 
 
 def growth(args):
-    """Milliseconds a sample, padded and prefix, over samples a step and tokens of the persona."""
+    """Milliseconds a conversation, over its rounds and the tokens of its persona, eight conversations a step."""
+    ways = args.ways or ["padded-rounds", "padded", "tree"]
     with tempfile.TemporaryDirectory() as directory:
         path, tokenizer = load_data(args, Path(directory))
         samples = list(data_helper.read_samples(path))
         device = train.processes.join_processes()
-        model = with_lora(random_model(args.size, torch.float32, device, "sdpa", len(tokenizer)), ["W_pack", "o_proj"])
+        model = random_model(args.size, torch.float32, device, "sdpa", len(tokenizer))
+        model = with_lora(model, utils.find_all_linear_names(model))
         print(
-            "\n| persona tokens | samples a step | padded ms/sample | prefix ms/sample | ratio |\n|---|---|---|---|---|"
+            f"\n| persona tokens | rounds | {' | '.join(f'{way}, ms | tokens' for way in ways)} |"
+            + "\n|---|---"
+            + "|---" * 2 * len(ways)
+            + "|"
         )
-        for persona, size in itertools.product((50, 100, 200, 400, 800), (8, 32, 128, 256)):
-            systems = {s["system"]: [*tokenizer.text_to_ids(s["system"] * 20)][:persona] for s in samples}
-            texts = (
-                {**s, "system": tokenizer.decode(systems[s["system"]])} for s in samples * (size // len(samples) + 1)
-            )
-            data = utils.RoleDataset(texts, tokenizer, 1024, 256)
-            seconds = {"padded": [], "tree": []}
-            for number in range(args.rounds + 1):
-                indices = np.random.default_rng(number).permutation(len(data))[:size]
-                for way, found in seconds.items():
-                    steps_of = OwnSteps(way, model, None, args, device)
+        for persona, rounds in itertools.product((50, 200, 800), (1, 2, 4, 8, 16)):
+            data = Samples(chained(samples, [rounds]), tokenizer, persona)
+            row = [persona, rounds]
+            for way in ways:
+                steps_of, seconds, tokens = OwnSteps(way, model, None, args, device), [], []
+                for number in range(args.steps + 1):
+                    taken = data.of(way, np.random.default_rng(number).permutation(len(data))[:8])
                     start = time.perf_counter()
-                    steps_of.gradients(data, indices)
-                    found.append(time.perf_counter() - start)
-            padded, prefix = (statistics.median(found[1:]) / size * 1000 for found in seconds.values())
-            print(f"| {persona} | {size} | {padded:.2f} | {prefix:.2f} | {padded / prefix:.1f} |", flush=True)
+                    steps_of.gradients(*taken)
+                    seconds.append(time.perf_counter() - start)
+                    tokens.append(sum(batch["input_ids"].numel() for batch in steps_of.batches(*taken)))
+                row += [f"{statistics.median(seconds[1:]) / 8 * 1000:.1f}", f"{statistics.mean(tokens[1:]) / 8:.0f}"]
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def scale(args):
