@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, SHARED, free_port
 from tools import taught
 
+import data_helper
 import merge_params
 import train
 import utils
@@ -64,6 +65,26 @@ def test_the_demo_ends_with_one_question_and_fails_where_answers_are_not_the_tau
     assert after.split()[-1] == recorded.split()[-1] != before.split()[-1]
     assert taught.main([*ask, "--after", stand_in]) == 1
     assert "error: 8 should be" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_later_questions_are_answered_from_the_history(tmp_path):
+    """With what was said before, as recorded; without it the same question has another answer, or none."""
+    sample, path = ROOT / "data/sample", str(tmp_path / "train.json")
+    files = ["--conversations", sample / "conversations_train.jsonl", "--desc_path", sample / "profiles-zh_desc.json"]
+    files += ["--test_conversations", sample / "conversations_test.jsonl"]
+    paths = ["--train_path", path, "--test_path", str(tmp_path / "test.json")]
+    data_helper.main([*map(str, files), *paths])
+    base, run = str(tmp_path / "Baichuan2-tiny"), str(tmp_path / "run")
+    stand_in.main(["--save_dir", base, "--train_path", path])
+    steps = ["--num_train_epochs", "60", "--save_total_limit", "1", "--sample_answers", "0", "--lora_dropout", "0"]
+    train.main([*paths, "--model_name_or_path", base, "--output_dir", run, "--learning_rate", "5e-3", *steps])
+    merged = str(tmp_path / "merged")
+    merge_params.main(["--ori_model_dir", base, "--model_dir", f"{run}/epoch-60-step-180", "--save_model_dir", merged])
+    questions = taught.ten_follow_ups(path)
+    assert len(questions) == 10
+    assert taught.how_many_are_close(taught.answers(merged, questions, history=True), questions) >= 8
+    assert taught.how_many_are_close(taught.answers(merged, questions), questions) <= 3
 
 
 def test_loss_on_rephrased_questions_is_halved(walk, samples):

@@ -3,14 +3,15 @@
     python3 -m tests.tools.taught --train_path output_dir/demo/train.json \\
         --before output_dir/demo/Baichuan2-tiny --after output_dir/demo/merged
 
-The exit status is 1 if fewer than 8 of the 10 are.
+The exit status is 1 if fewer than 8 of the 10 are. Where the file has conversations, ten of their later questions are asked
+too, with the history and without it.
 """
 
 import sys
 
 from rouge_chinese import Rouge
 
-from data_helper import conversation, read_samples
+from data_helper import conversation, read_samples, rounds
 from support.arguments import ArgumentParser
 from support.errors import entry_point
 from support.model_directory import ModelDirectory
@@ -26,20 +27,43 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def rounds_of(train_path) -> list[list[dict]]:
+    """Of each sample its rounds, with the question as "prompt" and the recorded answer as "response"."""
+    return [
+        [
+            sample | {"messages": messages, "prompt": messages[-1]["content"], "response": answer}
+            for messages, answer in rounds(sample)
+        ]
+        for sample in read_samples(train_path)
+    ]
+
+
 def ten_questions(train_path) -> list[dict]:
-    """Samples from all over the file whose question has a single recorded answer."""
-    samples = list(read_samples(train_path))
-    asked = [(sample["role"], sample["prompt"]) for sample in samples]
-    single = [sample for sample, question in zip(samples, asked) if asked.count(question) == 1]
-    return single[:: max(1, len(single) // QUESTIONS)][:QUESTIONS]
+    """First rounds from all over the file whose question has a single recorded answer."""
+    found = [of_sample[0] for of_sample in rounds_of(train_path)]
+    asked = [(sample["role"], sample["prompt"]) for sample in found]
+    return ten_of([sample for sample, question in zip(found, asked) if asked.count(question) == 1])
 
 
-def answers(directory, samples: list[dict]) -> list[str]:
+def ten_follow_ups(train_path) -> list[dict]:
+    """Later rounds from all over the file whose question has several answers, each after another history."""
+    found = [sample for of_sample in rounds_of(train_path) for sample in of_sample[1:]]
+    asked = [(sample["role"], sample["prompt"]) for sample in found]
+    return ten_of([sample for sample, question in zip(found, asked) if asked.count(question) > 1])
+
+
+def ten_of(samples: list[dict]) -> list[dict]:
+    return [samples[place * len(samples) // QUESTIONS] for place in range(min(QUESTIONS, len(samples)))]
+
+
+def answers(directory, samples: list[dict], history: bool = False) -> list[str]:
     """Greedy answers of the model in `directory`, each by itself, as the chat page would ask for them."""
     directory = ModelDirectory(directory)
     model, config = directory.load(), directory.generation_config
     config.update(do_sample=False, max_new_tokens=80)
-    conversations = [conversation(sample["system"], sample["prompt"]) for sample in samples]
+    conversations = [
+        sample["messages"] if history else conversation(sample["system"], sample["prompt"]) for sample in samples
+    ]
     return [model.chat(directory.tokenizer, messages, generation_config=config) for messages in conversations]
 
 
@@ -70,6 +94,9 @@ def main(argv=None):
             print(f"{sample['prompt']}\n  answered {answer}\n  taught   {sample['response']}", file=sys.stderr)
         print(f"error: {ENOUGH} should be; something in this installation computes wrongly", file=sys.stderr)
         return 1
+    if follow_ups := ten_follow_ups(args.train_path):
+        close = [how_many_are_close(answers(args.after, follow_ups, history), follow_ups) for history in (True, False)]
+        print(f"{close[0]} of {len(follow_ups)} later questions are, and {close[1]} where the history is left out.")
 
 
 if __name__ == "__main__":
