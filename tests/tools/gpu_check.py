@@ -279,7 +279,7 @@ def last_adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_shard(checkpoints(run)[-1][1] / "adapter_model.safetensors")
 
 
-def training(args, name: str, results: dict) -> dict:
+def training(args, name: str) -> dict:
     run = args.scratch / name
     shutil.rmtree(run, ignore_errors=True)
     execute(args, train_command(args, run, *TRAINING[name]))
@@ -292,11 +292,11 @@ def training(args, name: str, results: dict) -> dict:
     numbers |= {"peak_gb": max(curve(run, "peak_memory_gb").values()), "losses": losses}
     numbers["book_seconds"] = BOOK_STEPS * seconds
     share = ""
-    if "matmul" in results.get("card", {}):
+    if (card := found_before(args, "card")) and (weights := found_before(args, "weights")):
         config = SimpleNamespace(**json.loads((base(args) / "config.json").read_text(encoding="utf-8")))
         adapters = sum(tensor.numel() for tensor in last_adapter(run).values())
-        work = bench_train.arithmetic(config, adapters, tokens, STEP_SIZE * results["weights"]["supervised"])
-        numbers["share"] = work / seconds / results["card"]["matmul"]
+        work = bench_train.arithmetic(config, adapters, tokens, STEP_SIZE * weights["supervised"])
+        numbers["share"] = work / seconds / card["matmul"]
         share = f"{numbers['share']:.0%} of the matrix-product rate, "
     numbers["text"] = (
         f"{numbers['ms']:.1f} ms a step (median of {len(samples_s)}), {numbers['samples_per_second']:.1f} samples/s, "
@@ -338,7 +338,7 @@ def kernels(args) -> dict:
     return {"text": text, "launches": launches, "busy_ms": busy, "profiled_ms": seconds * 1e3, "top": top}
 
 
-def resume(args, results: dict) -> dict:
+def resume(args) -> dict:
     """Killed after its first save and resumed; then compared with the run of the part tree_rows."""
     run, half = args.scratch / "killed", args.steps // 2
     shutil.rmtree(run, ignore_errors=True)
@@ -420,7 +420,7 @@ def predict(args) -> dict:
     return {"text": text, "answers_per_second": rates}
 
 
-def ask(args, results: dict) -> dict:
+def ask(args) -> dict:
     if importlib.util.find_spec("gradio") is None:
         raise Skipped("gradio is not installed here")
     merged = args.scratch / "merged"
@@ -477,7 +477,7 @@ def last_words(args) -> str:
     return (errors or lines or ["it ended without a word"])[-1][:300]
 
 
-def do(args, name: str, results: dict) -> dict:
+def do(args, name: str) -> dict:
     """A part's numbers. Raises: Failed, Skipped."""
     needs, _ = PARTS[name]
     args.part_end = min(args.end, time.time() + 3 * needs)
@@ -486,28 +486,33 @@ def do(args, name: str, results: dict) -> dict:
     if name not in ("card", "weights") and not (base(args) / "config.json").exists():
         raise Skipped("has no model: the part weights has to come first, and to succeed")
     if name in TRAINING:
-        return training(args, name, results)
+        return training(args, name)
     if name in ("resume", "ask"):
-        return {"resume": resume, "ask": ask}[name](args, results)
-    result = args.scratch / f"{name}.json"
+        return {"resume": resume, "ask": ask}[name](args)
     flags = {"--out": args.out, "--size": args.size, "--data_dir": args.data_dir, "--device": args.device}
     flags |= {"--steps": args.steps, "--tokens": args.tokens, "--repeats": args.repeats, "--scratch": args.scratch}
     flags |= {"--tokenizer": args.tokenizer} if args.tokenizer else {}
     flags = [str(part) for pair in flags.items() for part in pair]
     execute(args, [sys.executable, __file__, *flags, "--batch_sizes", *map(str, args.batch_sizes), "--only", name])
-    found = json.loads(result.read_text(encoding="utf-8"))
+    found = found_before(args, name)
     if "skipped" in found:
         raise Skipped(found["skipped"])
     return found
 
 
-def attempt(args, name: str, results: dict) -> dict:
+def found_before(args, name: str) -> dict | None:
+    """What a part in a process of its own has left."""
+    path = args.scratch / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def attempt(args, name: str) -> dict:
     """What became of a part, whatever that is."""
     begin = time.time()
     with open(args.out / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n──── {name}: {PARTS[name][1]}\n")
     try:
-        found = {"status": "ok", **do(args, name, results)}
+        found = {"status": "ok", **do(args, name)}
     except Skipped as reason:
         found = {"status": "skipped", "text": str(reason)}
     except Failed as error:
@@ -561,7 +566,7 @@ def main(argv=None):
         if args.size == "7b" and shutil.disk_usage(args.scratch).free < 36e9:
             raise UserError(f"{args.scratch}: less than 36 GB are free: name another directory with --scratch")
         for name in args.parts:
-            results[name] = attempt(args, name, results)
+            results[name] = attempt(args, name)
             table = write(args, results)
             print("{}: {status}, {seconds:.0f} s: {text}".format(name, **results[name]), flush=True)
     print(f"\n{table}")
