@@ -101,7 +101,7 @@ def test_merging_holds_one_model_at_a_time(checkpoint, tmp_path, monkeypatch):
     loaded, load = [], merge_params.load_in_float32
 
     def watched(directory, device):
-        assert not any(reference() for model in loaded for reference in model)
+        assert not any(reference() is not None for model in loaded for reference in model)
         model = load(directory, device)
         loaded.append([weakref.ref(parameter) for parameter in model.parameters()])
         return model
