@@ -180,3 +180,24 @@ def test_an_error_under_nccl_does_not_wait_for_the_others(monkeypatch, error, en
         pass
     processes.leave_processes()
     assert ended == [ends]
+
+
+def test_the_mask_is_converted_once_and_needs_no_copy(checkpoint, monkeypatch):
+    """The kernel would turn a boolean mask into numbers in each layer, and copy one whose rows are not aligned."""
+    length, used = 21, []
+    sees = torch.ones(1, 1, length, length).tril().bool()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask=None, **others):
+        used.append(attn_mask)
+        return attend(*arguments, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = ModelDirectory(checkpoint).load(torch.bfloat16)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 3 + length)[None], attention_mask=sees, use_cache=False)
+    assert len(used) == model.config.num_hidden_layers > 1
+    assert len({mask.data_ptr() for mask in used}) == 1
+    mask = used[0]
+    assert mask.dtype == torch.bfloat16 and mask.stride(-1) == 1 and all(step % 16 == 0 for step in mask.stride()[:-1])
+    assert torch.equal(mask, torch.where(sees, 0.0, -torch.inf).to(torch.bfloat16))
