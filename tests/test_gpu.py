@@ -4,6 +4,7 @@ import gc
 import weakref
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -14,6 +15,7 @@ import train
 from data_helper import conversation, read_samples
 from support import processes
 from support.errors import UserError
+from support.log import peak_memory_gb
 from support.model_directory import ModelDirectory, load_adapter, pick_device
 
 
@@ -74,6 +76,16 @@ class GPU:
 
     def set_device(self, number):
         self.device = number
+
+
+def test_peak_memory(monkeypatch):
+    before, now = peak_memory_gb(), psutil.Process().memory_info().rss / 1e9
+    assert before >= 0.99 * now
+    numbers = torch.ones(int((before - now + 0.3) * 1e9 / 4))  # 0.3 GB more than ever
+    assert len(numbers) and before + 0.2 < peak_memory_gb() < before + 0.6
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 19_300_000_000)
+    assert peak_memory_gb() == 19.3
 
 
 def test_no_compiler_is_looked_for_on_a_gpu(monkeypatch):

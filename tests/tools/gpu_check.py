@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from support.arguments import ArgumentParser, number_problems  # noqa: E402 - the project lies in the root
 from support.errors import UserError, entry_point, first_line, slow_imports  # noqa: E402
 
+SAMPLE = ROOT / "data/sample"
 BOOK_STEPS = 1002  # an epoch of the chapter
 STEP_SIZE = 8  # samples, the chapter's 2 × 4
 PARTS = {  # name: (seconds that it is expected to take at 7b, what it shows)
@@ -64,8 +65,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default=Path(os.environ.get("OUT", "output_dir/gpu_check")), help="directory for results")
     add("--size", default="7b", choices=["tiny", "small", "7b"], help="sizes of the model; 7b needs a GPU")
-    add("--data_dir", default=str(ROOT / "data/sample"), help="RoleBench files; default: the project's own sample")
-    add("--tokenizer", help="directory of the published model, or its JSON files and tokenizer.model alone")
+    add("--data_dir", type=Path, default=SAMPLE, help="RoleBench files; by default the project's own sample")
+    add("--tokenizer", type=Path, help="directory of the published model, or its JSON files and tokenizer.model alone")
     add("--device", default="auto", choices=["auto", "cpu"], help="where to compute")
     add("--steps", type=int, default=30, help="training steps of a run")
     add("--batch_sizes", type=int, nargs="+", default=[16, 64, 128], help="questions side by side")
@@ -164,8 +165,9 @@ def weights(args) -> dict:
     write_weights(base(args), model.state_dict().items())
 
     every, asked = args.scratch / "every.json", samples(args)[1]
-    roles = ["--roles", "all"] if Path(args.data_dir) == ROOT / "data/sample" else []
-    data_helper.main(["--data_dir", args.data_dir, "--train_path", str(every), "--test_path", str(asked), *roles])
+    paths = {"--data_dir": args.data_dir, "--train_path": every, "--test_path": asked}
+    roles = ["--roles", "all"] if args.data_dir == SAMPLE else []
+    data_helper.main([*(str(part) for pair in paths.items() for part in pair), *roles])
     for path, number in zip((every, asked), (args.steps * STEP_SIZE, 32)):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)
@@ -550,7 +552,9 @@ def write(args, results: dict):
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    args.out, args.scratch = args.out.resolve(), args.scratch and args.scratch.resolve()
+    for name in ("out", "scratch", "data_dir", "tokenizer"):  # commands run in the project's directory
+        if path := getattr(args, name):
+            setattr(args, name, path.resolve())
     if args.only:
         return own_process(args)
     if problems := number_problems(args, {"steps": 4, "tokens": 2, "repeats": 1, "seconds": 1}):
