@@ -129,6 +129,9 @@ def card(args) -> dict:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         numbers |= {"name": properties.name, "memory_gb": properties.total_memory / 1e9}
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        if shutil.which(query[0]):
+            numbers["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
     numbers["matmul"] = bench_train.matmul_rate(device, dtype)  # FLOP/s
     source = torch.randn((2**32 if device.type == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)
@@ -141,6 +144,7 @@ def card(args) -> dict:
         seconds.append(time.perf_counter() - start)
     numbers["copy"] = 2 * source.nbytes / statistics.median(seconds[2:])  # bytes read and written, a second
     memory = f", {numbers['memory_gb']:.0f} GB" if "memory_gb" in numbers else ""
+    memory += f", driver {numbers['driver']}" if "driver" in numbers else ""
     numbers["text"] = (
         f"{numbers['name']}{memory}, torch {torch.__version__}: {numbers['matmul'] / 1e12:.3g} TFLOP/s in a product in "
         f"bfloat16, {numbers['copy'] / 1e12:.2g} TB/s in a copy"
