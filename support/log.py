@@ -1,10 +1,19 @@
 """What one sees of a run: TensorBoard's curves and texts, and the progress bar."""
 
+import resource
 import time
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+
+def peak_memory_gb() -> float:
+    """The most that this process has held so far, in 10⁹ bytes: of tensors on its GPU, or resident without one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
 class Log:
@@ -44,7 +53,8 @@ class Log:
         seconds = time.perf_counter() - self.start
         loss = sum(self.losses) / len(self.losses)
         rates = {"samples_per_second": self.samples / seconds, "tokens_per_second": self.tokens / seconds}
-        self.scalars(step, {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **rates})
+        values = {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        self.scalars(step, {**values, **rates, "peak_memory_gb": peak_memory_gb()})
         self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{rates['samples_per_second']:.1f}")
         self.reset()
 

@@ -182,7 +182,8 @@ def load_adapter(model, directory) -> PeftModel:
     """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
     try:
         # Only layers whose values are in the file take memory, not those that a damaged setting asks for.
-        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True)
+        # PEFT would first put them on the first GPU, wherever the model is.
+        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True, torch_device=str(model.device))
         if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ValueError(f"{lacking[0]} is missing")
     except Exception as error:  # a damaged file, or one for a model of another shape: PEFT has no class for it
@@ -193,11 +194,11 @@ def load_adapter(model, directory) -> PeftModel:
 def pick_device(name: str) -> torch.device:
     """cpu, -1, auto or a GPU's number → a device that is there. Raises: UserError."""
     set_up_cuda()
-    if name == "auto":
-        refuse_unusable_gpu()
-        name = "0" if torch.cuda.is_available() else "cpu"
     if name in ("cpu", "-1"):
         return torch.device("cpu")
+    refuse_unusable_gpu()
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not name.isdecimal():
         raise UserError(f"--device {name}: is no device: use cpu, auto or the number of a GPU")
     if int(name) >= torch.cuda.device_count():

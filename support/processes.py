@@ -39,7 +39,11 @@ def refuse_unusable_gpu():
 
 
 def set_up_cuda():
-    """cuDNN's attention plans a kernel for every new row length, up to a second each; others need no plan."""
+    """cuDNN's attention plans a kernel for every new row length, up to a second each; the other kernels need no plan.
+
+    So rows need no padding to a few lengths. What the linear layers' kernels want to be aligned are the widths, which
+    are multiples of 64, and the mask begins its rows at multiples of 16 (`additive_mask`): padding would only add tokens.
+    """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -1,15 +1,22 @@
 """What a GPU will meet, as far as a machine without one can show it."""
 
+import gc
+import weakref
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from conftest import ROOT
+from test_merge import make_adapter
 
+import merge_params
 import train
 from data_helper import conversation, read_samples
 from support import processes
 from support.errors import UserError
-from support.model_directory import ModelDirectory, pick_device
+from support.log import peak_memory_gb
+from support.model_directory import ModelDirectory, load_adapter, pick_device
 
 
 @pytest.fixture
@@ -25,12 +32,19 @@ def nvidia(monkeypatch):
 @pytest.mark.parametrize("version, remedy", [("13.0", "update the driver"), (None, "install torch with CUDA")])
 def test_a_gpu_that_cuda_cannot_use_is_an_error(nvidia, monkeypatch, version, remedy):
     monkeypatch.setattr(torch.version, "cuda", version)
-    for choose in (processes.join_processes, lambda: pick_device("auto")):
+    for choose in (processes.join_processes, lambda: pick_device("auto"), lambda: pick_device("0")):
         with pytest.raises(UserError, match=remedy):
             choose()
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert pick_device("auto") == torch.device("cpu")
+
+
+def test_a_number_of_a_gpu_that_is_hidden_or_not_there(nvidia, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="--device 0: CUDA finds 0 GPUs here"):
+        pick_device("0")
 
 
 def test_a_laptop_takes_the_books_line(monkeypatch):
@@ -52,6 +66,90 @@ def test_a_gpu_named_by_its_uuid_is_refused_by_that_name(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6")
     with pytest.raises(UserError, match="by number alone"):
         processes.join_processes()
+
+
+class GPU:
+    """DeepSpeed's accelerator, on a machine without one."""
+
+    def device_name(self, number=None):
+        return "cuda" if number is None else f"cuda:{number}"
+
+    def set_device(self, number):
+        self.device = number
+
+
+def test_peak_memory(monkeypatch):
+    before, now = peak_memory_gb(), psutil.Process().memory_info().rss / 1e9
+    assert before >= 0.99 * now
+    numbers = torch.ones(int((before - now + 0.3) * 1e9 / 4))  # 0.3 GB more than ever
+    assert len(numbers) and before + 0.2 < peak_memory_gb() < before + 0.6
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 19_300_000_000)
+    assert peak_memory_gb() == 19.3
+
+
+def test_no_compiler_is_looked_for_on_a_gpu(monkeypatch):
+    """Even a look into `__compatible_ops__` would try every operation's compiler."""
+    import deepspeed
+
+    class Untouched(dict):
+        def __setitem__(self, name, value):
+            raise AssertionError(name)
+
+        __getitem__ = get = __contains__ = __iter__ = __setitem__
+
+    gpu = GPU()
+    monkeypatch.setattr(deepspeed, "get_accelerator", lambda: gpu)
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", Untouched())
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.join_processes() == torch.device("cuda:1") and gpu.device == 1
+
+
+def test_merging_holds_one_model_at_a_time(checkpoint, tmp_path, monkeypatch):
+    """A card of 24 GB has room for one: base and adapter are gone before the merged model is loaded."""
+    loaded, load = [], merge_params.load_in_float32
+
+    def watched(directory, device):
+        assert not any(reference() is not None for model in loaded for reference in model)
+        model = load(directory, device)
+        loaded.append([weakref.ref(parameter) for parameter in model.parameters()])
+        return model
+
+    monkeypatch.setattr(merge_params, "load_in_float32", watched)
+    flags = {"--ori_model_dir": checkpoint, "--save_model_dir": tmp_path / "merged"}
+    flags["--model_dir"] = make_adapter(checkpoint, tmp_path / "adapter")
+    gc.disable()  # chance would have it that the first one is gone
+    try:
+        merge_params.main([str(part) for pair in flags.items() for part in pair])
+    finally:
+        gc.enable()
+    assert len(loaded) == 2
+
+
+def test_an_adapter_goes_where_its_model_is(checkpoint, tmp_path, monkeypatch):
+    """PEFT alone would take it to the first GPU, whichever was chosen."""
+    asked = []
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: asked.append("cuda") or "cuda")
+    model = load_adapter(ModelDirectory(checkpoint).load(), make_adapter(checkpoint, tmp_path / "adapter"))
+    assert not asked and {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_the_timer_that_would_synchronise_is_off(train_arguments, tmp_path, monkeypatch):
+    """DeepSpeed takes the setting: at the start of a pass its timer does nothing."""
+    import deepspeed
+
+    engines, initialize = [], deepspeed.initialize
+
+    def watched(**arguments):
+        engines.append(initialize(**arguments)[0])
+        return (engines[0],)
+
+    monkeypatch.setattr(deepspeed, "initialize", watched)
+    train.main(train_arguments(tmp_path, "--ds_file", ROOT / "ds_zero2_no_offload.json", "--sample_answers", 0))
+    assert engines[0].tput_timer.config.enabled is False and engines[0].tput_timer.start_time == 0
 
 
 def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples, monkeypatch):
@@ -94,3 +192,24 @@ def test_an_error_under_nccl_does_not_wait_for_the_others(monkeypatch, error, en
         pass
     processes.leave_processes()
     assert ended == [ends]
+
+
+def test_the_mask_is_converted_once_and_needs_no_copy(checkpoint, monkeypatch):
+    """The kernel would turn a boolean mask into numbers in each layer, and copy one whose rows are not aligned."""
+    length, used = 21, []
+    sees = torch.ones(1, 1, length, length).tril().bool()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask=None, **others):
+        used.append(attn_mask)
+        return attend(*arguments, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = ModelDirectory(checkpoint).load(torch.bfloat16)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 3 + length)[None], attention_mask=sees, use_cache=False)
+    assert len(used) == model.config.num_hidden_layers > 1
+    assert len({mask.data_ptr() for mask in used}) == 1
+    mask = used[0]
+    assert mask.dtype == torch.bfloat16 and mask.stride(-1) == 1 and all(step % 16 == 0 for step in mask.stride()[:-1])
+    assert torch.equal(mask, torch.where(sees, 0.0, -torch.inf).to(torch.bfloat16))

@@ -136,7 +136,8 @@ def test_writes_adapters_curves_and_arguments(trained, checkpoint):
     names = sorted(path.name for path in output.iterdir())
     assert [name for name in names if name.startswith("epoch")] == [f"epoch-1-step-{n}" for n in (2, 4, 5)]
     assert json.loads((output / "train_args.json").read_text())["lora_dim"] == 16
-    for name in ("train_loss", "learning_rate", "grad_norm", "samples_per_second", "tokens_per_second"):
+    names = "train_loss learning_rate grad_norm samples_per_second tokens_per_second peak_memory_gb"
+    for name in names.split():
         assert [step for step, _ in scalars(output, name)] == [1, 2, 3, 4, 5], name
     assert [step for step, _ in scalars(output, "ppl")] == [2, 4, 5]
     files = {path.name for path in last.iterdir()}

@@ -85,6 +85,18 @@ def measure(speaker: Speaker, messages: list[dict], settings: dict, device: torc
     return measured | {"length": len(ids)}
 
 
+def medians(speaker: Speaker, rounds: int, tokens: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each after `rounds` earlier answers, and the length of the prompt."""
+    profiles = read_profiles(ROOT / "data/sample/profiles-zh_desc.json")
+    role = next(iter(profiles))
+    messages = asked(persona(role, profiles[role]), rounds)
+    settings = {"do_sample": False, "seed": None, "repetition_penalty": 1.05}
+    settings |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    measure(speaker, messages, settings, device)  # warms up, and computes the persona's cache
+    runs = [measure(speaker, messages, settings, device) for _ in range(repeats)]
+    return {name: median(run[name] for run in runs) for name in runs[0]}
+
+
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
@@ -94,17 +106,10 @@ def main(argv=None):
         sizes = ["--hidden_size", str(args.hidden_size), "--num_hidden_layers", str(args.num_hidden_layers)]
         path = write_model(directory, *sizes)
         speaker = Speaker.load(path, None, device)
-    profiles = read_profiles(ROOT / "data/sample/profiles-zh_desc.json")
-    role = next(iter(profiles))
-    system = persona(role, profiles[role])
-    settings = {"do_sample": False, "seed": None, "repetition_penalty": 1.05}
-    settings |= {"min_new_tokens": args.tokens, "max_new_tokens": args.tokens}
     for rounds in (0, 4):
-        messages = asked(system, rounds)
-        measure(speaker, messages, settings, device)  # warms up, and computes the persona's cache
-        runs = [measure(speaker, messages, settings, device) for _ in range(args.repeats)]
+        found = medians(speaker, rounds, args.tokens, args.repeats, device)
         length, forward, first, generate, streamed = (
-            median(run[name] for run in runs) for name in ("length", "forward", "first", "generate", "page")
+            found[name] for name in ("length", "forward", "first", "generate", "page")
         )
         print(
             f"prompt of {length} tokens, {rounds} earlier rounds: first text after {first * 1e3:.1f} ms, "

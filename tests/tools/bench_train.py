@@ -49,6 +49,7 @@ SIZES = {  # hidden, layers, heads, intermediate
     "tiny": (128, 4, 4, 352),
     "small": (768, 6, 12, 2048),
     "deep": (512, 16, 8, 1408),
+    "wide": (4096, 2, 32, 11_008),
     "7b": (4096, 32, 32, 11_008),
 }
 BOOK_EPOCH = 8020  # samples
@@ -72,7 +73,7 @@ def parse_args():
     )
     parser.add_argument("--persona_tokens", type=int, default=400, help="tokens of a conversation's persona")
     parser.add_argument("--max_pack_len", type=int, default=8192)
-    parser.add_argument("--attn_implementation", default="sdpa")
+    parser.add_argument("--attn_implementation", default="sdpa", choices=["sdpa", "flex_attention", "eager"])
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
     parser.add_argument("--operations", action="store_true", help="count the operations of a step instead")
@@ -372,11 +373,9 @@ def matmul_rate(device, dtype) -> float:
     return 2 * n**3 / statistics.median(seconds[2:])
 
 
-def arithmetic(model, tokens: int, head_positions: int) -> float:
+def arithmetic(config, adapters: int, tokens: float, head_positions: float) -> float:
     """FLOP of a step's matrix products with a frozen base: 2 a weight forward, 2 backward to the activations."""
-    config = model.config
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return tokens * (4 * config.num_hidden_layers * layer + 6 * adapters) + 4 * head_positions * (
         config.vocab_size * config.hidden_size
     )
@@ -404,6 +403,7 @@ def table(args):
             random_model(args.size, dtype, device, args.attn_implementation),
             ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"],
         )
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         rounds = ["padded-rounds", "padded", "tree", "trainer-rounds", "trainer"]
         names = args.ways or (["book", "padded", "tree", "trainer"] if args.conversations is None else rounds)
         llama = equivalent_llama(model) if any(way.startswith("trainer") for way in names) else None
@@ -452,7 +452,7 @@ def table(args):
                 tokens = statistics.mean(tokens for _, tokens, _ in runs)
                 supervised = statistics.mean(supervised for *_, supervised in runs)
                 head = tokens if way == "book" or way.startswith("trainer") else supervised
-                share = arithmetic(model, tokens, head) / seconds[way] / rate
+                share = arithmetic(model.config, adapters, tokens, head) / seconds[way] / rate
                 row = [size, way, f"{size / seconds[way]:.2f}", f"{slowest / seconds[way]:.2f}", f"{tokens / size:.1f}"]
                 row += [
                     f"{supervised / seconds[way]:.0f}",
@@ -591,25 +591,31 @@ def operations_of_a_step(layers: int, directory: Path) -> Counter:
     sizes = ["--hidden_size", "64", "--num_hidden_layers", str(layers), "--vocab_size", "2000", "--steps", "0"]
     stand_in.main(["--save_dir", model_path, "--train_path", train_path, *sizes])
     flags = ["--model_name_or_path", model_path, "--output_dir", str(directory / "run"), "--max_pack_len", "4096"]
-    args = train.parse_args([*paths, *flags, "--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
+    train.row_cost = lambda config, device: None  # as few rows as possible
+    step, steps = training_step([*paths, *flags])
+    assert len(steps[0][0]) == 1
+    step(0)  # the first one also makes the optimizer's state
+    return count_operations(lambda: step(0))
+
+
+def training_step(flags: list[str]) -> tuple[Callable[[int], None], utils.Steps]:
+    """(a function that takes step number k as train.py does, the steps), of train.py with these flags, in bfloat16."""
+    args = train.parse_args([*flags, "--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data = train.read_inputs(args)
     device = train.processes.join_processes()
-    train.row_cost = lambda config, device: None  # as few rows as possible
     model = train.model_with_adapters(args, model_directory, torch.bfloat16)
     steps, _ = train.lay_out(args, model_directory.config, device, train_data, test_data)
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
 
-    def step(number=0):
+    def step(number: int):
         batches, tokens = steps[number]
-        assert len(batches) == 1
         with torch.profiler.record_function("forward and reduction"):
             train.train_step(engine, batches, tokens, args.attn_implementation, stop=False)
         with torch.profiler.record_function("engine.step()"):
             train.update(engine, torch.bfloat16)
 
-    step()  # the first one also makes the optimizer's state
-    return count_operations(step)
+    return step, steps
 
 
 def operations(args):
