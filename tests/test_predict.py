@@ -18,7 +18,7 @@ from test_merge import make_adapter
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import messages_to_ids
+from baichuan.generation_utils import greedy_ids, left_padded, messages_to_ids
 from data_helper import conversation, persona, read_profiles, read_samples
 from support.scores import Scores, catchwords, interval, rouge_l
 
@@ -62,7 +62,50 @@ def test_batched_answers_are_those_given_one_by_one(model, tokenizer, conversati
     assert None in ends and any(ends)
     expected = [(tokenizer.decode(ids[:end]), end is not None) for ids, end in zip(expected, ends)]
     assert predict.answer_batch(model, tokenizer, conversations, config) == expected
+    assert predict.answer_batch(model, tokenizer, conversations[::-1], config) == expected[::-1]
     assert [predict.answer_batch(model, tokenizer, [messages], config)[0] for messages in conversations] == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_shared_and_dropped_changes_no_token(checkpoint, tokenizer, samples, attention):
+    """Against `generate`: all personas and questions of the sample, in one batch, in several, and one by one."""
+    model = BaichuanForCausalLM.from_pretrained(checkpoint, attn_implementation=attention).eval()
+    found = [conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])]
+    found += [conversation("", "好"), conversation("", "你从哪里来，要到哪里去？")]
+    config = predict.greedy(model.generation_config, 70)  # more tokens than a layer has room for at first
+    prompts = [messages_to_ids(tokenizer, messages) for messages in found]
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
+    free = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+    config.eos_token_id = [2, *free[::7, 9].tolist(), *free[::5, 30].tolist()]
+    expected = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
+    ends = [next((n for n, id in enumerate(row, 1) if id in config.eos_token_id), 70) for row in expected]
+    assert len(set(ends)) > 5 and max(ends) > 64
+    shared = [len(tokenizer.text_to_ids(messages[0]["content"])) * (len(messages) == 2) for messages in found]
+    for size in (1, 7, len(found)):
+        answers = []
+        for start in range(0, len(found), size):
+            part = slice(start, start + size)
+            answers += greedy_ids(model, prompts[part], shared[part], 70, config.eos_token_id, tokenizer.pad_token_id)
+        assert answers == [row[:end] for row, end in zip(expected, ends)]
+
+
+def test_a_persona_is_read_once_and_ended_rows_leave_the_batch(model, tokenizer, monkeypatch):
+    shapes, forward = [], type(model).forward
+
+    def seen(self, input_ids, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", seen)
+    persona_ids, ids = list(range(300, 340)), greedy_by_hand(model, tokenizer, conversation("", "好"), 1)
+    answers = greedy_ids(model, [[*persona_ids, id] for id in range(400, 408)], [40] * 8, 6, [], 0)
+    assert shapes[-7:] == [(1, 40), *[(8, 1)] * 6] and len(ids) == 1
+    first = [answer[0] for answer in answers]
+    assert len(set(first)) > 1
+    shapes.clear()
+    ended = greedy_ids(model, [[*persona_ids, id] for id in range(400, 408)], [40] * 8, 3, first[:1], 0)
+    assert shapes[2:] and all(shape == (8 - first.count(first[0]), 1) for shape in shapes[2:])
+    assert ended[0] == first[:1] and all(len(answer) in (1, 2, 3) for answer in ended)
 
 
 def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversations, tmp_path):
@@ -80,9 +123,7 @@ def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversati
 def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(type(model), "generate", lambda self, input_ids, **kwargs: seen.append(input_ids) or input_ids)
-    predict.answer_batch(
-        model, tokenizer, [conversation("", "<reserved_107></s>")], predict.greedy(model.generation_config, 4)
-    )
+    predict.answer_batch(model, tokenizer, [conversation("", "<reserved_107></s>")], model.generation_config)
     assert [id for id in seen[0][0].tolist() if id in (1, 2, 195, 196)] == [195, 196]
 
 
