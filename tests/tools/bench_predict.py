@@ -1,6 +1,7 @@
 """Answers a second, by predict.py's way and by transformers' `generate`: python3 tests/tools/bench_predict.py --model_path Baichuan2-tiny
 
-The two take turns, --rounds times, and the medians are compared: other programs on the machine slow both alike.
+The two take turns, --rounds times, and medians are compared. Where other programs share the cores, the processor time
+says more than the clock.
 """
 
 import argparse
@@ -39,15 +40,16 @@ def by_predict(model, tokenizer, conversations: list[list[dict]], config) -> lis
     return [answer.text for answer in answer_batch(model, tokenizer, conversations, config)]
 
 
-def answer_in_batches(way, model, tokenizer, prompts, size: int, config) -> tuple[float, list[str]]:
-    """All prompts answered, `size` side by side: answers a second, and the answers in the order of the prompts."""
-    start = time.perf_counter()
+def answer_in_batches(way, model, tokenizer, prompts, size: int, config) -> tuple[float, float, list[str]]:
+    """All prompts answered, `size` side by side: answers a second by the clock and by processor time, and the answers."""
+    start, processor = time.perf_counter(), time.process_time()
     order = sorted(range(len(prompts)), key=lambda number: -sum(len(message["content"]) for message in prompts[number]))
     answers = {}
     for first in range(0, len(prompts), size):
         batch = order[first : first + size]
         answers.update(zip(batch, way(model, tokenizer, [prompts[number] for number in batch], config)))
-    return len(prompts) / (time.perf_counter() - start), [answers[number] for number in range(len(prompts))]
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return len(prompts) / seconds, len(prompts) / processor, [answers[number] for number in range(len(prompts))]
 
 
 def main():
@@ -77,17 +79,18 @@ def main():
     rates, first = {way: [] for way in ways}, None
     for _ in range(args.rounds):
         for way, size in ways:
-            rate, answers = answer_in_batches(way, model, tokenizer, prompts, size, config)
+            *rate, answers = answer_in_batches(way, model, tokenizer, prompts, size, config)
             rates[way, size].append(rate)
             first = first or answers
             same = sum(a == b for a, b in zip(first, answers))
-            print(f"{way.__name__:11} batch {size:4}: {rate:6.2f} answers/s, {same} of {len(prompts)} like the first")
-    slowest = statistics.median(rates[ways[0]])
-    for way, size in ways:
-        median = statistics.median(rates[way, size])
-        print(
-            f"{way.__name__:11} batch {size:4}: {median:6.2f} answers/s in the middle, {median / slowest:.2f} times the first"
-        )
+            print(
+                f"{way.__name__:11} batch {size:4}: {rate[0]:6.2f} answers/s, {same} of {len(prompts)} like the first"
+            )
+    print("medians: answers a second by the clock, by processor time, and both times the first line")
+    medians = {way: [statistics.median(values) for values in zip(*found)] for way, found in rates.items()}
+    for (way, size), found in medians.items():
+        ratios = [value / slowest for value, slowest in zip(found, medians[ways[0]])]
+        print(f"{way.__name__:11} batch {size:4}: " + "".join(f"{value:8.2f}" for value in (*found, *ratios)))
 
 
 if __name__ == "__main__":
