@@ -18,7 +18,6 @@ style       answers that a classifier trained on --train_path takes for their ow
 copied      the longest piece that an answer has in common with a training answer of its role (support/voice.py)
 """
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +65,7 @@ def parse_args(argv=None):
         "--batch_size",
         type=int,
         help="questions answered side by side; by default as many as the memory holds, up to 128 on a GPU or with "
-        "--engine and 64 on a CPU",
+        "--engine and 64 on a CPU; 16 with --sample",
     )
     add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
     add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
@@ -89,13 +88,12 @@ with slow_imports(parse_args, __name__):
 
     from baichuan.generation_utils import Answer, answer_batch, greedy
     from support import report
-    from support.adapter import digest
-    from support.answer_file import AnswerFile
+    from support.answer_file import AnswerFile, answer_settings
     from support.answer_scores import answer_sections, measure_answers
     from support.candidates import Candidate, Loader, check_candidates, in_batches, name_candidates, rows_that_fit
     from support.files import unwritable
     from support.model_directory import pick_device
-    from support.voice import Recall, Style, recorded_answers
+    from support.voice import read_training
 
 
 # ---------------------------------------------------------------- answering
@@ -146,25 +144,9 @@ def question_kinds(data_dir: Path):
     return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
 
 
-def run_settings(args, candidate: Candidate) -> dict:
-    """What the answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
-    settings = {"test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
-    settings["sampling_seed"] = args.seed if args.sample else None
-    sources = hashlib.sha256(args.test_path.read_bytes())
-    if candidate.engine:
-        return {"engine": args.engine, "model": candidate.engine.model, **settings, "digest": sources.hexdigest()[:16]}
-    model = candidate.directory
-    for file in [*model.weights.files, model.path / "generation_config.json"]:
-        sources.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    if candidate.adapter:
-        settings["adapter"] = candidate.name
-        sources.update(digest(candidate.adapter).encode())
-    return {"model": model.path.resolve().name, **settings, "digest": sources.hexdigest()[:16]}
-
-
 def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
-    file = AnswerFile(candidate.output, run_settings(args, candidate), len(questions), args.overwrite)
+    file = AnswerFile(candidate.output, answer_settings(args, candidate, questions), len(questions), args.overwrite)
     if file.complete:
         print(f"{file.path}: has all answers of {candidate.name} already")
         return file.in_order()
@@ -183,7 +165,8 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
             config = greedy(config, args.max_new_tokens)
         candidate.directory.refuse_to_fail_later(model, config, candidate.adapter)
         tokens = max(map(len, tokenizer.text_to_ids(["".join(turn["content"] for turn in turns) for turns in prompts])))
-        size = args.batch_size or rows_that_fit(model, tokens + args.max_new_tokens)
+        # What is drawn depends on who is in a batch: with --sample it has the same size on every machine.
+        size = args.batch_size or (16 if args.sample else rows_that_fit(model, tokens + args.max_new_tokens))
 
         def answer(batch):
             set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
@@ -209,18 +192,6 @@ def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
 
 
 # ---------------------------------------------------------------- the script
-
-
-def read_training(args) -> tuple[Style | None, Recall | None]:
-    """What style and recall are measured with, as far as --train_path allows; a line says what is left out."""
-    if not args.train_path.is_file():
-        print(f"{args.train_path}: there is no such file: style and recall are left out")
-        return None, None
-    recorded = recorded_answers(args.train_path)
-    if len(recorded) < 2:
-        print(f"{args.train_path}: has answers of one role: style, which tells roles apart, is left out")
-        return None, Recall(recorded)
-    return Style(recorded), Recall(recorded)
 
 
 def argument_problems(args) -> list[str]:
@@ -264,7 +235,7 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
 def main(argv=None):
     args = parse_args(argv)
     device, questions, candidates = read_inputs(args)
-    style, recall = read_training(args)
+    style, recall, remarks = read_training(args.train_path)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
     loader, answers, measured = Loader(device), {}, {}
@@ -275,7 +246,6 @@ def main(argv=None):
 
     # 2. The tables.
     sections = answer_sections(questions, measured, style, recall, args.resamples, args.seed)
-    remarks = []
     kinds = {question.kind for question in questions}
     if "" in kinds:
         remarks.append(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")

@@ -1,13 +1,32 @@
 """A model's answers to a test set on disk: an interrupted run goes on where its file ends."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from baichuan.generation_utils import Answer
+from support.adapter import digest
 from support.errors import UserError
 from support.files import put_on_disk
+
+
+def answer_settings(args, candidate, questions: Sequence) -> dict:
+    """What a candidate's answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
+    model, sources = candidate.directory, [json.dumps([question.messages for question in questions])]
+    settings = {"test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
+    settings["sampling_seed"] = args.seed if args.sample else None
+    if candidate.engine:
+        settings |= {"engine": candidate.engine.url, "model": candidate.engine.model}
+    else:
+        settings["model"] = model.path.resolve().name
+        for file in [*model.weights.files, model.path / "generation_config.json"]:
+            sources.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    if candidate.adapter:
+        settings["adapter"] = candidate.name
+        sources.append(digest(candidate.adapter))
+    return {**settings, "digest": hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]}
 
 
 class AnswerFile:

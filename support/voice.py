@@ -22,6 +22,23 @@ def recorded_answers(path: str | Path) -> dict[str, list[str]]:
     return {role: list(texts) for role, texts in answers.items()}
 
 
+def read_training(path: Path) -> tuple["Style | None", "Recall | None", list[str]]:
+    """What style and recall are measured with, as far as the training samples allow, and remarks on what is left out.
+
+    Raises: UserError.
+    """
+    if not path.is_file():
+        return None, None, [f"--train_path {path}: there is no such file: style and recall are left out."]
+    recorded = recorded_answers(path)
+    if len(recorded) < 2:
+        return (
+            None,
+            Recall(recorded),
+            [f"--train_path {path}: has one role: style, which tells roles apart, is left out."],
+        )
+    return Style(recorded), Recall(recorded), []
+
+
 class Style:
     """Says of a text which role it sounds like, by its characters and their pairs and triples.
 
