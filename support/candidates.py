@@ -89,22 +89,22 @@ class Loader:
         self.drop()
 
     def drop(self):
-        self.path = self.base = self.adapter = self.candidate = None
+        self.path = self.base = self.adapter_path = self.adapter = None
         gc.collect()  # what was used makes room for what comes
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def __call__(self, candidate: Candidate):
         """A BaichuanForCausalLM or LlamaForCausalLM, or the PeftModel around it. Raises: UserError."""
-        if candidate is not self.candidate:
-            if self.adapter is not None:
-                self.base, self.adapter = self.adapter.unload(), None
-            if self.path != (path := candidate.directory.path.resolve()):
-                self.drop()
-                self.path, self.base = path, candidate.directory.load().to(self.device)
-            if candidate.adapter:
-                self.adapter = load_adapter(self.base, candidate.adapter).to(self.device).eval()
-            self.candidate = candidate
+        path = candidate.directory.path.resolve()
+        if self.adapter is not None and (path, candidate.adapter) != (self.path, self.adapter_path):
+            self.base, self.adapter, self.adapter_path = self.adapter.unload(), None, None
+        if path != self.path:
+            self.drop()
+            self.path, self.base = path, candidate.directory.load().to(self.device)
+        if candidate.adapter and self.adapter is None:
+            self.adapter = load_adapter(self.base, candidate.adapter).to(self.device).eval()
+            self.adapter_path = candidate.adapter
         return self.base if self.adapter is None else self.adapter
 
 

@@ -22,7 +22,7 @@ import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import greedy_ids, left_padded, messages_to_ids
 from data_helper import conversation, persona, read_profiles, read_samples
-from support.candidates import in_batches, rows_that_fit
+from support.candidates import Candidate, Loader, in_batches, rows_that_fit
 from support.intervals import compared
 from support.model_directory import ModelDirectory
 from support.scores import COLUMNS, Scores, catchwords, rouge_l, share
@@ -320,7 +320,38 @@ def test_answers_of_an_adapter_that_has_changed_are_not_reused(checkpoint, sampl
     assert "digest" in failure(capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--adapter_path", adapter)
 
 
+def test_a_loader_keeps_what_is_asked_for_again(checkpoint, tmp_path, tokenizer):
+    adapters = [make_adapter(checkpoint, tmp_path / name, spread) for name, spread in (("one", 0.1), ("two", 0.3))]
+    base, one, two = (
+        Candidate(str(adapter), tmp_path, ModelDirectory(checkpoint), adapter) for adapter in (None, *adapters)
+    )
+    loader, ids = Loader(torch.device("cpu")), torch.tensor([tokenizer.text_to_ids("你是谁？")])
+
+    def logits(candidate):
+        with torch.no_grad():
+            return loader(candidate)(ids).logits
+
+    expected = [logits(candidate) for candidate in (base, one, two)]
+    assert loader(two) is loader(two._replace(output=tmp_path / "other")) is not loader.base
+    for number in (2, 1, 0, 2, 0, 1, 1):
+        assert torch.equal(logits((base, one, two)[number]), expected[number])
+    assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[1], expected[2])
+    loader.drop()
+    assert torch.equal(logits(one), expected[1])
+
+
 # ---------------------------------------------------------------- batches and memory
+
+
+def test_scores_do_not_depend_on_the_batch_size(checkpoint, few_samples, tmp_path, capsys):
+    tables = []
+    for size in (1, 3, 64):
+        flags = ["--batch_size", size, "--train_path", few_samples[0], "--max_new_tokens", 40, "--overwrite"]
+        run(checkpoint, few_samples, tmp_path / f"{size}.jsonl", *flags)
+        out = capsys.readouterr().out
+        tables.append(out[out.index("questions\n") :])
+        assert answers_of(tmp_path / f"{size}.jsonl") == answers_of(tmp_path / "1.jsonl")
+    assert tables[0] == tables[1] == tables[2] and "recall or voice" in tables[0]
 
 
 def test_batches_shrink_when_the_memory_does_not_hold_them(capsys):
