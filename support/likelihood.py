@@ -21,16 +21,26 @@ class Likelihood:
         layout: the module `utils`, whose dataset and rows training uses too. It is handed in, since nothing in
             support/ imports a script.
         max_len, max_src_len: see `utils.RoleDataset`; by default what the model can read.
-        packing: "tree" or "none", see `utils.Collator`.
+        packing, max_pack_len: see `utils.Collator`.
         show_progress: a bar over the rows.
     """
 
-    def __init__(self, model, tokenizer, layout, max_len=None, max_src_len=None, packing="tree", show_progress=False):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        layout,
+        max_len: int | None = None,
+        max_src_len: int | None = None,
+        packing: str = "tree",
+        max_pack_len: int = MOST_TOKENS,
+        show_progress: bool = False,
+    ):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # its layers hold adapters
-        self.tokenizer, self.layout = tokenizer, layout
+        self.tokenizer, self.layout, self.show_progress = tokenizer, layout, show_progress
         longest = self.model.config.max_position_embeddings
         self.limits = (max_len or longest, max_src_len or longest)
-        self.packing, self.show_progress = packing, show_progress
+        self.rows = (packing, max_pack_len, 4, row_cost(self.model.config, self.model.device))
 
     def __call__(self, samples: list[dict]) -> list[np.ndarray]:
         """Of each sample, in nats, the log-probability of every supervised token, the answer's eos last.
@@ -45,14 +55,13 @@ class Likelihood:
         return found
 
     def of_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """Of each text, which belongs to no conversation: the log-probability of every token but the first."""
-        data = Texts(self.tokenizer.text_to_ids(texts))
+        """Of each text, which belongs to no conversation: the log-probability of every token but the first, up to `max_len`."""
+        data = Texts([ids[: self.limits[0]] for ids in self.tokenizer.text_to_ids(texts)])
         return [losses for _, losses in self._read(data, np.arange(len(texts)))]
 
     def _read(self, data, order: np.ndarray):
         """Yield (index, log-probabilities) of the samples of `data` in this order."""
-        device = self.model.device
-        batches = self.layout.Collator(data, self.packing, MOST_TOKENS, 4, row_cost(self.model.config, device))(order)
+        batches = self.layout.Collator(data, *self.rows)(order)
         bar = tqdm(batches, "likelihoods", unit="row", leave=False, delay=2, disable=not self.show_progress)
         found = torch.cat([self._row(batch) for batch in bar]).double().cpu().numpy()
         ends = np.cumsum([len(data.sample(index)[1]) for index in order])

@@ -75,24 +75,20 @@ def measure_persona(
 ) -> PersonaScores:
     """Read the answers of all samples under every role's persona, and under none.
 
-    Of more than MOST_ROLES roles, those with the most samples are read. A role's persona is the system text of most of
-    its samples; under its own persona each sample keeps its own.
+    Of more than MOST_ROLES roles, those with the most samples are read. Under its own persona a sample keeps its own
+    system text, under another's it gets the one of `personas_of`.
 
     Args:
         likelihood: see support/likelihood.py.
         samples: as `read_samples` yields them.
         kinds: of each sample, such as predict.py's `question_kinds(data_dir)(sample["role"], sample["prompt"])`.
     """
-    most = most_frequent_roles(samples)
-    items = [(s, kind) for s, kind in zip(samples, kinds or [""] * len(samples)) if s["role"] in most]
-    roles = list(dict.fromkeys(sample["role"] for sample, _ in items))
-    personas = [
-        Counter(sample["system"] for sample, _ in items if sample["role"] == role).most_common(1)[0][0]
-        for role in roles
-    ]
+    personas = personas_of(samples)
+    roles = list(personas)
+    items = [(s, kind) for s, kind in zip(samples, kinds or [""] * len(samples)) if s["role"] in personas]
     crossed = []
     for sample, _ in items:
-        systems = [sample["system"] if role == sample["role"] else text for role, text in zip(roles, personas)]
+        systems = [sample["system"] if role == sample["role"] else text for role, text in personas.items()]
         crossed += [{**sample, "system": system} for system in [*systems, ""]]
     losses = likelihood(crossed)
     tokens = np.array([len(own) for own in losses]).reshape(len(items), -1)  # (n, R + 1)
@@ -114,8 +110,12 @@ def measure_persona(
     )
 
 
-def most_frequent_roles(samples: list[dict]) -> list[str]:
-    return [role for role, _ in Counter(sample["role"] for sample in samples).most_common(MOST_ROLES)]
+def personas_of(samples: list[dict]) -> dict[str, str]:
+    """The MOST_ROLES roles with the most samples, in the order of the samples: role → system text of most of them."""
+    most = [role for role, _ in Counter(sample["role"] for sample in samples).most_common(MOST_ROLES)]
+    roles = dict.fromkeys(sample["role"] for sample in samples if sample["role"] in most)
+    systems = {role: Counter(sample["system"] for sample in samples if sample["role"] == role) for role in roles}
+    return {role: own.most_common(1)[0][0] for role, own in systems.items()}
 
 
 def question_of(sample: dict) -> tuple[str, ...]:
@@ -223,11 +223,12 @@ def who_said_it_now(args, model, tokenizer, layout) -> dict[str, float]:
     """Accuracy (in percent) and margin on a fixed slice of train.py's test set, for TensorBoard; nothing for one role.
 
     The slice costs about a tenth of the evaluation: n answers of each of R roles are read R + 1 times, so that n is a
-    tenth of the samples divided by R · (R + 1), or 2 where that is less; of RoleBench's 1,885 samples 45. The model is
-    to be in evaluation mode, and nothing is drawn, so training goes on as if nothing had been measured.
+    tenth of the samples divided by R · (R + 1), or 2 where that is less; of RoleBench's 1,885 samples 45. Nothing is
+    drawn, and the model keeps its mode, so training goes on as if nothing had been measured. For one process alone:
+    nothing here waits for another.
     """
     samples = list(read_samples(args.test_path))
-    roles = most_frequent_roles(samples)
+    roles = list(personas_of(samples))
     if len(roles) < 2:
         return {}
     per_role = max(2, len(samples) // (10 * len(roles) * (len(roles) + 1)))
@@ -235,8 +236,11 @@ def who_said_it_now(args, model, tokenizer, layout) -> dict[str, float]:
     for role in roles:
         own = [sample for sample in samples if sample["role"] == role]
         chosen += own[:: max(1, len(own) // per_role)][:per_role]
-    likelihood = Likelihood(model, tokenizer, layout, args.max_len, args.max_src_len, args.packing)
-    scores = measure_persona(likelihood, chosen)
+    limits = (args.max_len, args.max_src_len, args.packing, args.max_pack_len)
+    training = model.training
+    model.eval()
+    scores = measure_persona(Likelihood(model, tokenizer, layout, *limits), chosen)
+    model.train(training)
     if not len(scores.role):
         return {}
     accuracy, margin = mean_of_roles(scores.role, who_said_it(scores), np.ones(len(scores.role)))
