@@ -45,10 +45,10 @@ BREAKING_PHRASES = (
 )
 # Before a model's word they make its sentence a denial, or one that does not know the word: 我不是什么语言模型.
 DENIALS = re.compile(
-    "不是|非|不知|不懂|不晓|不识|不认|不明白|不信|没听|没见|未听|未闻|未曾|从未|不曾|什么|甚么|啥|何|岂|怎|哪|休|莫|"
+    "不是|非(?!常)|不知|不懂|不晓|不识|不认|不明白|不信|没听|没见|未听|未闻|未曾|从未|不曾|什么|甚么|啥|(?<!任)何|岂|怎|哪|休|莫|"
     "别(?!的)|胡说|管他|管它|管你|[你谁他她们敢竟]说"
 )
-CLAIMS = re.compile("是|作为|身为|我|俺")
+CLAIMS = re.compile("(?<![但可还要只倒])是|作为|身为|我|俺")
 
 
 def breaks(answer: str, role: str) -> bool:
