@@ -24,6 +24,7 @@ from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import put_on_disk
 
+SAMPLE = Path(__file__).parent / "data/sample"
 CAVEAT = (
     "All general questions of RoleBench's test set also occur in its training set, under another role: "
     "their scores say how a role speaks, not what the model knows."
@@ -45,6 +46,19 @@ def parse_args(argv=None):
     )
     add("--overwrite", action="store_true", help="answer everything anew, whatever the files of answers hold")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
+    add(
+        "--attacks",
+        type=Path,
+        default=SAMPLE / "attacks-zh.jsonl",
+        help="JSON lines of what tries to make a role break, see docs/scores.md",
+    )
+    add(
+        "--plain_text",
+        type=Path,
+        default=SAMPLE / "plain_text.txt",
+        help="text of no role, for the perplexity that training costs",
+    )
+    add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add("--batch_size", type=int, default=16, help="questions answered side by side")
     add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
@@ -61,7 +75,12 @@ with slow_imports(parse_args, __name__):
     from tqdm import tqdm
     from transformers import set_seed
 
+    import utils
     from baichuan.generation_utils import Answer, answer_batch, greedy
+    from support.forgetting import read_plain_text
+    from support.in_role import attack_conversations, read_attacks
+    from support.likelihood import Likelihood
+    from support.likelihood_scores import Measured, likelihood_sections, measure, role_personas
     from support.model_directory import ModelDirectory, pick_device
     from support.scores import COLUMNS, Scores, interval
     from support.tables import markdown
@@ -115,9 +134,9 @@ def question_kinds(data_dir: Path):
     return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
 
 
-def run_settings(args, model: ModelDirectory) -> dict:
+def run_settings(args, model: ModelDirectory, questions: list[Question]) -> dict:
     """What the answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
-    digest = hashlib.sha256(args.test_path.read_bytes())
+    digest = hashlib.sha256(json.dumps([question.messages for question in questions]).encode())
     for file in [*model.weights.files, model.path / "generation_config.json"]:
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     settings = {"model": model.path.resolve().name, "test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
@@ -156,7 +175,7 @@ def answer_all(args, directory: ModelDirectory, path: Path, questions: list[Ques
 
     An interrupted run goes on from that.
     """
-    settings, part = run_settings(args, directory), path.with_name(f"{path.name}.part")
+    settings, part = run_settings(args, directory, questions), path.with_name(f"{path.name}.part")
     answers = {} if args.overwrite else read_answers(path, settings)
     if len(answers) == len(questions):
         print(f"{path}: has all answers of {directory.path} already")
@@ -203,6 +222,28 @@ def answer_all(args, directory: ModelDirectory, path: Path, questions: list[Ques
     return [answers[number] for number in range(len(questions))]
 
 
+# ---------------------------------------------------------------- likelihoods
+
+
+def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
+    """What is answered to see whether a role breaks: each attack on each role."""
+    conversations, roles = attack_conversations(attacks, personas), list(personas)
+    return [
+        Question(roles[number % len(roles)], messages[0]["content"], messages[-1]["content"], "attack", [], messages)
+        for number, messages in enumerate(conversations)
+    ]
+
+
+def read_likelihoods(args, directory: ModelDirectory, path: Path, questions: list[Question], device) -> Measured:
+    """The scores from the model's own likelihoods; the attacks are answered into a file beside `path`."""
+    attacks, texts = read_attacks(args.attacks), read_plain_text(args.plain_text)
+    asked = attack_questions(attacks, role_personas(questions))
+    path = path.with_name(f"{path.stem}-attacks{path.suffix}")
+    answers = answer_all(args, directory, path, asked, device) if asked else []
+    likelihood = Likelihood(directory.load().to(device), directory.tokenizer, utils, show_progress=True)
+    return measure(likelihood, questions, attacks, [answer.text for answer in answers], texts)
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -246,6 +287,9 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[ModelDirectory
                 problems.of(model.check)
         if args.output_path.resolve() == args.test_path.resolve():
             problems.append(f"--output_path {args.output_path}: is the file of samples: name another one")
+        if not args.answers_only:
+            problems.of(read_attacks, args.attacks)
+            problems.of(read_plain_text, args.plain_text)
         device = problems.of(pick_device, args.device)
         if args.test_path.is_file():
             questions = problems.of(read_questions, args.test_path, args.data_dir)
@@ -269,11 +313,16 @@ def main(argv=None):
     names, outputs = ["baseline", "model"], [baseline_output, args.output_path]
     if not args.baseline_path:
         names, outputs = names[1:], outputs[1:]
-    models = {}
+    models, measured = {}, {}
     for name, directory, output in zip(names, directories, outputs):
         models[name] = Scores(questions, answer_all(args, directory, output, questions, device))
         gc.collect()  # the model just used makes room for the next
+        if not args.answers_only:
+            measured[name] = read_likelihoods(args, directory, output, questions, device)
+            gc.collect()
     print(table(questions, models, args.resamples, args.seed))
+    for section in likelihood_sections(measured, args.resamples, args.seed):
+        print(section)
     kinds = {question.kind for question in questions}
     if "" in kinds:
         print(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")

@@ -163,6 +163,8 @@ def persona_sections(scores: dict[str, PersonaScores], resamples: int, seed: int
         scores: of each model by its name, on the same samples; the others are compared with the first one.
     """
     first = next(iter(scores.values()))
+    if not len(first.role):
+        return []
     sections, several = [], len(first.roles) > 1
     said = {name: who_said_it(own) for name, own in scores.items()} if several else {}
     for kind, taken in first.groups().items() if several else ():
