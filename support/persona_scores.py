@@ -91,8 +91,8 @@ def measure_persona(
         systems = [sample["system"] if role == sample["role"] else text for role, text in personas.items()]
         crossed += [{**sample, "system": system} for system in [*systems, ""]]
     losses = likelihood(crossed)
-    tokens = np.array([len(own) for own in losses]).reshape(len(items), -1)  # (n, R + 1)
-    nats = np.array([own.sum() for own in losses]).reshape(len(items), -1)
+    tokens = np.array([len(own) for own in losses]).reshape(len(items), len(roles) + 1)
+    nats = np.array([own.sum() for own in losses]).reshape(len(items), len(roles) + 1)
     (kept,) = np.nonzero(
         (tokens[:, 0] > 0) & (tokens == tokens[:, :1]).all(axis=1)
     )  # one that was cut compares nothing

@@ -91,7 +91,9 @@ def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch
 
 def run(checkpoint, samples, output, *more):
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", output, "--max_new_tokens", 4]
-    predict.main([str(flag) for flag in (*flags, "--data_dir", ROOT / "data/sample", "--resamples", 20, *more)])
+    predict.main(
+        [str(flag) for flag in (*flags, "--data_dir", ROOT / "data/sample", "--answers_only", "--resamples", 20, *more)]
+    )
 
 
 def answers_of(path) -> dict[int, tuple]:
@@ -148,7 +150,7 @@ predict.answer_batch = mortal
 predict.main(sys.argv[1:])
 """
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
-    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample"]
+    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--answers_only"]
     assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
     torn, part = tmp_path / "torn.jsonl", tmp_path / "torn.jsonl.part"
     assert len(answers_of(part)) == 32 and not torn.exists()
