@@ -246,4 +246,4 @@ def who_said_it_now(args, model, tokenizer, layout) -> dict[str, float]:
     if not len(scores.role):
         return {}
     accuracy, margin = mean_of_roles(scores.role, who_said_it(scores), np.ones(len(scores.role)))
-    return {"who_said_it_accuracy": accuracy, "who_said_it_margin": margin}
+    return {"who_said_it_accuracy": float(accuracy), "who_said_it_margin": float(margin)}
