@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_merge import make_adapter
 from test_packing import CONVERSATIONS
 
+import merge_params
 import train
 import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
@@ -20,6 +21,7 @@ from support.errors import UserError
 from support.forgetting import PlainTextScores, measure_plain_text, plain_text_sections, read_plain_text
 from support.intervals import compared
 from support.likelihood import Likelihood
+from support.model_directory import ModelDirectory
 from support.persona_scores import (
     PersonaScores,
     mean_of_roles,
@@ -104,6 +106,16 @@ def test_small_chunks_of_logits_and_adapters_beside_the_weights_change_nothing(
         base = np.concatenate(Likelihood(wrapped, tokenizer, utils)(SAMPLES))
     assert base == pytest.approx(np.concatenate(Likelihood(model, tokenizer, utils)(SAMPLES)), abs=1e-4)
     assert abs(base - expected).max() > 0.1
+
+
+def test_the_llama_export_finds_the_same(checkpoint, tokenizer, tmp_path):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    found = {}
+    for kind in ("baichuan", "llama"):
+        flags = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", tmp_path / kind]
+        merge_params.main([*map(str, flags), "--format", kind, "--probes", "1"])
+        found[kind] = Likelihood(ModelDirectory(tmp_path / kind).load(), tokenizer, utils)([*SAMPLES, *CONVERSATIONS])
+    assert np.concatenate(found["llama"]) == pytest.approx(np.concatenate(found["baichuan"]), abs=1e-4)
 
 
 def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
