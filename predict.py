@@ -26,6 +26,7 @@ from data_helper import read_rows, read_samples, rounds
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
 
+SAMPLE = Path(__file__).parent / "data/sample"
 CAVEAT = (
     "All general questions of RoleBench's test set also occur in its training set, under another role: "
     "their scores say how a role speaks, not what the model knows."
@@ -60,6 +61,19 @@ def parse_args(argv=None):
     add("--html", type=Path, metavar="FILE", help="write a report too: tables, and answers side by side, in one file")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
     add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and recall")
+    add(
+        "--attacks",
+        type=Path,
+        default=SAMPLE / "attacks-zh.jsonl",
+        help="JSON lines of what tries to make a role break, see docs/scores.md",
+    )
+    add(
+        "--plain_text",
+        type=Path,
+        default=SAMPLE / "plain_text.txt",
+        help="text of no role, for the perplexity that training costs",
+    )
+    add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add(
         "--batch_size",
@@ -86,12 +100,17 @@ with slow_imports(parse_args, __name__):
     from tqdm import tqdm
     from transformers import set_seed
 
+    import utils
     from baichuan.generation_utils import Answer, answer_batch, greedy
     from support import report
     from support.answer_file import AnswerFile, answer_settings
     from support.answer_scores import answer_sections, measure_answers
     from support.candidates import Candidate, Loader, check_candidates, in_batches, name_candidates, rows_that_fit
     from support.files import unwritable
+    from support.forgetting import read_plain_text
+    from support.in_role import attack_conversations, read_attacks
+    from support.likelihood import Likelihood
+    from support.likelihood_scores import Measured, likelihood_pictures, likelihood_sections, measure, role_personas
     from support.model_directory import pick_device
     from support.voice import read_training
 
@@ -191,6 +210,28 @@ def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
     return -len(system), system, -sum(len(message["content"]) for message in messages)
 
 
+# ---------------------------------------------------------------- likelihoods
+
+
+def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
+    """What is answered to see whether a role breaks: each attack on each role."""
+    conversations, roles = attack_conversations(attacks, personas), list(personas)
+    return [
+        Question(roles[number % len(roles)], messages[0]["content"], messages[-1]["content"], "attack", [], messages)
+        for number, messages in enumerate(conversations)
+    ]
+
+
+def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader) -> Measured:
+    """The scores from the model's own likelihoods; the attacks are answered into a file beside its other answers."""
+    attacks, texts = read_attacks(args.attacks), read_plain_text(args.plain_text)
+    asked = attack_questions(attacks, role_personas(questions))
+    output = candidate.output.with_name(f"{candidate.output.stem}-attacks{candidate.output.suffix}")
+    answers = answer_all(args, candidate._replace(output=output), asked, loader) if asked else []
+    likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, utils, show_progress=True)
+    return measure(likelihood, questions, attacks, [answer.text for answer in answers], texts)
+
+
 # ---------------------------------------------------------------- the script
 
 
@@ -216,6 +257,9 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
     """Raises: UserError with all that is wrong, before anything slow."""
     with Problems() as problems:
         problems += argument_problems(args)
+        if not args.answers_only:
+            problems.of(read_attacks, args.attacks)
+            problems.of(read_plain_text, args.plain_text)
         candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
         problems.of(check_candidates, candidates or [])
         device = problems.of(pick_device, args.device)
@@ -238,14 +282,17 @@ def main(argv=None):
     style, recall, remarks = read_training(args.train_path)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
-    loader, answers, measured = Loader(device), {}, {}
+    loader, answers, measured, likelihoods = Loader(device), {}, {}, {}
     for candidate in candidates:
         answers[candidate.name] = answer_all(args, candidate, questions, loader)
         measured[candidate.name] = measure_answers(questions, answers[candidate.name], style, recall)
+        if not (args.answers_only or args.engine):
+            likelihoods[candidate.name] = read_likelihoods(args, candidate, questions, loader)
     loader.drop()
 
     # 2. The tables.
     sections = answer_sections(questions, measured, style, recall, args.resamples, args.seed)
+    sections += likelihood_sections(likelihoods, args.resamples, args.seed)
     kinds = {question.kind for question in questions}
     if "" in kinds:
         remarks.append(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")
@@ -255,7 +302,7 @@ def main(argv=None):
         remarks.append("A server gives answers only: scores from likelihoods are left out.")
     print("", *sections, *remarks, sep="\n")
     if args.html:
-        report.write(args.html, sections, remarks, questions, answers, measured)
+        report.write(args.html, sections, remarks, questions, answers, measured, likelihood_pictures(likelihoods))
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

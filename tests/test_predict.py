@@ -138,7 +138,7 @@ def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch
 
 def run(checkpoint, samples, output, *more):
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", output, "--max_new_tokens", 4]
-    flags += ["--data_dir", ROOT / "data/sample", "--resamples", 20, "--train_path", "none.json"]
+    flags += ["--data_dir", ROOT / "data/sample", "--resamples", 20, "--train_path", "none.json", "--answers_only"]
     predict.main([str(flag) for flag in (*flags, *more)])
 
 
@@ -201,7 +201,7 @@ predict.answer_batch = mortal
 predict.main(sys.argv[1:])
 """
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
-    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--batch_size", "16"]
+    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--batch_size", "16", "--answers_only"]
     assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
     torn, part = tmp_path / "torn.jsonl", tmp_path / "torn.jsonl.part"
     assert len(answers_of(part)) == 32 and not torn.exists()
