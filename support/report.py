@@ -156,7 +156,7 @@ h3 { font-size: .85rem; margin: 0; color: var(--accent); overflow-wrap: anywhere
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; vertical-align: top; }
-td small { display: block; white-space: nowrap; line-height: 1.2; } th:first-child { white-space: nowrap; }
+td small { display: block; white-space: nowrap; line-height: 1.2; } th:first-child { word-break: keep-all; }
 td:nth-child(2) { overflow-wrap: anywhere; min-width: 6.5rem; }
 @media (max-width: 40rem) { th, td { padding: .2rem .35rem; font-size: .85rem; } td small { font-size: .7rem; } }
 th { font-weight: 600; } th:first-child, td:nth-child(2), tr:first-child th:nth-child(2) { text-align: left; }
