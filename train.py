@@ -75,6 +75,7 @@ with slow_imports(parse_args, __name__):
     from support import one_parameter, processes
     from support.log import Log
     from support.model_directory import ModelDirectory
+    from support.persona_scores import who_said_it_now
     from support.resume import claim, find_state, load_state, save_state
 
 
@@ -271,6 +272,7 @@ def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: L
     if main_process:
         path, perplexity = Path(args.output_dir) / steps.name(step), math.exp(min(test_loss, 700))
         log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
+        log.scalars(step, who_said_it_now(args, engine.module, directory.tokenizer, utils))
         if args.sample_answers:
             texts = (directory.tokenizer, directory.generation_config, args.test_path, args.sample_answers)
             log.texts(step, sample_answers(engine.module, *texts))

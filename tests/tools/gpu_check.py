@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,7 +95,7 @@ with slow_imports(parse_args, __name__):
     import merge_params
     import utils
     from baichuan import llama_export
-    from baichuan.generation_utils import messages_to_ids
+    from baichuan.generation_utils import greedy, messages_to_ids
     from support.comparison import logits_of
     from support.files import checkpoints, newest_state
     from support.log import peak_memory_gb
@@ -412,12 +413,15 @@ def predict(args) -> dict:
     device, directory = pick_device(args.device), ModelDirectory(base(args))
     model = directory.load().to(device)
     prompts = bench_predict.distinct_prompts(samples(args)[0])
-    bench_predict.answers_a_second(model, directory.tokenizer, prompts[:1], 1, 8)  # warms up
+    config = greedy(directory.generation_config, args.tokens)
+    config.eos_token_id = [directory.tokenizer.vocab_size]  # of no token, so that every answer has as many
+    answer = partial(bench_predict.answer_in_batches, bench_predict.by_predict, model, directory.tokenizer)
+    answer(prompts[:1], 1, config)  # warms up
     rates, texts = {}, []
     for size in args.batch_sizes:
         chosen = [prompts[number % len(prompts)] for number in range(size)]
         try:
-            rates[size] = bench_predict.answers_a_second(model, directory.tokenizer, chosen, size, args.tokens)
+            rates[size], *_ = answer(chosen, size, config)
             texts.append(f"batch {size}: {rates[size]:.1f} answers/s ({rates[size] * args.tokens:.0f} tokens/s)")
         except torch.OutOfMemoryError:
             texts.append(f"batch {size}: too little memory")

@@ -1,0 +1,96 @@
+"""predict.py with its scores from likelihoods, as a user runs it; and its questions as what is read for them."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from peft import PeftModel
+from test_merge import make_adapter
+
+import predict
+import utils
+from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from data_helper import read_samples
+from support.in_role import ATTACKS
+from support.likelihood import Likelihood
+from support.likelihood_scores import likelihood_sections, measure, recorded_answers, role_personas
+
+
+@pytest.fixture
+def few_attacks(tmp_path):
+    """One attack of each kind, one of them of three rounds, and a boundary question."""
+    lines = ATTACKS.read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "attacks.jsonl"
+    path.write_text("\n".join([lines[0], lines[62], lines[-1]]), encoding="utf-8")
+    return path
+
+
+def run(capsys, *flags) -> str:
+    common = ["--data_dir", ROOT / "data/sample", "--resamples", 10, "--max_new_tokens", 3]
+    predict.main([str(flag) for flag in (*common, *flags)])
+    return capsys.readouterr().out
+
+
+def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_samples, few_attacks, tmp_path, capsys):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    tuned = tmp_path / "tuned"
+    base = BaichuanForCausalLM.from_pretrained(checkpoint)
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(tuned)
+    BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tuned)
+    flags = ["--model_path", tuned, "--baseline_path", checkpoint, "--test_path", few_samples[1]]
+    flags += ["--output_path", tmp_path / "answers.jsonl", "--attacks", few_attacks]
+    out = run(capsys, *flags)
+    for title in ("Who said it: ", "Who is heard", "What the persona is worth", "Attacks, by kind", "Attacks, by role"):
+        assert f"\n{title}" in out
+    assert "\nWhat a role cannot know\n" in out and "\nPlain text\n" in out
+    roles = {sample["role"] for sample in read_samples(few_samples[1])}
+    for name in ("answers-attacks.jsonl", "answers-baseline-attacks.jsonl"):
+        assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 1 + 2 * len(roles)
+    again = run(capsys, *flags, "--batch_size", 3)
+    assert again[again.index("Who said it") :] == out[out.index("Who said it") :]
+    few_attacks.write_text(few_attacks.read_text(encoding="utf-8").replace("？", "！"), encoding="utf-8")
+    with pytest.raises(SystemExit):  # answers to other attacks
+        run(capsys, *flags)
+    assert "digest" in capsys.readouterr().err
+    alone = run(capsys, *flags, "--answers_only")
+    assert "questions\n" in alone and "Who said it" not in alone
+
+
+def test_wrong_files_are_told_before_anything_slow(checkpoint, few_samples, tmp_path, capsys):
+    (tmp_path / "attacks.jsonl").write_text('{"kind": 1}\n', encoding="utf-8")
+    flags = ["--model_path", checkpoint, "--test_path", few_samples[1], "--output_path", tmp_path / "answers.jsonl"]
+    flags += ["--attacks", tmp_path / "attacks.jsonl", "--plain_text", tmp_path / "none.txt"]
+    with pytest.raises(SystemExit) as exit:
+        run(capsys, *flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "attacks.jsonl:1: " in error and "none.txt: there is no such file" in error
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_questions_become_samples_of_their_own_answers(checkpoint):
+    """Of a conversation each round is read by itself, after the recorded history, and each text counts once."""
+    path = ROOT / "data/sample/conversations_test.jsonl"
+    questions = predict.read_questions(path, ROOT / "nowhere")
+    samples = recorded_answers(questions)
+    answers = [turn["content"] for s in read_samples(path) for turn in s["messages"] if turn["role"] == "assistant"]
+    assert sorted(sample["messages"][-1]["content"] for sample in samples) == sorted(answers)
+    model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
+    measured = measure(Likelihood(model.eval(), tokenizer, utils), questions, [])
+    lengths = [len(tokenizer.text_to_ids(sample["messages"][-1]["content"])) + 1 for sample in samples]
+    assert measured.persona.tokens.tolist() == lengths
+    assert set(measured.persona.kinds) == {"round 1", "round 2", "round 3+"}
+    assert measured.in_role is None and measured.plain_text is None
+    titles = [section.title for section in likelihood_sections({"model": measured}, 2, 1)]
+    assert titles[0] == "Who said it: round 1 questions" and titles[-1] == "What the persona is worth"
+
+
+def test_roles_without_a_name_are_not_attacked(samples):
+    questions = predict.read_questions(samples[1], ROOT / "data/sample")
+    assert set(role_personas(questions)) == {"孙悟空", "李白", "张飞", "皇帝", "华妃"}
+    assert role_personas([question._replace(role="") for question in questions]) == {}
+
+
+def test_nothing_that_fits_makes_no_table(samples):
+    questions = predict.read_questions(samples[1], ROOT / "data/sample")
+    measured = measure(lambda samples: [np.empty(0)] * len(samples), questions, [])
+    assert len(measured.persona.role) == 0
+    assert likelihood_sections({"model": measured}, 2, 1) == []
