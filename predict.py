@@ -11,6 +11,9 @@ distinct-2  distinct pairs of neighbouring words among all such pairs of a role'
             arXiv 1510.03055): low when the answers repeat themselves or each other
 catchwords  answers that use one of the catchwords that the persona text quotes
 stops       answers that end by themselves within --max_new_tokens
+
+After it come the scores from the model's own likelihoods, see docs/scores.md: who said it, what the persona is worth,
+staying in role, and the perplexity of plain text.
 """
 
 import gc
