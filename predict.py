@@ -1,9 +1,12 @@
 """Answer a test set and score the answers, role by role.
 
     python3 predict.py --model_path "output_dir/epoch-1-step-1002-merge" --test_path data/test.json \\
-        --baseline_path "Baichuan2-7B-Chat/"
+        --baseline_path "Baichuan2-7B-Chat/" --html output_dir/report.html
+    python3 predict.py --model_path "Baichuan2-7B-Chat/" --baseline_path "Baichuan2-7B-Chat/" \\
+        --adapter_path output_dir/epoch-1-step-*                # which checkpoint? The base is loaded once
+    python3 predict.py --engine http://127.0.0.1:8000/v1        # a server with the LLaMA export answers
 
-A sample of the table is a question with all of its recorded answers. Its columns, all in percent:
+A sample of the tables is a question with all of its recorded answers. Under each table stands what its columns mean:
 
 ROUGE-L     F-measure of the longest common subsequence of words (jieba's) with a recorded answer (Lin 2004), by
             rouge-chinese, as in the public evaluations of RoleBench; the mean over the question's recorded answers
@@ -11,21 +14,20 @@ distinct-2  distinct pairs of neighbouring words among all such pairs of a role'
             arXiv 1510.03055): low when the answers repeat themselves or each other
 catchwords  answers that use one of the catchwords that the persona text quotes
 stops       answers that end by themselves within --max_new_tokens
+style       answers that a classifier trained on --train_path takes for their own role's (support/voice.py)
+copied      the longest piece that an answer has in common with a training answer of its role (support/voice.py)
 
-After it come the scores from the model's own likelihoods, see docs/scores.md: who said it, what the persona is worth,
+After them come the scores from the model's own likelihoods, see docs/scores.md: who said it, what the persona is worth,
 staying in role, and the perplexity of plain text.
 """
 
-import gc
-import hashlib
-import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from data_helper import read_rows, read_samples, rounds
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
-from support.files import put_on_disk
 
 SAMPLE = Path(__file__).parent / "data/sample"
 CAVEAT = (
@@ -37,56 +39,75 @@ CAVEAT = (
 def parse_args(argv=None):
     parser = ArgumentParser(description="Answer a test set and score the answers, role by role.")
     add = parser.add_argument
-    add("--model_path", type=Path, required=True, help="directory of the model, such as merge_params.py writes")
+    add("--model_path", type=Path, help="directory of the model, such as merge_params.py writes")
+    add(
+        "--adapter_path",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="adapters over --model_path, each scored without merging; the base is loaded once",
+    )
     add("--test_path", type=Path, default=Path("data/test.json"), help="samples, from data_helper.py")
-    add("--baseline_path", type=Path, help="directory of a second model to compare with, such as the base model")
+    add(
+        "--baseline_path",
+        type=Path,
+        help="directory of a model to compare with, such as the base model; with --adapter_path it may be --model_path",
+    )
     add(
         "--output_path",
         type=Path,
         default=Path("output_dir/answers.jsonl"),
-        help="JSON lines for the answers; the baseline's go beside it, to …-baseline.jsonl. A run that was interrupted "
-        "goes on where these files end",
+        help="JSON lines for the answers; the baseline's go beside it, to …-baseline.jsonl, an adapter's to …-NAME.jsonl. "
+        "A run that was interrupted goes on where these files end",
     )
     add("--overwrite", action="store_true", help="answer everything anew, whatever the files of answers hold")
+    add("--html", type=Path, metavar="FILE", help="write a report too: tables, and answers side by side, in one file")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
-    add(
-        "--attacks",
-        type=Path,
-        default=SAMPLE / "attacks-zh.jsonl",
-        help="JSON lines of what tries to make a role break, see docs/scores.md",
-    )
-    add(
-        "--plain_text",
-        type=Path,
-        default=SAMPLE / "plain_text.txt",
-        help="text of no role, for the perplexity that training costs",
-    )
+    add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and recall")
+    attacks = "JSON lines of what tries to make a role break, see docs/scores.md"
+    add("--attacks", type=Path, default=SAMPLE / "attacks-zh.jsonl", help=attacks)
+    plain_text = "text of no role, for the perplexity that training costs"
+    add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help=plain_text)
     add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
-    add("--batch_size", type=int, default=16, help="questions answered side by side")
+    add(
+        "--batch_size",
+        type=int,
+        help="questions answered side by side; by default as many as the memory holds, up to 128 on a GPU or with "
+        "--engine and 64 on a CPU; 16 with --sample",
+    )
     add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
     add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
+    add(
+        "--engine",
+        metavar="URL",
+        help="have an OpenAI-compatible server answer, in place of --model_path; needs openai",
+    )
+    add("--engine_model", metavar="NAME", help="the model's name on that server; by default the first one there")
     add("--seed", type=int, default=1234, help="integer that decides the draws of --sample, and of the bootstrap")
-    add("--resamples", type=int, default=1000, help="of the bootstrap, for the intervals of the differences")
+    add("--resamples", type=int, default=1000, help="of the bootstrap, for the intervals")
     return parser.parse_args(argv)
 
 
 # After the arguments, since these take seconds.
 with slow_imports(parse_args, __name__):
-    import numpy as np
     import torch
     from tqdm import tqdm
     from transformers import set_seed
 
     import utils
     from baichuan.generation_utils import Answer, answer_batch, greedy
+    from support import report
+    from support.answer_file import AnswerFile, answer_settings
+    from support.answer_scores import answer_sections, measure_answers
+    from support.candidates import Candidate, Loader, check_candidates, in_batches, name_candidates, rows_that_fit
+    from support.files import unwritable
     from support.forgetting import read_plain_text
     from support.in_role import attack_conversations, read_attacks
     from support.likelihood import Likelihood
-    from support.likelihood_scores import Measured, likelihood_sections, measure, role_personas
-    from support.model_directory import ModelDirectory, pick_device
-    from support.scores import COLUMNS, Scores, interval
-    from support.tables import markdown
+    from support.likelihood_scores import Measured, heard_pictures, likelihood_sections, measure, role_personas
+    from support.model_directory import pick_device
+    from support.voice import read_training
 
 
 # ---------------------------------------------------------------- answering
@@ -137,92 +158,51 @@ def question_kinds(data_dir: Path):
     return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
 
 
-def run_settings(args, model: ModelDirectory, questions: list[Question]) -> dict:
-    """What the answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
-    digest = hashlib.sha256(json.dumps([question.messages for question in questions]).encode())
-    for file in [*model.weights.files, model.path / "generation_config.json"]:
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    settings = {"model": model.path.resolve().name, "test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
-    return {**settings, "sampling_seed": args.seed if args.sample else None, "digest": digest.hexdigest()[:16]}
-
-
-def read_answers(path: Path, settings: dict) -> dict[int, Answer]:
-    """The answers of an interrupted run, by the number of the question. A last line that was cut off is removed.
-
-    Raises:
-        UserError: the file is something else, or its answers were given under other settings.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole and (not data or data.startswith(b'{"settings"')):
-        return {}
-    try:
-        first, *lines = whole.decode("utf-8").split("\n")[:-1]
-        found = json.loads(first)["settings"]
-        answers = {line["question"]: Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no file of answers: name another --output_path") from None
-    if found != settings:
-        names = [name for name in settings if found.get(name) != settings[name]]
-        differing = ", ".join(f"{name} {found.get(name)}, now {settings[name]}" for name in names)
-        remedy = "name another --output_path, or answer anew with --overwrite"
-        raise UserError(f"{path}: holds answers under other settings ({differing}): {remedy}")
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    return answers
-
-
-def answer_all(args, directory: ModelDirectory, path: Path, questions: list[Question], device) -> list[Answer]:
-    """Answer the questions, batch by batch into `path`.part, which takes the name `path` once it holds all answers.
-
-    An interrupted run goes on from that.
-    """
-    settings, part = run_settings(args, directory, questions), path.with_name(f"{path.name}.part")
-    answers = {} if args.overwrite else read_answers(path, settings)
-    if len(answers) == len(questions):
-        print(f"{path}: has all answers of {directory.path} already")
-        return [answers[number] for number in range(len(questions))]
-    answers = {} if args.overwrite else read_answers(part, settings)
-
-    tokenizer, generation_config = directory.tokenizer, directory.generation_config
-    model = directory.load().to(device)
-    if args.sample:
-        generation_config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
-    else:
-        generation_config = greedy(generation_config, args.max_new_tokens)
-    directory.refuse_to_fail_later(model, generation_config)
+def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
+    """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
+    file = AnswerFile(candidate.output, answer_settings(args, candidate, questions), len(questions), args.overwrite)
+    if file.complete:
+        print(f"{file.path}: has all answers of {candidate.name} already")
+        return file.in_order()
     prompts = [question.messages for question in questions]
-    # Questions of about the same length go together; the longest first, so that memory fails at once or not at all.
-    order = sorted(
-        range(len(questions)), key=lambda number: -sum(len(message["content"]) for message in prompts[number])
-    )
-    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(part, "a" if answers else "w", encoding="utf-8") as file,
-        tqdm(total=len(questions), initial=len(answers), desc=directory.path.name, unit=" answers") as progress,
-    ):
-        if not answers:
-            file.write(json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
-        for batch in batches:
-            if not (missing := [number for number in batch if number not in answers]):
-                continue
+    if candidate.engine:
+        size = args.batch_size or 128
+
+        def answer(batch):
+            return candidate.engine.answer([prompts[number] for number in batch], args.max_new_tokens)
+    else:
+        model, tokenizer = loader(candidate), candidate.directory.tokenizer
+        config = candidate.directory.generation_config
+        if args.sample:
+            config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
+        else:
+            config = greedy(config, args.max_new_tokens)
+        candidate.directory.refuse_to_fail_later(model, config, candidate.adapter)
+        tokens = max(map(len, tokenizer.text_to_ids(["".join(turn["content"] for turn in turns) for turns in prompts])))
+        # What is drawn depends on who is in a batch: with --sample it has the same size on every machine.
+        size = args.batch_size or (16 if args.sample else rows_that_fit(model, tokens + args.max_new_tokens))
+
+        def answer(batch):
             set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
-            found = dict(
-                zip(batch, answer_batch(model, tokenizer, [prompts[number] for number in batch], generation_config))
-            )
-            for number in missing:
-                question, answer = questions[number], found[number]
-                answers[number] = answer
-                line = {"question": number, "role": question.role, "prompt": question.prompt}
-                line |= {"answer": answer.text, "stopped": answer.stopped}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            progress.update(len(missing))
-    put_on_disk(part)
-    part.replace(path)
-    return [answers[number] for number in range(len(questions))]
+            return answer_batch(model, tokenizer, [prompts[number] for number in batch], config)
+
+    # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
+    order = sorted(range(len(questions)), key=lambda number: persona_and_length(prompts[number]))
+    with (
+        file.writing() as add,
+        tqdm(total=len(questions), initial=len(file.answers), desc=candidate.name, unit=" answers") as progress,
+    ):
+        for batch, found in in_batches(answer, order, size, file.answers):
+            for number, own in zip(batch, found):
+                if number not in file.answers:
+                    add(number, {"role": questions[number].role, "prompt": questions[number].prompt}, own)
+                    progress.update()
+    return file.in_order()
+
+
+def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    return -len(system), system, -sum(len(message["content"]) for message in messages)
 
 
 # ---------------------------------------------------------------- likelihoods
@@ -237,100 +217,88 @@ def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Ques
     ]
 
 
-def read_likelihoods(args, directory: ModelDirectory, path: Path, questions: list[Question], device) -> Measured:
-    """The scores from the model's own likelihoods; the attacks are answered into a file beside `path`."""
-    attacks, texts = read_attacks(args.attacks), read_plain_text(args.plain_text)
+def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader) -> Measured:
+    """The scores from the model's own likelihoods; its answers to the attacks go to a file beside the others."""
+    attacks, texts, output = read_attacks(args.attacks), read_plain_text(args.plain_text), candidate.output
     asked = attack_questions(attacks, role_personas(questions))
-    path = path.with_name(f"{path.stem}-attacks{path.suffix}")
-    answers = answer_all(args, directory, path, asked, device) if asked else []
-    likelihood = Likelihood(directory.load().to(device), directory.tokenizer, utils, show_progress=True)
+    attacked = candidate._replace(output=output.with_name(f"{output.stem}-attacks{output.suffix}"))
+    answers = answer_all(args, attacked, asked, loader) if asked else []
+    likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, utils, show_progress=True)
     return measure(likelihood, questions, attacks, [answer.text for answer in answers], texts)
-
-
-# ---------------------------------------------------------------- the table
-
-
-def table(questions: list[Question], models: dict[str, Scores], resamples: int, seed: int) -> str:
-    """A Markdown table a kind of question; with two models a role has three rows, the last one their difference."""
-    lines = []
-    for kind in dict.fromkeys(question.kind for question in questions):
-        roles = list(dict.fromkeys(question.role for question in questions if question.kind == kind))
-        rows = [["role", "", "samples", *COLUMNS]]
-        for chosen in [[role] for role in roles] + ([roles] if len(roles) > 1 else []):
-            taken = np.array([question.kind == kind and question.role in chosen for question in questions], dtype=int)
-            label = chosen[0] if len(chosen) == 1 else "all"
-            for name, scores in models.items():
-                cells = ["–" if np.isnan(value) else f"{value:.1f}" for value in scores.measure(taken)]
-                rows.append([label, name, str(taken.sum()), *cells])
-            if len(models) == 2:
-                baseline, tuned = models.values()
-                ends = interval(tuned, baseline, taken, resamples, seed)
-                difference = tuned.measure(taken) - baseline.measure(taken)
-                cells = [
-                    "–" if np.isnan(d) else f"{d:+.1f} [{low:+.1f}, {high:+.1f}]"
-                    for d, low, high in zip(difference, *ends)
-                ]
-                rows.append([label, "difference", "", *cells])
-        lines += [f"{kind.capitalize() or 'All'} questions", "", *markdown(rows), ""]
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the script
 
 
-def read_inputs(args) -> tuple[torch.device, list[Question], list[ModelDirectory]]:
+def argument_problems(args) -> list[str]:
+    problems = number_problems(args, {"batch_size": 1, "max_new_tokens": 1, "resamples": 1, "seed": 0})
+    if bool(args.model_path) == bool(args.engine):
+        problems.append("give either --model_path or --engine: who answers?")
+    if args.adapter_path and not args.model_path:
+        problems.append("--adapter_path needs its base model, as --model_path")
+    if args.engine and args.sample:
+        problems.append("--sample: an --engine answers greedily: leave one of them out")
+    for flag, path in (("output_path", args.output_path), ("html", args.html)):
+        if path and path.resolve() in {args.test_path.resolve(), args.train_path.resolve()}:
+            problems.append(f"--{flag} {path}: is a file of samples: name another one")
+    if args.html and (problem := unwritable(args.html.parent)):
+        problems.append(f"--html {args.html}: cannot be written: {problem}")
+    if not args.test_path.is_file():
+        problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
+    return problems
+
+
+def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
     """Raises: UserError with all that is wrong, before anything slow."""
-    models = [ModelDirectory(path) for path in (args.baseline_path, args.model_path) if path]
     with Problems() as problems:
-        problems += number_problems(args, {"batch_size": 1, "max_new_tokens": 1, "resamples": 1, "seed": 0})
-        for model in models:
-            if (model.path / "adapter_config.json").exists():
-                problems.append(f"{model.path}: is an adapter: merge it into its base with merge_params.py first")
-            else:
-                problems.of(model.check)
-        if args.output_path.resolve() == args.test_path.resolve():
-            problems.append(f"--output_path {args.output_path}: is the file of samples: name another one")
-        if not args.answers_only:
+        problems += argument_problems(args)
+        if not (args.answers_only or args.engine):
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
+        candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
+        problems.of(check_candidates, candidates or [])
         device = problems.of(pick_device, args.device)
         if args.test_path.is_file():
             questions = problems.of(read_questions, args.test_path, args.data_dir)
-        else:
-            problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
     longest = max({question.system for question in questions}, key=len)
-    for model in models:
+    for model in [candidate.directory for candidate in candidates if candidate.directory]:
         room = model.config.model_max_length
         if len(model.tokenizer.text_to_ids(longest)) + args.max_new_tokens >= room - 1:
             raise UserError(
                 f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
             )
-    return device, questions, models
+    return device, questions, candidates
 
 
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, questions, directories = read_inputs(args)
-    baseline_output = args.output_path.with_name(f"{args.output_path.stem}-baseline{args.output_path.suffix}")
-    names, outputs = ["baseline", "model"], [baseline_output, args.output_path]
-    if not args.baseline_path:
-        names, outputs = names[1:], outputs[1:]
-    models, measured = {}, {}
-    for name, directory, output in zip(names, directories, outputs):
-        models[name] = Scores(questions, answer_all(args, directory, output, questions, device))
-        gc.collect()  # the model just used makes room for the next
-        if not args.answers_only:
-            measured[name] = read_likelihoods(args, directory, output, questions, device)
-            gc.collect()
-    print(table(questions, models, args.resamples, args.seed))
-    for section in likelihood_sections(measured, args.resamples, args.seed):
-        print(section)
+    device, questions, candidates = read_inputs(args)
+    style, recall, remarks = read_training(args.train_path)
+
+    # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
+    loader, answers, measured, likelihoods = Loader(device), {}, {}, {}
+    for candidate in candidates:
+        answers[candidate.name] = answer_all(args, candidate, questions, loader)
+        measured[candidate.name] = measure_answers(questions, answers[candidate.name], style, recall)
+        if not (args.answers_only or args.engine):
+            likelihoods[candidate.name] = read_likelihoods(args, candidate, questions, loader)
+    loader.drop()
+
+    # 2. The tables.
+    sections = answer_sections(questions, measured, style, recall, args.resamples, args.seed)
+    sections += likelihood_sections(likelihoods, args.resamples, args.seed)
     kinds = {question.kind for question in questions}
     if "" in kinds:
-        print(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")
+        remarks.append(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")
     if kinds & {"", "general"}:
-        print(CAVEAT)
+        remarks.append(CAVEAT)
+    if args.engine:
+        remarks.append("A server gives answers only: scores from likelihoods are left out.")
+    print("", *sections, *remarks, sep="\n")
+    if args.html:
+        report.write(args.html, sections, remarks, questions, answers, measured, heard_pictures(likelihoods))
+        print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 
 if __name__ == "__main__":

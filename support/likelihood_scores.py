@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from support.forgetting import PlainTextScores, measure_plain_text, plain_text_sections
 from support.in_role import InRoleScores, in_role_sections, measure_in_role
-from support.persona_scores import PersonaScores, measure_persona, persona_sections, personas_of
+from support.persona_scores import HEARD, PersonaScores, measure_persona, persona_sections, personas_of
+from support.report import Picture
 from support.tables import Section
 
 
@@ -76,3 +77,12 @@ def likelihood_sections(models: dict[str, Measured], resamples: int, seed: int) 
         if scores and None not in scores.values():
             sections += make(scores, resamples, seed)
     return sections
+
+
+def heard_pictures(models: dict[str, Measured]) -> list[Picture]:
+    """Of each model who is heard, over all kinds of questions."""
+    return [
+        Picture(f"Who is heard: {name}", measured.persona.roles, measured.persona.confusion(), HEARD)
+        for name, measured in models.items()
+        if len(measured.persona.roles) > 1 and len(measured.persona.role)
+    ]

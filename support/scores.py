@@ -1,4 +1,4 @@
-"""Scores of the answers to role-play questions, and bootstrap intervals of their differences."""
+"""Scores of the answers to role-play questions, one model beside another, and the bootstrap."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -53,31 +53,36 @@ class Scores:
         self.pairs = np.array([pair for own in pairs for pair in own], dtype=int)  # word pairs of all answers, in turn
         self.owner = np.repeat(np.arange(len(pairs)), [len(own) for own in pairs])  # the answer each is from
 
-    def measure(self, counts: np.ndarray) -> np.ndarray:
-        """The four columns, in percent, when question i is taken counts[i] times; nan where there is nothing to measure."""
-        taken = np.where(np.isnan(self.means), 0, counts[:, None])
-        with np.errstate(invalid="ignore"):
-            rouge, catch, stops = (taken * np.nan_to_num(self.means)).sum(0) / taken.sum(0)
-            present = np.zeros(self.pairs.max(initial=0) + 1, dtype=bool)
-            present[self.pairs[counts[self.owner] > 0]] = True
-            distinct = present.sum() / counts[self.owner].sum(dtype=float)
-        return 100 * np.array([rouge, distinct, catch, stops])
+    def parts(self, taken: np.ndarray) -> np.ndarray:
+        """What the four columns are shares of, for the questions taken, (n,) bool: see `share`.
+
+        A pair of words that several of their answers have, or one has several times, is shared out among its places:
+        so the parts of distinct-2 add up to the distinct pairs, and no draw of the bootstrap, which takes some
+        questions twice, lowers it by that.
+        """
+        used = taken[self.owner]
+        places = np.bincount(self.pairs[used], minlength=self.pairs.max(initial=-1) + 1)
+        own = used / places[self.pairs].clip(1)
+        distinct = np.bincount(self.owner, weights=own, minlength=len(taken))
+        parts = part_and_whole(self.means)
+        pairs = np.stack((distinct, np.bincount(self.owner, minlength=len(taken))))
+        return np.insert(parts, COLUMNS.index("distinct-2"), pairs, axis=2)
+
+    def measure(self, taken: np.ndarray) -> np.ndarray:
+        """The four columns, in percent, for the questions taken, (n,) bool; nan where there is nothing to measure."""
+        return share(self.parts(taken), taken)
 
 
-def interval(scores: Scores, baseline: Scores, rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """95 % bootstrap intervals of scores − baseline over the questions of `rows`: (2, 4), lower and upper ends.
+def part_and_whole(items: np.ndarray) -> np.ndarray:
+    """Items (n, k) whose means are wanted, nan left out, as `share` takes them: (2, n, k)."""
+    return np.stack((np.nan_to_num(items), ~np.isnan(items)))
 
-    Both models answered the same questions, so each resample draws questions, not answers (Efron & Tibshirani 1993).
-    A question drawn twice lowers distinct-2 of both models. That shifts the resampled differences away from the measured
-    one, so they are shifted back.
-    """
-    difference = scores.measure(rows) - baseline.measure(rows)
-    nothing = np.isnan(difference)  # to measure
-    resampled = resample(lambda counts: scores.measure(counts) - baseline.measure(counts), rows, resamples, seed)
-    resampled[:, nothing] = 0
-    distinct = COLUMNS.index("distinct-2")
-    resampled[:, distinct] += difference[distinct] - resampled[:, distinct].mean()
-    return np.where(nothing, np.nan, np.nanpercentile(resampled, (2.5, 97.5), axis=0))
+
+def share(parts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """k shares in percent: of (2, n, k) the sums of parts over those of wholes, where row i counts counts[i] times."""
+    with np.errstate(invalid="ignore"):
+        part, whole = counts @ parts
+        return 100 * part / whole
 
 
 def resample(measure: Callable, rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -1,10 +1,12 @@
 """predict.py: batched answers are those given one by one, interrupted runs lose nothing, the scores are what they say."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import jieba
@@ -18,9 +20,13 @@ from test_merge import make_adapter
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import messages_to_ids
+from baichuan.generation_utils import greedy_ids, left_padded, messages_to_ids
 from data_helper import conversation, persona, read_profiles, read_samples
-from support.scores import Scores, catchwords, interval, rouge_l
+from support.candidates import Candidate, Loader, in_batches, rows_that_fit
+from support.intervals import compared
+from support.model_directory import ModelDirectory
+from support.scores import COLUMNS, Scores, catchwords, rouge_l, share
+from support.tables import markdown
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,50 @@ def test_batched_answers_are_those_given_one_by_one(model, tokenizer, conversati
     assert None in ends and any(ends)
     expected = [(tokenizer.decode(ids[:end]), end is not None) for ids, end in zip(expected, ends)]
     assert predict.answer_batch(model, tokenizer, conversations, config) == expected
+    assert predict.answer_batch(model, tokenizer, conversations[::-1], config) == expected[::-1]
     assert [predict.answer_batch(model, tokenizer, [messages], config)[0] for messages in conversations] == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_shared_and_dropped_changes_no_token(checkpoint, tokenizer, samples, attention):
+    """Against `generate`: all personas and questions of the sample, in one batch, in several, and one by one."""
+    model = BaichuanForCausalLM.from_pretrained(checkpoint, attn_implementation=attention).eval()
+    found = [conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])]
+    found += [conversation("", "好"), conversation("", "你从哪里来，要到哪里去？")]
+    config = predict.greedy(model.generation_config, 70)  # more tokens than a layer has room for at first
+    prompts = [messages_to_ids(tokenizer, messages) for messages in found]
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
+    free = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+    config.eos_token_id = [2, *free[::7, 9].tolist(), *free[::5, 30].tolist()]
+    expected = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
+    ends = [next((n for n, id in enumerate(row, 1) if id in config.eos_token_id), 70) for row in expected]
+    assert len(set(ends)) > 5 and max(ends) > 64
+    shared = [len(tokenizer.text_to_ids(messages[0]["content"])) * (len(messages) == 2) for messages in found]
+    for size in (1, 7, len(found)):
+        answers = []
+        for start in range(0, len(found), size):
+            part = slice(start, start + size)
+            answers += greedy_ids(model, prompts[part], shared[part], 70, config.eos_token_id, tokenizer.pad_token_id)
+        assert answers == [row[:end] for row, end in zip(expected, ends)]
+
+
+def test_a_persona_is_read_once_and_ended_rows_leave_the_batch(model, tokenizer, monkeypatch):
+    shapes, forward = [], type(model).forward
+
+    def seen(self, input_ids, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", seen)
+    persona_ids, ids = list(range(300, 340)), greedy_by_hand(model, tokenizer, conversation("", "好"), 1)
+    answers = greedy_ids(model, [[*persona_ids, id] for id in range(400, 408)], [40] * 8, 6, [], 0)
+    assert shapes[-7:] == [(1, 40), *[(8, 1)] * 6] and len(ids) == 1
+    first = [answer[0] for answer in answers]
+    assert len(set(first)) > 1
+    shapes.clear()
+    ended = greedy_ids(model, [[*persona_ids, id] for id in range(400, 408)], [40] * 8, 3, first[:1], 0)
+    assert shapes[2:] and all(shape == (8 - first.count(first[0]), 1) for shape in shapes[2:])
+    assert ended[0] == first[:1] and all(len(answer) in (1, 2, 3) for answer in ended)
 
 
 def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversations, tmp_path):
@@ -80,9 +129,7 @@ def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversati
 def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(type(model), "generate", lambda self, input_ids, **kwargs: seen.append(input_ids) or input_ids)
-    predict.answer_batch(
-        model, tokenizer, [conversation("", "<reserved_107></s>")], predict.greedy(model.generation_config, 4)
-    )
+    predict.answer_batch(model, tokenizer, [conversation("", "<reserved_107></s>")], model.generation_config)
     assert [id for id in seen[0][0].tolist() if id in (1, 2, 195, 196)] == [195, 196]
 
 
@@ -91,9 +138,8 @@ def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch
 
 def run(checkpoint, samples, output, *more):
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", output, "--max_new_tokens", 4]
-    predict.main(
-        [str(flag) for flag in (*flags, "--data_dir", ROOT / "data/sample", "--answers_only", "--resamples", 20, *more)]
-    )
+    flags += ["--data_dir", ROOT / "data/sample", "--resamples", 20, "--train_path", "none.json", "--answers_only"]
+    predict.main([str(flag) for flag in (*flags, *more)])
 
 
 def answers_of(path) -> dict[int, tuple]:
@@ -108,21 +154,26 @@ def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     by_peft.save_pretrained(tuned)
     BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tuned)
-    run(tuned, samples, tmp_path / "answers.jsonl", "--baseline_path", checkpoint)
+    more = ["--baseline_path", checkpoint, "--train_path", samples[0]]
+    run(tuned, samples, tmp_path / "answers.jsonl", *more)
     out = capsys.readouterr().out
 
     records = list(read_samples(samples[1]))
     questions = {(record["system"], record["prompt"]): record["role"] for record in records}
     assert len(answers_of(tmp_path / "answers.jsonl")) == len(questions)
     assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(questions)
-    specific, general = out.split("General questions")
+    assert re.findall("^(.{,15}) questions(|: .*)$", out, re.MULTILINE) == [
+        (kind, table) for kind in ("Role-specific", "General") for table in ("", ": style", ": recall or voice")
+    ]
+    specific, general = out.split("General questions\n")
     assert "Role-specific questions" in specific and predict.CAVEAT in general
     sizes = []
     for section in (specific, general):
         rows = [
             [cell.strip() for cell in line.split("|")[1:-1]] for line in section.split("\n") if line.startswith("| ")
         ]
-        assert rows[0] == ["role", "", "samples", *predict.COLUMNS]
+        rows = rows[: next((n for n, row in enumerate(rows[1:], 1) if row[0] == "role"), None)]  # the first table
+        assert rows[0] == ["role", "", "samples", *COLUMNS]
         assert [row[1] for row in rows[1:]] == ["baseline", "model", "difference"] * (len(rows) // 3)
         samples_of = {row[0]: int(row[2]) for row in rows if row[1] == "model"}
         sizes.append(samples_of.pop("all"))
@@ -131,14 +182,14 @@ def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
     assert sum(sizes) == len(questions)
 
     answered = (tmp_path / "answers.jsonl").stat().st_mtime_ns
-    run(tuned, samples, tmp_path / "answers.jsonl", "--baseline_path", checkpoint)
+    run(tuned, samples, tmp_path / "answers.jsonl", *more)
     assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == answered
     assert capsys.readouterr().out.endswith(out[out.index("Role-specific") :])
 
 
 def test_interrupted_runs_continue(checkpoint, samples, tmp_path):
     """Killed in its third batch, with a last line cut off, a run ends up with the draws of a run left in peace."""
-    run(checkpoint, samples, tmp_path / "whole.jsonl", "--sample")
+    run(checkpoint, samples, tmp_path / "whole.jsonl", "--sample", "--batch_size", 16)
     script = """
 import os, sys
 import predict
@@ -150,12 +201,12 @@ predict.answer_batch = mortal
 predict.main(sys.argv[1:])
 """
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
-    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--answers_only"]
+    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--answers_only", "--batch_size", "16"]
     assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
     torn, part = tmp_path / "torn.jsonl", tmp_path / "torn.jsonl.part"
     assert len(answers_of(part)) == 32 and not torn.exists()
     part.write_bytes(part.read_bytes()[:-9])
-    run(checkpoint, samples, torn, "--sample")
+    run(checkpoint, samples, torn, "--sample", "--batch_size", 16)
     assert answers_of(torn) == answers_of(tmp_path / "whole.jsonl") and not part.exists()
 
 
@@ -217,7 +268,7 @@ def test_a_file_of_something_else_is_left_alone(checkpoint, samples, tmp_path, c
         diary.write_text(content)
         assert "is no file of answers" in failure(capsys, checkpoint, samples, diary)
         assert diary.read_text() == content
-    assert "is the file of samples" in failure(capsys, checkpoint, samples, samples[1])
+    assert "is a file of samples" in failure(capsys, checkpoint, samples, samples[1])
 
 
 def test_wrong_arguments_are_told_at_once(checkpoint, samples, tmp_path, capsys):
@@ -231,6 +282,100 @@ def test_wrong_arguments_are_told_at_once(checkpoint, samples, tmp_path, capsys)
         capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--max_new_tokens", 4090
     )
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_adapters_answer_as_their_merged_models_do_and_their_base_is_read_once(
+    checkpoint, samples, tmp_path, capsys, monkeypatch
+):
+    adapters = [make_adapter(checkpoint, tmp_path / name, spread) for name, spread in (("one", 0.1), ("two", 0.3))]
+    loaded, load = [], ModelDirectory.load
+    monkeypatch.setattr(ModelDirectory, "load", lambda self: loaded.append(self.path) or load(self))
+    output = tmp_path / "answers.jsonl"
+    run(checkpoint, samples, output, "--baseline_path", checkpoint, "--adapter_path", *adapters)
+    out = capsys.readouterr().out
+    assert loaded == [Path(checkpoint)]
+    table = [line.split("|")[2].strip() for line in out.split("\n") if line.startswith("| ")][1:6]
+    assert table == ["baseline", "one", "two", "one − baseline", "two − baseline"]
+
+    answers = [answers_of(tmp_path / f"answers-{name}.jsonl") for name in ("baseline", "one", "two")]
+    assert all(len(own) == len(answers[0]) for own in answers)
+    run(checkpoint, samples, tmp_path / "base.jsonl")
+    assert answers[0] == answers_of(tmp_path / "base.jsonl")
+    for adapter, own in zip(adapters, answers[1:]):
+        merged = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "merged")
+        run(tmp_path / "merged", samples, tmp_path / "merged.jsonl", "--overwrite")
+        assert own == answers_of(tmp_path / "merged.jsonl") != answers[0]
+
+
+def test_answers_of_an_adapter_that_has_changed_are_not_reused(checkpoint, samples, tmp_path, capsys):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    run(checkpoint, samples, tmp_path / "answers.jsonl", "--adapter_path", adapter)
+    shutil.rmtree(adapter)
+    make_adapter(checkpoint, tmp_path / "adapter", spread=0.3)
+    assert "digest" in failure(capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--adapter_path", adapter)
+
+
+def test_a_loader_keeps_what_is_asked_for_again(checkpoint, tmp_path, tokenizer):
+    adapters = [make_adapter(checkpoint, tmp_path / name, spread) for name, spread in (("one", 0.1), ("two", 0.3))]
+    base, one, two = (
+        Candidate(str(adapter), tmp_path, ModelDirectory(checkpoint), adapter) for adapter in (None, *adapters)
+    )
+    loader, ids = Loader(torch.device("cpu")), torch.tensor([tokenizer.text_to_ids("你是谁？")])
+
+    def logits(candidate):
+        with torch.no_grad():
+            return loader(candidate)(ids).logits
+
+    expected = [logits(candidate) for candidate in (base, one, two)]
+    assert loader(two) is loader(two._replace(output=tmp_path / "other")) is not loader.base
+    for number in (2, 1, 0, 2, 0, 1, 1):
+        assert torch.equal(logits((base, one, two)[number]), expected[number])
+    assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[1], expected[2])
+    loader.drop()
+    assert torch.equal(logits(one), expected[1])
+
+
+# ---------------------------------------------------------------- batches and memory
+
+
+def test_scores_do_not_depend_on_the_batch_size(checkpoint, few_samples, tmp_path, capsys):
+    tables = []
+    for size in (1, 3, 64):
+        flags = ["--batch_size", size, "--train_path", few_samples[0], "--max_new_tokens", 40, "--overwrite"]
+        run(checkpoint, few_samples, tmp_path / f"{size}.jsonl", *flags)
+        out = capsys.readouterr().out
+        tables.append(out[out.index("questions\n") :])
+        assert answers_of(tmp_path / f"{size}.jsonl") == answers_of(tmp_path / "1.jsonl")
+    assert tables[0] == tables[1] == tables[2] and "recall or voice" in tables[0]
+
+
+def test_batches_shrink_when_the_memory_does_not_hold_them(capsys):
+    def answer(batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [-number for number in batch]
+
+    found = list(in_batches(answer, range(12), 8, done={0}))
+    assert [batch for batch, _ in found] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert all(answers == [-number for number in batch] for batch, answers in found)
+    assert "8 questions side by side: going on with 4" in capsys.readouterr().out
+    assert list(in_batches(answer, range(4), 2, done={0, 1})) == [([2, 3], [-2, -3])]
+    with pytest.raises(ValueError):  # no lack of memory
+        list(in_batches(lambda batch: int("x"), range(4), 2, done=()))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_batches(lambda batch: answer([0] * 9), range(4), 2, done=()))
+
+
+def test_rows_that_fit(model, monkeypatch):
+    """64 numbers a key and a value in 2 layers, 4 bytes each: 1024 bytes a token; half of the free memory is for them."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * 1024 * 100 * 20))
+    assert rows_that_fit(model, 100) == 20
+    assert rows_that_fit(model, 10) == 64 and rows_that_fit(model, 10**9) == 1
 
 
 # ---------------------------------------------------------------- questions
@@ -347,43 +492,60 @@ def test_measures_by_hand():
     )
     words = [list(jieba.cut(text)) for text in ("朕知道了", "举杯邀明月")]
     first, second = (set(pairwise(line)) for line in words)
-    ones = np.ones(4, dtype=int)
+    ones = np.ones(4, dtype=bool)
     twice, once = 2 * len(list(pairwise(words[0]))), len(list(pairwise(words[1])))
     expected = [(0.5 + 1 + 0 + 1) / 4, len(first | second) / (twice + once), 2 / 3, 3 / 4]
     assert scores.measure(ones) == pytest.approx(np.array(expected) * 100, abs=1e-4)
-    assert np.isnan(scores.measure(np.array([0, 0, 0, 1]))[2])
-    assert np.isnan(scores.measure(np.array([0, 0, 1, 0]))[1])
-    assert scores.measure(np.array([0, 3, 0, 0]))[1] == pytest.approx(100 * len(first) / (1.5 * twice))
+    assert np.isnan(scores.measure(ones == [2, 2, 2, 1])[2])
+    assert np.isnan(scores.measure(ones == [2, 2, 1, 2])[1])
+    assert scores.measure(ones == [2, 1, 2, 2])[1] == pytest.approx(100 * len(first) / (twice / 2))
+    # A question drawn three times says nothing else than once; nor does one whose pairs another has too.
+    for counts in ([0, 3, 0, 0], [2, 2, 0, 0], [1, 3, 0, 0]):
+        taken = np.array([True, True, False, False])
+        assert share(scores.parts(taken), np.array(counts))[1] == pytest.approx(100 * len(first) / twice)
+
+
+def ends_of(cell: str) -> tuple[float, float, float]:
+    """value [low, high]"""
+    return tuple(map(float, re.findall(r"[-+]?[\d.]+", cell)))
 
 
 def test_intervals():
-    """Those of a share against the binomial's; the same for the same seed; around the difference; nan stays nan."""
+    """Those of a share against the binomial's; paired; the same for the same seed; around what was measured; nan stays nan."""
     draw = np.random.default_rng(0)
     rows = 400
     stops = draw.random(rows) < 0.7
     texts = ["".join(draw.choice(list("朕知道了喝酒明月"), 6)) for _ in range(rows)]
     tuned = scored(*(("", ["朕"], text, bool(stop)) for text, stop in zip(texts, stops)))
     baseline = scored(*(("", ["朕"], "知道知道知道", False) for _ in range(rows)))
-    taken = np.ones(rows, dtype=int)
-    low, high = interval(tuned, baseline, taken, 1000, seed=5)
-    share = stops.mean()
-    reach = 1.96 * 100 * (share * (1 - share) / rows) ** 0.5
-    assert low[3] == pytest.approx(100 * share - reach, abs=0.15 * reach)
-    assert high[3] == pytest.approx(100 * share + reach, abs=0.15 * reach)
-    difference = tuned.measure(taken) - baseline.measure(taken)
-    for column in (0, 1, 3):
-        assert low[column] <= difference[column] <= high[column]
-    assert np.isnan([low[2], high[2]]).all()
-    assert np.array_equal(
-        interval(tuned, baseline, taken, 50, 1), interval(tuned, baseline, taken, 50, 1), equal_nan=True
-    )
-    assert (interval(tuned, tuned, taken, 50, 1)[:, [0, 1, 3]] == 0).all()
-    few = np.zeros(rows, dtype=int)
-    few[:10] = 1
-    wide = interval(tuned, baseline, few, 1000, 5)
-    assert wide[1, 3] - wide[0, 3] > 3 * (high[3] - low[3])
+    few = np.arange(rows) < 10
+
+    def table(models, taken, resamples=1000, seed=5):
+        parts = {name: own.parts(taken) for name, own in models.items()}
+        return compared(parts, {"all": taken}, share, np.arange(rows), (".3f",) * 4, resamples, seed)
+
+    everything = np.ones(rows, dtype=bool)
+    one, two, difference = table({"baseline": baseline, "model": tuned}, everything)
+    assert one[:3] == ["all", "baseline", "400"] and difference[1:3] == ["difference", ""]
+    share_of_stops = stops.mean()
+    reach = 1.96 * 100 * (share_of_stops * (1 - share_of_stops) / rows) ** 0.5
+    for cells in (two[3:], difference[3:]):
+        value, low, high = ends_of(cells[3])
+        assert value == pytest.approx(100 * share_of_stops)
+        assert low == pytest.approx(value - reach, abs=0.15 * reach)
+        assert high == pytest.approx(value + reach, abs=0.15 * reach)
+        assert cells[2] == "–"
+        for column in (0, 1, 3):
+            value, low, high = ends_of(cells[column])
+            assert low <= value <= high
+    assert ends_of(two[4])[0] == pytest.approx(tuned.measure(everything)[1], abs=1e-3)
+    assert table({"model": tuned}, everything, 50, 1) == table({"model": tuned}, everything, 50, 1)
+    same = table({"a": tuned, "b": tuned}, everything, 50)[2]
+    assert [same[column] for column in (3, 4, 6)] == ["+0.000 [+0.000, +0.000]"] * 3
+    _, low, high = ends_of(table({"model": tuned}, few)[0][6])
+    assert high - low > 3 * reach
 
 
 def test_table_lines_up_under_chinese_names():
-    lines = predict.markdown([["role", "x"], ["孙悟空", "1"], ["a", "22"]])
+    lines = markdown([["role", "x"], ["孙悟空", "1"], ["a", "22"]])
     assert lines == ["| role   | x  |", "|--------|----|", "| 孙悟空 | 1  |", "| a      | 22 |"]

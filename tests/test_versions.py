@@ -20,7 +20,7 @@ def test_every_way_to_generate_gives_the_answers_of_whole_passes():
     assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout.splitlines()[-1])
     assert len(results.pop("answers")) > 100
-    assert len(results) == 11 and {check: found for check, found in results.items() if found != "ok"} == {}
+    assert len(results) == 12 and {check: found for check, found in results.items() if found != "ok"} == {}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""The models of one comparison: who they are, and their weights, one directory at a time in memory."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from support.adapter import misfits, read_adapter, refuse_second_merge
+from support.engine import Engine
+from support.errors import Problems, UserError, few, out_of_memory
+from support.model_directory import ModelDirectory, load_adapter
+
+MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
+
+
+class Candidate(NamedTuple):
+    """One model of a comparison: of its own directory, or with an adapter on it, or behind a server."""
+
+    name: str  # in the tables
+    output: Path  # the file of its answers
+    directory: ModelDirectory | None = None
+    adapter: Path | None = None
+    engine: Engine | None = None
+
+    def check(self) -> "Candidate":
+        """Raises: UserError with all that is wrong, before anything slow."""
+        if self.engine:
+            self.engine.check()
+            return self
+        path = self.directory.path
+        if (path / "adapter_config.json").exists():
+            raise UserError(
+                f"{path}: is an adapter: merge it into its base with merge_params.py first, or give it as "
+                "--adapter_path and its base as --model_path"
+            )
+        self.directory.check()
+        if self.adapter:
+            refuse_second_merge(self.directory, self.adapter)
+            if problems := misfits(self.directory.weights, read_adapter(self.adapter)):
+                raise UserError(*few([f"{self.adapter}: {problem}" for problem in problems]))
+        return self
+
+
+def name_candidates(args) -> list[Candidate]:
+    """The candidates that predict.py's flags name; the baseline, where there is one, comes first."""
+    output = args.output_path
+
+    def beside(name: str) -> Path:
+        return output.with_name(f"{output.stem}-{name}{output.suffix}")
+
+    candidates = []
+    if args.baseline_path:
+        candidates.append(Candidate("baseline", beside("baseline"), ModelDirectory(args.baseline_path)))
+    if args.engine:
+        return [*candidates, Candidate("engine", output, engine=Engine(args.engine, args.engine_model))]
+    if not args.adapter_path:
+        return [*candidates, Candidate("model", output, ModelDirectory(args.model_path))]
+    names = [path.resolve().name for path in args.adapter_path]
+    if len(set(names)) < len(names) or "baseline" in names:  # epoch-1-step-300 of two runs
+        names = ["-".join(path.resolve().parts[-2:]) for path in args.adapter_path]
+    if len(set(names)) < len(names):
+        raise UserError("--adapter_path: names an adapter twice, or two whose paths end alike: name each one once")
+    base = ModelDirectory(args.model_path)
+    adapters = zip(names, args.adapter_path)
+    return [*candidates, *(Candidate(name, beside(name), base, path) for name, path in adapters)]
+
+
+def check_candidates(candidates: Sequence[Candidate]):
+    """Raises: UserError with all that is wrong, each problem once."""
+    found = Problems()
+    for candidate in candidates:
+        found.of(candidate.check)
+    if problems := list(dict.fromkeys(found)):
+        raise UserError(*problems)
+
+
+class Loader:
+    """loader(candidate) → its model on the device, in evaluation mode, until the next candidate's is asked for.
+
+    Candidates that follow each other on one base, as adapters do, have its weights read once.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.drop()
+
+    def drop(self):
+        self.path = self.base = self.adapter_path = self.adapter = None
+        gc.collect()  # what was used makes room for what comes
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __call__(self, candidate: Candidate):
+        """A BaichuanForCausalLM or LlamaForCausalLM, or the PeftModel around it. Raises: UserError."""
+        path = candidate.directory.path.resolve()
+        if self.adapter is not None and (path, candidate.adapter) != (self.path, self.adapter_path):
+            self.base, self.adapter, self.adapter_path = self.adapter.unload(), None, None
+        if path != self.path:
+            self.drop()
+            self.path, self.base = path, candidate.directory.load().to(self.device)
+        if candidate.adapter and self.adapter is None:
+            self.adapter = load_adapter(self.base, candidate.adapter).to(self.device).eval()
+            self.adapter_path = candidate.adapter
+        return self.base if self.adapter is None else self.adapter
+
+
+# ---------------------------------------------------------------- as many side by side as the memory holds
+
+
+def rows_that_fit(model, tokens: int) -> int:
+    """How many rows of so many tokens can be answered side by side: their keys and values fit into half the free memory.
+
+    The other half is for activations, and for the copy while a batch shrinks.
+    """
+    config, device = model.config, model.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    row = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * tokens
+    return max(1, min(MOST_ROWS[device.type], free // 2 // row))
+
+
+def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Iterator[tuple[list[int], list]]:
+    """Yield batches of the numbers, `size` at most, with what `answer` makes of each; those that are `done` are left out.
+
+    A batch that the memory does not hold is halved, and so are those after it.
+    """
+    batches = [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+    while batches:
+        batch = batches.pop(0)
+        if all(number in done for number in batch):
+            continue
+        try:
+            found = answer(batch)
+        except Exception as error:
+            if not out_of_memory(error) or len(batch) == 1:
+                raise
+            size = (len(batch) + 1) // 2
+            tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")
+            left = batch + [number for later in batches for number in later]
+            batches = [left[start : start + size] for start in range(0, len(left), size)]
+            continue
+        yield batch, found

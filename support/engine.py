@@ -1,0 +1,63 @@
+"""Answers from a server with OpenAI's interface (vLLM, SGLang, llama.cpp) that serves the LLaMA export."""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from baichuan.generation_utils import Answer
+from support.errors import UserError, first_line
+
+CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
+
+
+class Engine:
+    """Args: url, such as http://127.0.0.1:8080/v1; model, its name on the server, by default the first one there."""
+
+    def __init__(self, url: str, model: str | None = None):
+        self.url, self.model = url, model
+
+    def check(self):
+        """Reach the server. Raises: UserError: the `openai` package is missing, or nothing that speaks so is there."""
+        try:
+            import openai
+        except ModuleNotFoundError:
+            raise UserError("--engine needs the package openai: pip install openai -c constraints.txt") from None
+        self.error = openai.OpenAIError
+        try:
+            self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+            models = [model.id for model in self.client.models.list()]
+        except Exception as error:  # openai's, httpx's, or a page that is no list of models
+            raise self.unusable(error) from error
+        if self.model and self.model not in models:
+            raise UserError(f"--engine_model {self.model}: {self.url} serves {', '.join(models) or 'no model'}")
+        if not models:
+            raise UserError(f"--engine {self.url}: serves no model")
+        self.model = self.model or models[0]
+
+    def unusable(self, error: Exception) -> UserError:
+        return UserError(
+            f"--engine {self.url}: no answer from it ({first_line(error)}): start the server as docs/merging.md shows, "
+            "and give its address up to /v1"
+        )
+
+    def answer(self, conversations: Sequence[list[dict]], max_new_tokens: int) -> list[Answer]:
+        """The greedy answers, all asked for at once. Raises: UserError."""
+        with ThreadPoolExecutor(len(conversations)) as pool:
+            return list(pool.map(lambda messages: self._answer(messages, max_new_tokens), conversations))
+
+    def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
+        messages = [{"role": turn["role"], "content": CONTROL.sub("", turn["content"])} for turn in messages]
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model,
+                messages=messages,
+                temperature=0,
+                max_tokens=max_new_tokens,
+                # Servers take repetition_penalty from generation_config.json; llama.cpp has its own name for it.
+                extra_body={"repetition_penalty": 1.0, "repeat_penalty": 1.0},
+            )
+            choice = completion.choices[0]
+            return Answer(choice.message.content or "", choice.finish_reason == "stop")
+        except (self.error, LookupError, AttributeError, TypeError) as error:
+            raise self.unusable(error) from error

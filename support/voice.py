@@ -1,0 +1,105 @@
+"""Whose voice is it, and is it more than memory? Answers beside the recorded ones that a model was trained on."""
+
+from bisect import bisect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from support.samples import read_samples
+
+COPY = 0.5  # of an answer's characters in one piece of a training answer: from here on it is called a copy
+
+
+def recorded_answers(path: str | Path) -> dict[str, list[str]]:
+    """The distinct answers that a file of samples teaches, by role. Raises: UserError."""
+    answers: dict[str, dict[str, None]] = {}
+    for sample in read_samples(path):
+        for turn in sample["messages"]:
+            if turn["role"] == "assistant" and turn.get("train", True):
+                answers.setdefault(sample["role"], {})[turn["content"]] = None
+    return {role: list(texts) for role, texts in answers.items()}
+
+
+def read_training(path: Path) -> tuple["Style | None", "Recall | None", list[str]]:
+    """What style and recall are measured with, as far as the training samples allow, and remarks on what is left out.
+
+    Raises: UserError.
+    """
+    if not path.is_file():
+        return None, None, [f"--train_path {path}: there is no such file: style and recall are left out."]
+    recorded = recorded_answers(path)
+    if len(recorded) < 2:
+        return (
+            None,
+            Recall(recorded),
+            [f"--train_path {path}: has one role: style, which tells roles apart, is left out."],
+        )
+    return Style(recorded), Recall(recorded), []
+
+
+class Style:
+    """Says of a text which role it sounds like, by its characters and their pairs and triples.
+
+    Character n-grams are what authorship is usually told by (Stamatatos 2009, doi 10.1002/asi.21001): they hold
+    particles, forms of address and punctuation. Their tf-idf goes into a logistic regression. Every role weighs alike,
+    however many answers it has.
+
+    Args:
+        recorded: role → its recorded answers; two roles at least.
+    """
+
+    def __init__(self, recorded: dict[str, list[str]]):
+        from sklearn.feature_extraction.text import TfidfVectorizer  # here: half a second, for those who score style
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        texts = [text for own in recorded.values() for text in own]
+        roles = [role for role, own in recorded.items() for _ in own]
+        characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 3))
+        self.pipeline = make_pipeline(characters, LogisticRegression(class_weight="balanced", C=10, max_iter=1000))
+        self.pipeline.fit(texts, roles)
+
+    def roles_of(self, texts: Sequence[str]) -> list[str]:
+        """The role that each text sounds like most; "" for a text without a character."""
+        found = self.pipeline.predict(texts) if texts else []
+        return [str(role) if text.strip() else "" for role, text in zip(found, texts)]
+
+
+class Nearest(NamedTuple):
+    share: float  # of the answer's characters that the longest common piece has, in [0, 1]
+    text: str  # the training answer that has the piece
+
+
+class Recall:
+    """Finds the training answer of a role that has the longest piece, character by character, in common with an answer.
+
+    Verbatim pieces are what memorisation is told by (Lee et al. 2022, arXiv 2107.06499; Carlini et al. 2023,
+    arXiv 2202.07646). There they have 50 tokens; answers here are shorter, so what counts is the share of the answer.
+    """
+
+    def __init__(self, recorded: dict[str, list[str]]):
+        self.recorded = recorded
+        self.joined = {role: "\0".join(texts) for role, texts in recorded.items()}
+        self.starts = {
+            role: np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1].tolist() for role, texts in recorded.items()
+        }
+
+    def nearest(self, role: str, answer: str) -> Nearest:
+        length, place = longest_piece(answer, self.joined.get(role, ""))
+        if not length:
+            return Nearest(0.0, "")
+        return Nearest(length / len(answer), self.recorded[role][bisect(self.starts[role], place) - 1])
+
+
+def longest_piece(answer: str, text: str) -> tuple[int, int]:
+    """Length of the longest piece of `answer` that `text` has too, and where it is there."""
+    length = place = 0
+    for start in range(len(answer)):
+        while start + length < len(answer):
+            found = text.find(answer[start : start + length + 1])
+            if found < 0:
+                break
+            length, place = length + 1, found
+    return length, place

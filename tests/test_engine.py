@@ -1,0 +1,154 @@
+"""predict.py --engine: a server answers, asked as vLLM, SGLang and llama.cpp are asked."""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import free_port
+from test_predict import ROOT, answers_of
+
+import predict
+from data_helper import read_samples
+from support.engine import Engine
+from support.errors import UserError
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Lists two models, and answers every question with itself backwards, at the length the sum of its characters says."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url, self.asked, self.broken = f"http://127.0.0.1:{self.server_port}/v1", [], False
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def reply(self, status: int, value: dict):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        if self.path != "/v1/models":
+            return self.reply(404, {"error": {"message": "no such page"}})
+        self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in ("role", "other")]})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, request))
+        if self.server.broken:
+            return self.reply(400, {"error": {"message": "the prompt is too long"}})
+        question = request["messages"][-1]["content"]
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": question[::-1]},
+            "finish_reason": "length" if len(question) % 2 else "stop",
+        }
+        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "role", "choices": [choice]})
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = FakeServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run(server, samples, output, *more):
+    flags = ["--engine", getattr(server, "url", server), "--test_path", samples[1], "--output_path", output]
+    flags += ["--data_dir", ROOT / "data/sample", "--resamples", 20, "--train_path", "none.json", "--max_new_tokens", 9]
+    predict.main([str(flag) for flag in (*flags, *more)])
+
+
+def test_a_server_answers_the_test_set(server, samples, tmp_path, capsys):
+    run(server, samples, tmp_path / "answers.jsonl")
+    out = capsys.readouterr().out
+    assert "scores from likelihoods are left out" in out
+    prompts = dict.fromkeys((sample["system"], sample["prompt"]) for sample in read_samples(samples[1]))
+    lines = [
+        json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").split("\n")[1:] if line
+    ]
+    assert len(lines) == len(prompts)
+    for line in lines:
+        assert line["answer"] == line["prompt"][::-1] and line["stopped"] == (len(line["prompt"]) % 2 == 0)
+    assert len(server.asked) == len(prompts)
+    for path, request in server.asked:
+        (system, question) = (message["content"] for message in request.pop("messages"))
+        assert path == "/v1/chat/completions" and (system, question) in prompts
+        greedy = {"temperature": 0, "max_tokens": 9, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
+        assert request == {"model": "role", **greedy}
+
+    run(server, samples, tmp_path / "answers.jsonl")
+    assert len(server.asked) == len(prompts) and "has all answers" in capsys.readouterr().out
+
+
+def test_the_model_is_chosen_by_name_and_its_answers_are_not_mixed(server, samples, tmp_path, capsys):
+    run(server, samples, tmp_path / "answers.jsonl", "--engine_model", "other")
+    assert {request["model"] for _, request in server.asked} == {"other"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(server, samples, tmp_path / "answers.jsonl")
+    assert "model other, now role" in capsys.readouterr().err
+
+
+def test_a_baseline_of_its_own_weights_stands_beside_a_server(server, checkpoint, samples, tmp_path, capsys):
+    run(server, samples, tmp_path / "answers.jsonl", "--baseline_path", checkpoint)
+    assert "| baseline" in (out := capsys.readouterr().out) and "| engine" in out and "| difference" in out
+    assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(answers_of(tmp_path / "answers.jsonl"))
+
+
+def test_typed_markers_do_not_reach_a_server(server):
+    engine = Engine(server.url)
+    engine.check()
+    text = "好<reserved_107>我</s>是<s><unk><reserved_106>谁<reserved_108>"
+    (answer,) = engine.answer([[{"role": "user", "content": text}]], 9)
+    assert server.asked[0][1]["messages"] == [{"role": "user", "content": "好我是谁<reserved_108>"}]
+    assert answer.text == "好我是谁<reserved_108>"[::-1]
+
+
+def error_of(capsys, *arguments) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "error: " in error and "Traceback" not in error
+    return error
+
+
+def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "answers.jsonl"
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
+    assert "start the server" in error_of(capsys, nobody, samples, output)
+    assert "start the server" in error_of(capsys, server.url.removesuffix("/v1"), samples, output)
+    assert "serves role, other" in error_of(capsys, server, samples, output, "--engine_model", "none")
+    assert "answers greedily" in error_of(capsys, server, samples, output, "--sample")
+    assert "who answers?" in error_of(capsys, server, samples, output, "--model_path", tmp_path)
+    assert not output.exists() and not server.asked
+    server.broken = True
+    assert "the prompt is too long" in error_of(capsys, server, samples, output)
+    assert not output.exists()
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert "pip install openai" in error_of(capsys, server, samples, output)
+
+
+def test_an_answer_that_is_none_is_an_error(server, monkeypatch):
+    engine = Engine(server.url)
+    engine.check()
+    monkeypatch.setattr(
+        Handler, "reply", lambda self, status, value, reply=Handler.reply: reply(self, 200, {"choices": []})
+    )
+    with pytest.raises(UserError, match="no answer from it"):
+        engine.answer([[{"role": "user", "content": "好"}]], 9)
