@@ -16,6 +16,9 @@ catchwords  answers that use one of the catchwords that the persona text quotes
 stops       answers that end by themselves within --max_new_tokens
 style       answers that a classifier trained on --train_path takes for their own role's (support/voice.py)
 copied      the longest piece that an answer has in common with a training answer of its role (support/voice.py)
+
+After them come the scores from the model's own likelihoods, see docs/scores.md: who said it, what the persona is worth,
+staying in role, and the perplexity of plain text.
 """
 
 import sys
@@ -61,18 +64,10 @@ def parse_args(argv=None):
     add("--html", type=Path, metavar="FILE", help="write a report too: tables, and answers side by side, in one file")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
     add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and recall")
-    add(
-        "--attacks",
-        type=Path,
-        default=SAMPLE / "attacks-zh.jsonl",
-        help="JSON lines of what tries to make a role break, see docs/scores.md",
-    )
-    add(
-        "--plain_text",
-        type=Path,
-        default=SAMPLE / "plain_text.txt",
-        help="text of no role, for the perplexity that training costs",
-    )
+    attacks = "JSON lines of what tries to make a role break, see docs/scores.md"
+    add("--attacks", type=Path, default=SAMPLE / "attacks-zh.jsonl", help=attacks)
+    plain_text = "text of no role, for the perplexity that training costs"
+    add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help=plain_text)
     add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add(
@@ -110,7 +105,7 @@ with slow_imports(parse_args, __name__):
     from support.forgetting import read_plain_text
     from support.in_role import attack_conversations, read_attacks
     from support.likelihood import Likelihood
-    from support.likelihood_scores import Measured, likelihood_pictures, likelihood_sections, measure, role_personas
+    from support.likelihood_scores import Measured, heard_pictures, likelihood_sections, measure, role_personas
     from support.model_directory import pick_device
     from support.voice import read_training
 
@@ -223,11 +218,11 @@ def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Ques
 
 
 def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader) -> Measured:
-    """The scores from the model's own likelihoods; the attacks are answered into a file beside its other answers."""
-    attacks, texts = read_attacks(args.attacks), read_plain_text(args.plain_text)
+    """The scores from the model's own likelihoods; its answers to the attacks go to a file beside the others."""
+    attacks, texts, output = read_attacks(args.attacks), read_plain_text(args.plain_text), candidate.output
     asked = attack_questions(attacks, role_personas(questions))
-    output = candidate.output.with_name(f"{candidate.output.stem}-attacks{candidate.output.suffix}")
-    answers = answer_all(args, candidate._replace(output=output), asked, loader) if asked else []
+    attacked = candidate._replace(output=output.with_name(f"{output.stem}-attacks{output.suffix}"))
+    answers = answer_all(args, attacked, asked, loader) if asked else []
     likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, utils, show_progress=True)
     return measure(likelihood, questions, attacks, [answer.text for answer in answers], texts)
 
@@ -257,7 +252,7 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
     """Raises: UserError with all that is wrong, before anything slow."""
     with Problems() as problems:
         problems += argument_problems(args)
-        if not args.answers_only:
+        if not (args.answers_only or args.engine):
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
         candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
@@ -302,7 +297,7 @@ def main(argv=None):
         remarks.append("A server gives answers only: scores from likelihoods are left out.")
     print("", *sections, *remarks, sep="\n")
     if args.html:
-        report.write(args.html, sections, remarks, questions, answers, measured, likelihood_pictures(likelihoods))
+        report.write(args.html, sections, remarks, questions, answers, measured, heard_pictures(likelihoods))
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

@@ -79,11 +79,10 @@ def likelihood_sections(models: dict[str, Measured], resamples: int, seed: int) 
     return sections
 
 
-def likelihood_pictures(models: dict[str, Measured]) -> list[Picture]:
-    """The confusion matrices of who is heard: for each kind of question one a model, side by side with the next."""
-    pictures = []
-    for name, measured in models.items():
-        own = measured.persona
-        for kind, taken in own.groups().items() if len(own.roles) > 1 else ():
-            pictures.append(Picture(f"Who is heard: {kind}, {name}", own.roles, own.confusion(taken), HEARD))
-    return pictures
+def heard_pictures(models: dict[str, Measured]) -> list[Picture]:
+    """Of each model who is heard, over all kinds of questions."""
+    return [
+        Picture(f"Who is heard: {name}", measured.persona.roles, measured.persona.confusion(), HEARD)
+        for name, measured in models.items()
+        if len(measured.persona.roles) > 1 and len(measured.persona.role)
+    ]

@@ -25,7 +25,7 @@ def few_attacks(tmp_path):
 
 
 def run(capsys, *flags) -> str:
-    common = ["--data_dir", ROOT / "data/sample", "--resamples", 10, "--max_new_tokens", 3]
+    common = ["--data_dir", ROOT / "data/sample", "--train_path", "none.json", "--resamples", 10, "--max_new_tokens", 3]
     predict.main([str(flag) for flag in (*common, *flags)])
     return capsys.readouterr().out
 
@@ -37,7 +37,7 @@ def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_sa
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(tuned)
     BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tuned)
     flags = ["--model_path", tuned, "--baseline_path", checkpoint, "--test_path", few_samples[1]]
-    flags += ["--output_path", tmp_path / "answers.jsonl", "--attacks", few_attacks]
+    flags += ["--output_path", tmp_path / "answers.jsonl", "--attacks", few_attacks, "--html", tmp_path / "report.html"]
     out = run(capsys, *flags)
     for title in ("Who said it: ", "Who is heard", "What the persona is worth", "Attacks, by kind", "Attacks, by role"):
         assert f"\n{title}" in out
@@ -45,6 +45,8 @@ def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_sa
     roles = {sample["role"] for sample in read_samples(few_samples[1])}
     for name in ("answers-attacks.jsonl", "answers-baseline-attacks.jsonl"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 1 + 2 * len(roles)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Who is heard: baseline" in page and "Who is heard: model" in page and "What a role cannot know" in page
     again = run(capsys, *flags, "--batch_size", 3)
     assert again[again.index("Who said it") :] == out[out.index("Who said it") :]
     few_attacks.write_text(few_attacks.read_text(encoding="utf-8").replace("？", "！"), encoding="utf-8")

@@ -201,7 +201,7 @@ predict.answer_batch = mortal
 predict.main(sys.argv[1:])
 """
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
-    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--batch_size", "16", "--answers_only"]
+    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--answers_only", "--batch_size", "16"]
     assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
     torn, part = tmp_path / "torn.jsonl", tmp_path / "torn.jsonl.part"
     assert len(answers_of(part)) == 32 and not torn.exists()
