@@ -19,7 +19,7 @@ from pathlib import Path
 from data_helper import persona, read_samples, with_system
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, few, slow_imports
-from support.files import whole_directory
+from support.files import followed, whole_directory
 from support.samples import as_sample
 
 
@@ -27,7 +27,7 @@ def parse_args(argv=None):
     parser = ArgumentParser(description="Fold a LoRA adapter into the weights of its base model, and compare the two.")
     add = parser.add_argument
     add("--ori_model_dir", type=Path, required=True, help="directory of the base model that the adapter was trained on")
-    add("--model_dir", type=Path, required=True, help="directory of the adapter, such as output_dir/epoch-1-step-1002")
+    add("--model_dir", type=followed, required=True, help="directory of the adapter, such as output_dir/best")
     add("--save_model_dir", type=Path, required=True, help="directory for the merged model")
     add(
         "--format",

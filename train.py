@@ -10,7 +10,6 @@
 """
 
 import functools
-import json
 import math
 import signal
 from pathlib import Path
@@ -19,7 +18,6 @@ from data_helper import conversation, read_samples
 from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 from support.costs import row_cost
 from support.errors import Problems, UserError, entry_point, first_line, slow_imports
-from support.files import newest_state, whole_files
 
 
 def parse_args(argv=None):
@@ -55,7 +53,9 @@ def parse_args(argv=None):
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
     add("--show_loss_step", type=int, default=10, help="steps between two reports of the loss")
     add("--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only")
-    add("--save_total_limit", type=int, help="adapters to keep, the newest ones; default: all")
+    add("--eval_steps", type=int, default=0, help="steps between two perplexities; 0: with each saved adapter only")
+    add("--save_total_limit", type=int, help="adapters to keep, the newest ones, besides the best one; default: all")
+    add("--patience", type=int, help="stop after this many adapters in a row that are no better; default: never")
     add("--sample_answers", type=int, default=2, help="test questions a role that TensorBoard shows answers to")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
@@ -67,15 +67,16 @@ with slow_imports(parse_args, __name__):
     import numpy as np
     import torch
     import torch.distributed as dist
-    from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     import utils
     from baichuan.generation_utils import answer_batch, greedy
     from support import one_parameter, processes
+    from support.best import Best
     from support.log import Log
     from support.model_directory import ModelDirectory
     from support.resume import claim, find_state, load_state, save_state
+    from support.run_record import broken, introduce
 
 
 # ---------------------------------------------------------------- samples
@@ -118,19 +119,6 @@ def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, l
     steps = utils.Steps(train_data, collator, step_size(args), args.num_train_epochs, args.seed, rank, world_size)
     test_rows = utils.Collator(test_data, *layout)(test_data.in_tree_order(np.arange(len(test_data))))
     return steps, test_rows[rank::world_size]
-
-
-def step_loader(steps: utils.Steps, first: int, device: torch.device) -> DataLoader:
-    """The steps from number `first` on, laid out by a process beside the one that trains."""
-    return DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(first, len(steps)),
-        num_workers=1,
-        prefetch_factor=4,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=processes.leave_signals_to_parent,
-    )
 
 
 # ---------------------------------------------------------------- model and optimizer
@@ -190,21 +178,6 @@ def start_engine(model, config: dict, args, total_steps: int):
         raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 
 
-# ---------------------------------------------------------------- what the run is
-
-
-def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, where: str):
-    """Say what will be trained, and keep the arguments beside it."""
-    with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
-        json.dump(vars(args), file, ensure_ascii=False, indent=2)
-    model.print_trainable_parameters()
-    print(f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}")
-    if args.resume:
-        print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
-    if done == len(steps):
-        print(f"{args.output_dir}: is complete, nothing is left to do")
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -262,30 +235,28 @@ def sample_answers(model, tokenizer, generation_config, test_path: str, per_role
     }
 
 
-def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: Log, steps: utils.Steps, step: int):
-    """Measure the perplexity, show some answers, and write the adapter of this step."""
+def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -> float:
+    """The mean loss on the test set after a step, logged with its perplexity. Raises: UserError if it is no number."""
     main_process = processes.place()[0] == 0
     test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, main_process)
     if not math.isfinite(test_loss):
         raise broken(args, steps, step, f"the loss on {args.test_path} after step {step} is {test_loss}")
-    if main_process:
-        path, perplexity = Path(args.output_dir) / steps.name(step), math.exp(min(test_loss, 700))
-        log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
-        if args.sample_answers:
-            texts = (directory.tokenizer, directory.generation_config, args.test_path, args.sample_answers)
-            log.texts(step, sample_answers(engine.module, *texts))
-        utils.save_model(engine.module, directory.tokenizer, path, args.save_total_limit)
-        tqdm.write(f"{path}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
-    engine.train()  # evaluating and answering went without dropout
+    log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
+    return test_loss
 
 
-def broken(args, steps: utils.Steps, step: int, what: str) -> UserError:
-    """Why the run cannot go on, and what a user can do."""
-    numbers = ", ".join(map(str, steps.data.numbers[steps.samples(step - 1)]))
-    return UserError(
-        f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
-        f"another precision. {newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
-    )
+def show_and_save(args, engine, directory: ModelDirectory, log: Log, path: Path, step: int, test_loss: float):
+    """Show some answers, and write the adapter of this step. On the main process."""
+    if args.sample_answers:
+        texts = (directory.tokenizer, directory.generation_config, args.test_path, args.sample_answers)
+        log.texts(step, sample_answers(engine.module, *texts))
+        engine.train()  # it answered without dropout
+    utils.save_model(engine.module, directory.tokenizer, path)
+    tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 @entry_point
@@ -301,6 +272,9 @@ def main(argv=None):
     dtype = processes.precision(config)
     done, state, run = find_state(args, train_data, dtype)
     rank, world_size = processes.place()
+    output_dir, best = Path(args.output_dir), Best(args.output_dir, run["best"])
+    if best.is_old(args.patience):
+        return print(best.report(args.patience)) if rank == 0 else None
 
     # 3. The frozen base with its adapters, the rows it will read, and DeepSpeed with the optimizer.
     torch.manual_seed(args.seed)
@@ -311,7 +285,7 @@ def main(argv=None):
         directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
-    claim(Path(args.output_dir))
+    claim(output_dir)
     if rank == 0:
         introduce(
             args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
@@ -319,9 +293,9 @@ def main(argv=None):
 
     # 4. Train, show, save; stop where one is asked to.
     engine.train()  # dropout and checkpointing act in no other mode
-    log = Log(Path(args.output_dir) / "runs", len(steps), done, run["losses"], rank == 0)
+    log = Log(output_dir / "runs", len(steps), done, run["losses"], rank == 0)
     with log, processes.StopRequest() as stop_request:
-        for step, (batches, tokens) in enumerate(step_loader(steps, done, device), start=done + 1):
+        for step, (batches, tokens) in enumerate(processes.step_loader(steps, done, device), start=done + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
             loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(stop_request))
             if not math.isfinite(loss):
@@ -333,15 +307,25 @@ def main(argv=None):
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.show(step, learning_rate, grad_norm)
-            save = step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0)
+            save = step % steps.steps_per_epoch == 0 or is_due(args.save_model_step, step)
+            if save or is_due(args.eval_steps, step):
+                test_loss = evaluate(args, engine, test_rows, log, steps, step)
             if save:
-                evaluate_and_save(args, engine, directory, test_rows, log, steps, step)
+                best.add(steps.name(step), test_loss)
+                if rank == 0:
+                    show_and_save(args, engine, directory, log, output_dir / steps.name(step), step, test_loss)
+                    best.keep(args.save_total_limit)
             if save or stop:
-                save_state(engine, Path(args.output_dir) / "state" / steps.name(step), run | {"losses": log.losses})
+                now = {"losses": log.losses, "best": best.state()}
+                save_state(engine, output_dir / "state" / steps.name(step), run | now)
+            if save and best.is_old(args.patience):
+                break
             if stop and step < len(steps):
                 if rank == 0:
                     print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")
                 raise SystemExit(128 + (stop_request.signal or signal.SIGTERM))
+    if rank == 0 and best.name:
+        print(best.report(args.patience))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from support.files import checkpoints, remove_directory, whole_directory, writing
+from support.files import whole_directory, writing
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -341,10 +341,8 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     return (total[0] / total[1]).item()
 
 
-def save_model(model, tokenizer, directory: Path, keep: int | None = None):
-    """Write a plain PEFT adapter with the tokenizer it was trained under; keep only the newest `keep` beside it."""
+def save_model(model, tokenizer, directory: Path):
+    """Write a plain PEFT adapter with the tokenizer it was trained under."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
-    for _, old in checkpoints(directory.parent)[: -keep if keep else 0]:
-        remove_directory(old)

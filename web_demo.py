@@ -19,6 +19,7 @@ from pathlib import Path
 from data_helper import conversation, example_questions, persona
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, slow_imports
+from support.files import followed
 from support.json_files import text_problem
 from support.profiles import read_characters
 
@@ -30,7 +31,8 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default="output_dir/epoch-1-step-1002-merge", help="directory of a whole model")
-    parser.add_argument("--adapter_path", help="directory of a PEFT adapter over --model_path, served without merging")
+    add = parser.add_argument
+    add("--adapter_path", type=followed, help="directory of a PEFT adapter over --model_path, served without merging")
     parser.add_argument("--desc_path", default="data/profiles-zh_desc.json", help="JSON file {role: description}")
     parser.add_argument("--device", default="auto", help="a GPU's number; cpu (or -1); auto: a GPU where there is one")
     parser.add_argument("--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to others")

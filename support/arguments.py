@@ -55,8 +55,8 @@ def tokens_or_auto(text: str) -> int:
 
 def argument_problems(args) -> list[str]:
     positive = ("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps")
-    positive += ("num_train_epochs", "show_loss_step", "max_pack_len", "save_total_limit")
-    least = dict.fromkeys(positive, 1) | dict.fromkeys(("save_model_step", "sample_answers", "seed"), 0)
+    positive += ("num_train_epochs", "show_loss_step", "max_pack_len", "save_total_limit", "patience")
+    least = dict.fromkeys(positive, 1) | dict.fromkeys(("save_model_step", "eval_steps", "sample_answers", "seed"), 0)
     problems = number_problems(args, least)
     for name in ("learning_rate", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from support.errors import OneProcessError, UserError, first_line
 
+CHECKPOINT = r"epoch-\d+-step-(\d+)"  # the name of an adapter, and of a state
+
 
 @contextmanager
 def whole_files(*paths):
@@ -110,6 +112,29 @@ def remove_directory(path: Path):
     shutil.rmtree(hidden)
 
 
+def set_link(link: Path, name: str):
+    """Let `link` name a directory beside it: a link or, on a file system that has none, a file with that name in it."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except OSError:  # FAT, some network disks
+        temporary.write_text(name, encoding="utf-8")
+        put_on_disk(temporary)
+    temporary.replace(link)
+    put_on_disk(link.parent)
+
+
+def followed(path: str | Path) -> Path:
+    """The directory that a path means: of what `set_link` has made, the one it names; of all else, itself."""
+    path = Path(path)
+    if path.is_symlink():
+        return path.parent / os.readlink(path)
+    if path.is_file() and re.fullmatch(CHECKPOINT, name := path.read_text(encoding="utf-8", errors="replace")[:100]):
+        return path.parent / name
+    return path
+
+
 def put_on_disk(*paths):
     """Wait until files, and the names in directories, would outlast a power cut."""
     for path in paths:
@@ -123,7 +148,7 @@ def put_on_disk(*paths):
 
 def checkpoints(directory) -> list[tuple[int, Path]]:
     """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
-    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
+    named = ((re.fullmatch(CHECKPOINT, path.name), path) for path in Path(directory).glob("epoch-*"))
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
