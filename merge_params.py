@@ -19,7 +19,7 @@ from pathlib import Path
 from data_helper import persona, read_samples, with_system
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, few, slow_imports
-from support.files import followed, whole_directory
+from support.files import followed, free_bytes, whole_directory
 from support.samples import as_sample
 
 
@@ -116,12 +116,6 @@ def target_problems(args) -> list[str]:
     if not args.overwrite:
         return [f"{target}: holds a model already: name another directory, or replace it with --overwrite"]
     return []
-
-
-def free_bytes(path: Path) -> int:
-    """Of the disk where `path` is to be."""
-    path = path.absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def open_base(path: Path) -> ModelDirectory:

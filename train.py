@@ -57,6 +57,7 @@ def parse_args(argv=None):
     add("--save_total_limit", type=int, help="adapters to keep, the newest ones, besides the best one; default: all")
     add("--patience", type=int, help="stop after this many adapters in a row that are no better; default: never")
     add("--sample_answers", type=int, default=2, help="test questions a role that TensorBoard shows answers to")
+    add("--dry_run", action="store_true", help="say what the run will take, and stop before its first step")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     return parser.parse_args(argv)
@@ -77,6 +78,7 @@ with slow_imports(parse_args, __name__):
     from support.model_directory import ModelDirectory
     from support.resume import claim, find_state, load_state, save_state
     from support.run_record import broken, introduce
+    from support.trial import Trial
 
 
 # ---------------------------------------------------------------- samples
@@ -276,23 +278,33 @@ def main(argv=None):
     if best.is_old(args.patience):
         return print(best.report(args.patience)) if rank == 0 else None
 
-    # 3. The frozen base with its adapters, the rows it will read, and DeepSpeed with the optimizer.
+    # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
+    steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
+    trial = Trial(args, directory.config, steps, test_rows, done, dtype, device)
+    trial.refuse_too_little_memory()
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, directory, dtype)
-    steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
         directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
-    claim(output_dir)
+    if not args.dry_run:
+        claim(output_dir)
     if rank == 0:
         introduce(
             args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
         )
 
-    # 4. Train, show, save; stop where one is asked to.
+    # 4. One row passes, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
+    forecast = trial.run(engine, lambda batch: utils.model_inputs(batch, device, args.attn_implementation))
+    if rank == 0 and forecast:
+        print(forecast)
+    if args.dry_run:
+        return
+
+    # 5. Train, show, save; stop where one is asked to.
     log = Log(output_dir / "runs", len(steps), done, run["losses"], rank == 0)
     with log, processes.StopRequest() as stop_request:
         for step, (batches, tokens) in enumerate(processes.step_loader(steps, done, device), start=done + 1):

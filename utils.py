@@ -171,10 +171,7 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
         `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
     """
     ids, positions, pairs, ends = [], [], [], np.empty(0, dtype=np.int64)
-    path, previous = (
-        np.empty(0, dtype=np.int64),
-        np.empty(0, dtype=np.int64),
-    )  # path: where `previous` stands in the row
+    path = previous = np.empty(0, dtype=np.int64)  # path: where `previous` stands in the row
     for tokens, supervised in samples:
         shared, length = shared_beginning(previous, tokens), len(ends)
         ends[path[shared:]] = length  # these branches are over
@@ -292,13 +289,17 @@ class Steps(Dataset):
     def name(self, step: int) -> str:
         return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the samples of an epoch's steps: (steps_per_epoch, step_size)."""
+        if self._order[0] != epoch:
+            drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+            self._order = (epoch, drawn[: self.steps_per_epoch * self.step_size].reshape(-1, self.step_size))
+        return self._order[1]
+
     def samples(self, step: int) -> np.ndarray:
         """Indices of a step's samples, in tree order, so that each process meets few personas."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
-        indices = self._order[1][place * self.step_size : (place + 1) * self.step_size]
-        return self.data.in_tree_order(indices)
+        return self.data.in_tree_order(self.order(epoch)[place])
 
     def __getitem__(self, step: int):
         indices = self.samples(step)

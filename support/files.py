@@ -135,6 +135,12 @@ def followed(path: str | Path) -> Path:
     return path
 
 
+def free_bytes(path: Path) -> int:
+    """Of the disk where `path` is to be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def put_on_disk(*paths):
     """Wait until files, and the names in directories, would outlast a power cut."""
     for path in paths:

@@ -9,8 +9,9 @@ from support.files import newest_state, whole_files
 
 def introduce(args, model, steps, done: int, state: Path | None, where: str):
     """Say what will be trained, and keep the arguments beside it. steps: utils.Steps."""
-    with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
-        json.dump(vars(args), file, ensure_ascii=False, indent=2)
+    if not args.dry_run:
+        with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
+            json.dump(vars(args), file, ensure_ascii=False, indent=2)
     model.print_trainable_parameters()
     print(f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}")
     if args.resume:
