@@ -15,7 +15,14 @@ import signal
 from pathlib import Path
 
 from data_helper import conversation, read_samples
-from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
+from support.arguments import (
+    ArgumentParser,
+    Switch,
+    read_deepspeed_config,
+    refuse_wrong_arguments,
+    tokens_or_auto,
+    with_config,
+)
 from support.costs import row_cost
 from support.errors import Problems, UserError, entry_point, first_line, slow_imports
 
@@ -27,7 +34,7 @@ def parse_args(argv=None):
     add("--test_path", default="data/test.json", help="samples for the perplexity")
     add("--max_len", type=int, default=512, help="tokens of a sample at most: persona, question, answer")
     add("--max_src_len", type=int, default=256, help="tokens of a question at most; its beginning is kept")
-    add("--is_skip", action="store_true", help="leave samples over a limit out instead of cutting them")
+    add("--is_skip", action=Switch, default=False, help="leave samples over a limit out instead of cutting them")
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the base model")
     add("--lora_dim", type=int, default=16, help="rank r of the adapters")
@@ -35,8 +42,8 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
     kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
-    add("--gradient_checkpointing", action="store_true", help="recompute layers: less memory, slower")
-    add("--compile", action="store_true", help="torch.compile the decoder layers; needs a compiler")
+    add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
+    add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument
     add("--per_device_train_batch_size", type=int, default=2, help="samples of a process; see the next flag")
     add("--gradient_accumulation_steps", type=int, default=4, help="a step takes this × the above × processes samples")
@@ -60,7 +67,8 @@ def parse_args(argv=None):
     add("--dry_run", action="store_true", help="say what the run will take, and stop before its first step")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    return parser.parse_args(argv)
+    parser.add_argument("--config", help="JSON file of flags, such as a run's train_args.json; those on the line win")
+    return parser.parse_args(with_config(parser, argv))
 
 
 # After the arguments, since these take seconds.
@@ -71,13 +79,13 @@ with slow_imports(parse_args, __name__):
     from tqdm import tqdm
 
     import utils
-    from baichuan.generation_utils import answer_batch, greedy
     from support import one_parameter, processes
     from support.best import Best
     from support.log import Log
     from support.model_directory import ModelDirectory
     from support.resume import claim, find_state, load_state, save_state
-    from support.run_record import broken, introduce
+    from support.run_record import broken, introduce, keep_record
+    from support.sample_answers import sample_answers
     from support.trial import Trial
 
 
@@ -220,23 +228,6 @@ def update(engine, dtype: torch.dtype) -> float:
     return norm if handled or 0 <= norm < math.inf else math.nan
 
 
-def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
-    """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
-    asked: dict[str, dict[str, list[dict]]] = {}
-    for sample in read_samples(test_path):
-        questions = asked.setdefault(sample["role"], {})
-        question = next(turn["content"] for turn in sample["messages"] if turn["role"] == "user")
-        if len(questions) < per_role:
-            questions[question] = conversation(sample["system"], question)
-    model.eval()
-    conversations = [messages for questions in asked.values() for messages in questions.values()]
-    answers = iter(answer_batch(model, tokenizer, conversations, greedy(generation_config, 128)))  # all roles at once
-    return {
-        f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
-        for role, questions in asked.items()
-    }
-
-
 def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -> float:
     """The mean loss on the test set after a step, logged with its perplexity. Raises: UserError if it is no number."""
     main_process = processes.place()[0] == 0
@@ -250,8 +241,7 @@ def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -
 def show_and_save(args, engine, directory: ModelDirectory, log: Log, path: Path, step: int, test_loss: float):
     """Show some answers, and write the adapter of this step. On the main process."""
     if args.sample_answers:
-        texts = (directory.tokenizer, directory.generation_config, args.test_path, args.sample_answers)
-        log.texts(step, sample_answers(engine.module, *texts))
+        log.texts(step, sample_answers(engine.module, directory, args.test_path, args.sample_answers, conversation))
         engine.train()  # it answered without dropout
     utils.save_model(engine.module, directory.tokenizer, path)
     tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
@@ -292,9 +282,10 @@ def main(argv=None):
     if not args.dry_run:
         claim(output_dir)
     if rank == 0:
-        introduce(
-            args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
-        )
+        where = f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
+        introduce(args, model, steps, done, state, where)
+        if not args.dry_run:
+            keep_record(args, run["identity"], config, device)
 
     # 4. One row passes, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 from support.costs import MOST_TOKENS
@@ -26,6 +27,48 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help explains every flag)")
+
+
+Switch = argparse.BooleanOptionalAction  # --flag, and --no-flag where --config has switched it on
+
+
+def with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """The command line with what `--config FILE` holds put before it, so that a flag on the line wins.
+
+    The file is a JSON object {flag's name: value}, as train.py writes it. Raises: UserError.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    path = only_config.parse_known_args(argv)[0].config
+    if path is None:
+        return argv
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}: train.py writes such a file, train_args.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: must be one JSON object {{flag: value}}")
+    known, flags = vars(parser.parse_args([])), []
+    with Problems() as problems:
+        for name, value in settings.items():
+            if name not in known or name == "config":
+                problems.append(f"--config {path}: there is no flag --{name}")
+            elif isinstance(known[name], bool):
+                if not isinstance(value, bool):
+                    problems.append(f"--config {path}: {name} must be true or false")
+                flags += [f"--{name}"] if value else []
+            elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                flags.append(f"--{name}={value}")
+            elif value is not None:
+                problems.append(f"--config {path}: {name} must be a number or a text")
+    try:
+        parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(*(f"--config {path}: {problem}" for problem in error.problems)) from None
+    return flags + argv
 
 
 def number_problems(args, least: dict[str, int]) -> list[str]:

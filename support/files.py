@@ -121,6 +121,8 @@ def set_link(link: Path, name: str):
     except OSError:  # FAT, some network disks
         temporary.write_text(name, encoding="utf-8")
         put_on_disk(temporary)
+    if link.is_dir() and not link.is_symlink():  # made by a copy that followed the link
+        remove_directory(link)
     temporary.replace(link)
     put_on_disk(link.parent)
 

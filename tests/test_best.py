@@ -1,5 +1,6 @@
 """Which adapter of a run is the best, what names it, and when a run stops for want of a better one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def test_a_link_goes_with_its_directory(tmp_path):
     best.keep(None)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     assert followed(moved / "best") == moved / "epoch-1-step-3" and followed(moved / "best").is_dir()
+    copy = shutil.copytree(moved, tmp_path / "copy")  # in which `best` is a directory
+    assert followed(copy / "best") == copy / "best"
+    again = Best(copy, best.state())
+    again.keep(None)
+    assert followed(copy / "best") == copy / "epoch-1-step-3"
 
 
 @pytest.fixture

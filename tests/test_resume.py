@@ -297,7 +297,7 @@ def error_of(arguments, capsys) -> str:
 # Flags that say where things are, what is shown and kept, how fast it goes; and those that are seen in the data.
 NO_MATTER = {"train_path", "test_path", "model_name_or_path", "ds_file", "output_dir", "resume", "local_rank"}
 NO_MATTER |= {"show_loss_step", "save_model_step", "save_total_limit", "sample_answers"}
-NO_MATTER |= {"eval_steps", "patience", "dry_run"}
+NO_MATTER |= {"eval_steps", "patience", "dry_run", "config"}
 NO_MATTER |= {"attn_implementation", "gradient_checkpointing", "compile", "packing", "max_pack_len"}
 NO_MATTER |= {"max_len", "max_src_len", "is_skip"}
 
