@@ -23,6 +23,7 @@ from data_helper import read_rows, read_samples, rounds
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import put_on_disk
+from support.four_bit import check_four_bit
 
 CAVEAT = (
     "All general questions of RoleBench's test set also occur in its training set, under another role: "
@@ -46,6 +47,7 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="answer everything anew, whatever the files of answers hold")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
+    add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
     add("--batch_size", type=int, default=16, help="questions answered side by side")
     add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
     add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
@@ -121,6 +123,7 @@ def run_settings(args, model: ModelDirectory) -> dict:
     for file in [*model.weights.files, model.path / "generation_config.json"]:
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     settings = {"model": model.path.resolve().name, "test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
+    settings |= {"load_in_4bit": True} if args.load_in_4bit else {}
     return {**settings, "sampling_seed": args.seed if args.sample else None, "digest": digest.hexdigest()[:16]}
 
 
@@ -164,7 +167,7 @@ def answer_all(args, directory: ModelDirectory, path: Path, questions: list[Ques
     answers = {} if args.overwrite else read_answers(part, settings)
 
     tokenizer, generation_config = directory.tokenizer, directory.generation_config
-    model = directory.load().to(device)
+    model = directory.load(four_bit_on=device if args.load_in_4bit else None).to(device)
     if args.sample:
         generation_config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
     else:
@@ -244,6 +247,8 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[ModelDirectory
                 problems.append(f"{model.path}: is an adapter: merge it into its base with merge_params.py first")
             else:
                 problems.of(model.check)
+                if args.load_in_4bit and not problems:
+                    problems.of(check_four_bit, model)
         if args.output_path.resolve() == args.test_path.resolve():
             problems.append(f"--output_path {args.output_path}: is the file of samples: name another one")
         device = problems.of(pick_device, args.device)

@@ -42,6 +42,7 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
     kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
+    add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of the memory")
     add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
     add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument
@@ -134,15 +135,16 @@ def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, l
 # ---------------------------------------------------------------- model and optimizer
 
 
-def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype):
+def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, device: torch.device | None = None):
     """The frozen base with LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the decoder.
 
     LoRA leaves a weight W as it is and learns a small difference beside it: y = W x + (alpha / r) · B A x, with A of
-    r rows and B of r columns. B starts at zero, so that training starts from the base's own answers.
+    r rows and B of r columns. B starts at zero, so that training starts from the base's own answers. With --load_in_4bit
+    W is held in four bits (support/four_bit.py), on `device`; A and B are as ever.
     """
     from peft import LoraConfig, get_peft_model
 
-    model = directory.load(dtype, args.attn_implementation)
+    model = directory.load(dtype, args.attn_implementation, four_bit_on=device if args.load_in_4bit else None)
     lora = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
@@ -243,7 +245,7 @@ def show_and_save(args, engine, directory: ModelDirectory, log: Log, path: Path,
     if args.sample_answers:
         log.texts(step, sample_answers(engine.module, directory, args.test_path, args.sample_answers, conversation))
         engine.train()  # it answered without dropout
-    utils.save_model(engine.module, directory.tokenizer, path)
+    utils.save_model(engine.module, directory.tokenizer, path, args.load_in_4bit)
     tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
 
 
@@ -273,7 +275,7 @@ def main(argv=None):
     trial = Trial(args, directory.config, steps, test_rows, done, dtype, device)
     trial.refuse_too_little_memory()
     torch.manual_seed(args.seed)
-    model = model_with_adapters(args, directory, dtype)
+    model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
         directory.refuse_to_fail_later(model)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from support.files import whole_directory, writing
+from support.files import whole_directory, write_training, writing
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -342,8 +342,9 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     return (total[0] / total[1]).item()
 
 
-def save_model(model, tokenizer, directory: Path):
-    """Write a plain PEFT adapter with the tokenizer it was trained under."""
+def save_model(model, tokenizer, directory: Path, load_in_4bit: bool = False):
+    """Write a plain PEFT adapter with the tokenizer it was trained under, and how the base was held meanwhile."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
+        write_training(new, load_in_4bit)

@@ -10,6 +10,7 @@ from pathlib import Path
 from support.costs import MOST_TOKENS
 from support.errors import Problems, UserError
 from support.files import checkpoints, newest_state, unwritable
+from support.four_bit import check_four_bit
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -86,6 +87,8 @@ def refuse_wrong_arguments(args, model_directory):
     with Problems() as problems:
         problems += argument_problems(args)
         problems += problems.of(model_problems, args, model_directory) or []
+        if args.load_in_4bit and not problems:
+            problems.of(check_four_bit, model_directory)
         problems += [
             f"{path}: there is no such file" for path in (args.train_path, args.test_path) if not Path(path).is_file()
         ]

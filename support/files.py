@@ -1,6 +1,7 @@
 """Files and directories are whole or absent, even if the process that writes them is killed."""
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -163,3 +164,19 @@ def checkpoints(directory) -> list[tuple[int, Path]]:
 def newest_state(output_dir) -> tuple[int, Path | None]:
     """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
     return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
+
+
+TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such field
+
+
+def write_training(adapter: Path, load_in_4bit: bool):
+    """Record how the base was held while an adapter was trained."""
+    (adapter / TRAINING).write_text(json.dumps({"load_in_4bit": load_in_4bit}), encoding="utf-8")
+
+
+def trained_in_four_bits(adapter: Path) -> bool:
+    """Whether `write_training` has recorded so. Adapters of other programs have no such file."""
+    try:
+        return json.loads((adapter / TRAINING).read_text(encoding="utf-8"))["load_in_4bit"] is True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

@@ -58,6 +58,7 @@ def run_identity(args, train_data, dtype: torch.dtype) -> dict:
     """All that decides the result of a run to the last bit. What only decides its speed is left out."""
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
+    flags += ("load_in_4bit",)
     return {
         "training data": digest(
             train_data.ids, train_data.persona, train_data.starts, train_data.turns, str(train_data.personas)
@@ -83,6 +84,7 @@ def read_run(state: Path, identity: dict) -> dict:
     """The run.json of a state. Raises: UserError if it was saved by a run that is not the one of `identity`."""
     try:
         run = json.loads((state / "run.json").read_text(encoding="utf-8"))
+        run["identity"].setdefault("--load_in_4bit", False)  # older than that flag
         saved, losses = run["identity"], [float(loss) for loss in run["losses"]]
         best = run.get("best") and Best(state.parent.parent, run["best"]).state()
         differing = [name for name in identity if saved.get(name) != identity[name]]

@@ -90,7 +90,7 @@ class Trial:
         self.args, self.config, self.steps, self.done, self.device = args, config, steps, done, device
         self.way = Way(
             *(dtype.itemsize, args.lora_dim, args.lora_dropout > 0, args.gradient_checkpointing),
-            four_bit=False,
+            four_bit=args.load_in_4bit,
             processes=place()[1],
         )
         if done < len(steps):

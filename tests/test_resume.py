@@ -320,6 +320,7 @@ def test_another_run_is_refused(
         **{f"--{name}": [f"--{name}", 2] for name in ("num_train_epochs", "weight_decay", "seed", "lora_dim")},
         **{f"--{name}": [f"--{name}", 0.5] for name in ("learning_rate", "warmup_ratio", "lora_alpha", "lora_dropout")},
         **{f"--{name}": [f"--{name}", 3] for name in ("gradient_accumulation_steps", "per_device_train_batch_size")},
+        "--load_in_4bit": ["--load_in_4bit"],
         "processes": [],
         "precision": [],
     }
