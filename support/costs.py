@@ -127,7 +127,7 @@ FRAGMENTS = 1.05  # what the pieces of a device's memory that are too small for 
 def remedy(config, way: Way, row: Row, available: float, shortest: int | None) -> str:
     """Which flags make a run fit into `available` bytes, as few as possible and those first that change no result.
 
-    shortest: tokens of the longest sample, which --max_pack_len may not go below; None where rows are padded.
+    shortest: --max_len, below which --max_pack_len may not go; None where rows are padded.
     """
     lengths = [n for n in (4096, 2048, 1024, 512, 256, 128) if shortest and shortest <= n < row.tokens]
     rows = {"": row} | {f"--max_pack_len {n}": Row(n, row.supervised * n // row.tokens, n) for n in lengths}

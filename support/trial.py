@@ -89,7 +89,10 @@ class Trial:
     def __init__(self, args, config, steps, test_rows: list[dict], done: int, dtype: torch.dtype, device: torch.device):
         self.args, self.config, self.steps, self.done, self.device = args, config, steps, done, device
         self.way = Way(
-            *(dtype.itemsize, args.lora_dim, args.lora_dropout > 0, args.gradient_checkpointing),
+            itemsize=dtype.itemsize,
+            rank=args.lora_dim,
+            dropout=args.lora_dropout > 0,
+            checkpointing=args.gradient_checkpointing,
             four_bit=args.load_in_4bit,
             processes=place()[1],
         )
@@ -104,8 +107,7 @@ class Trial:
     def too_large(self, available: float) -> str:
         """What is said where the run does not fit."""
         weights, rest = weight_bytes(self.config, self.way), held_bytes(self.config, self.way)
-        longest = int(np.diff(self.steps.data.starts).max()) + max(map(len, self.steps.data.personas))
-        shortest = min(self.args.max_len, longest) if self.args.packing == "tree" else None
+        shortest = self.args.max_len if self.args.packing == "tree" else None
         return (
             f"the run does not fit into the {available / 1e9:.3g} GB of {self.device.type} memory that it may use: "
             f"{weights / 1e9:.3g} GB of weights, {(rest - weights) / 1e9:.2g} GB for the adapters and "
@@ -194,10 +196,8 @@ class Trial:
         """What the adapters and the state will take of the disk."""
         args, numbers = self.args, adapter_parameters(self.config, self.args.lora_dim)
         steps = range(self.done + 1, len(self.steps) + 1)
-        times = sum(
-            step % self.steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0)
-            for step in steps
-        )
+        periods = [self.steps.steps_per_epoch, *([args.save_model_step] if args.save_model_step else [])]
+        times = sum(any(step % period == 0 for period in periods) for step in steps)
         kept = min(times, (args.save_total_limit or times) + 1)  # the best one besides
         each, state = numbers * self.way.itemsize, numbers * (self.way.itemsize + 12)
         free, needed = free_bytes(Path(args.output_dir)), kept * each + 2 * state
