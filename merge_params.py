@@ -19,7 +19,8 @@ from pathlib import Path
 from data_helper import persona, read_samples, with_system
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, few, slow_imports
-from support.files import whole_directory
+from support.files import followed, free_bytes, trained_in_four_bits, whole_directory
+from support.four_bit import check_four_bit
 from support.samples import as_sample
 
 
@@ -27,7 +28,7 @@ def parse_args(argv=None):
     parser = ArgumentParser(description="Fold a LoRA adapter into the weights of its base model, and compare the two.")
     add = parser.add_argument
     add("--ori_model_dir", type=Path, required=True, help="directory of the base model that the adapter was trained on")
-    add("--model_dir", type=Path, required=True, help="directory of the adapter, such as output_dir/epoch-1-step-1002")
+    add("--model_dir", type=followed, required=True, help="directory of the adapter, such as output_dir/best")
     add("--save_model_dir", type=Path, required=True, help="directory for the merged model")
     add(
         "--format",
@@ -118,12 +119,6 @@ def target_problems(args) -> list[str]:
     return []
 
 
-def free_bytes(path: Path) -> int:
-    """Of the disk where `path` is to be."""
-    path = path.absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-
-
 def open_base(path: Path) -> ModelDirectory:
     base = ModelDirectory(path)
     if (path / "config.json").is_file() and (kind := base.settings.get("model_type")) != "baichuan":
@@ -207,12 +202,36 @@ def prove(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     found = logits_of(load_in_float32(merged, device), probes)
+    if trained_in_four_bits(args.model_dir):
+        compare_with_four_bits(base, args.model_dir, found, probes, device)
     dtype = merged.weights.dtype
     print_comparison(compare(expected, found), compare(expected, alone), dtype, sum(map(len, expected)), len(probes))
     result, (most, most_divergence) = compare(expected, found), BOUNDS[dtype]
     if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
         worst = questions[result.worst]
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
+
+
+def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[torch.Tensor], probes, device):
+    """Print how far the merged model's logits are from those of the base in four bits, as the adapter was trained on it.
+
+    This is no error of the merge: in training the adapter saw weights that were rounded to four bits, and the merged
+    model has them unrounded.
+    """
+    try:
+        check_four_bit(base)
+    except UserError as error:
+        print(f"the adapter was trained on the base in 4 bits; not compared with that: {error}")
+        return
+    model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
+    found = compare(logits_of(model.get_base_model(), probes), merged)
+    print(
+        "merged, against base in 4 bits + adapter, as it was trained: it learned beside rounded weights, these are exact"
+    )
+    print(
+        f"largest difference {found.largest:.1e}, mean KL divergence {found.divergence:.1e} nats, equal argmax tokens "
+        f"{found.same_argmax:.2%}\n"
+    )
 
 
 def print_comparison(merged: Agreement, base: Agreement, dtype: torch.dtype, positions: int, probes: int):

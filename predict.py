@@ -28,6 +28,7 @@ from typing import NamedTuple
 from data_helper import read_rows, read_samples, rounds
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
+from support.files import followed, unwritable
 
 SAMPLE = Path(__file__).parent / "data/sample"
 CAVEAT = (
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     add("--model_path", type=Path, help="directory of the model, such as merge_params.py writes")
     add(
         "--adapter_path",
-        type=Path,
+        type=followed,
         nargs="+",
         metavar="DIR",
         help="adapters over --model_path, each scored without merging; the base is loaded once",
@@ -70,6 +71,7 @@ def parse_args(argv=None):
     add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help=plain_text)
     add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
+    add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
     add(
         "--batch_size",
         type=int,
@@ -101,7 +103,6 @@ with slow_imports(parse_args, __name__):
     from support.answer_file import AnswerFile, answer_settings
     from support.answer_scores import answer_sections, measure_answers
     from support.candidates import Candidate, Loader, check_candidates, in_batches, name_candidates, rows_that_fit
-    from support.files import unwritable
     from support.forgetting import read_plain_text
     from support.in_role import attack_conversations, read_attacks
     from support.likelihood import Likelihood
@@ -256,7 +257,7 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
         candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
-        problems.of(check_candidates, candidates or [])
+        problems.of(check_candidates, candidates or [], args.load_in_4bit)
         device = problems.of(pick_device, args.device)
         if args.test_path.is_file():
             questions = problems.of(read_questions, args.test_path, args.data_dir)
@@ -277,7 +278,7 @@ def main(argv=None):
     style, recall, remarks = read_training(args.train_path)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
-    loader, answers, measured, likelihoods = Loader(device), {}, {}, {}
+    loader, answers, measured, likelihoods = Loader(device, args.load_in_4bit), {}, {}, {}
     for candidate in candidates:
         answers[candidate.name] = answer_all(args, candidate, questions, loader)
         measured[candidate.name] = measure_answers(questions, answers[candidate.name], style, recall)

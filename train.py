@@ -10,16 +10,21 @@
 """
 
 import functools
-import json
 import math
 import signal
 from pathlib import Path
 
 from data_helper import conversation, read_samples
-from support.arguments import ArgumentParser, read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
+from support.arguments import (
+    ArgumentParser,
+    Switch,
+    read_deepspeed_config,
+    refuse_wrong_arguments,
+    tokens_or_auto,
+    with_config,
+)
 from support.costs import row_cost
 from support.errors import Problems, UserError, entry_point, first_line, slow_imports
-from support.files import newest_state, whole_files
 
 
 def parse_args(argv=None):
@@ -29,7 +34,7 @@ def parse_args(argv=None):
     add("--test_path", default="data/test.json", help="samples for the perplexity")
     add("--max_len", type=int, default=512, help="tokens of a sample at most: persona, question, answer")
     add("--max_src_len", type=int, default=256, help="tokens of a question at most; its beginning is kept")
-    add("--is_skip", action="store_true", help="leave samples over a limit out instead of cutting them")
+    add("--is_skip", action=Switch, default=False, help="leave samples over a limit out instead of cutting them")
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the base model")
     add("--lora_dim", type=int, default=16, help="rank r of the adapters")
@@ -37,8 +42,9 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
     kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
-    add("--gradient_checkpointing", action="store_true", help="recompute layers: less memory, slower")
-    add("--compile", action="store_true", help="torch.compile the decoder layers; needs a compiler")
+    add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of the memory")
+    add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
+    add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument
     add("--per_device_train_batch_size", type=int, default=2, help="samples of a process; see the next flag")
     add("--gradient_accumulation_steps", type=int, default=4, help="a step takes this × the above × processes samples")
@@ -55,11 +61,15 @@ def parse_args(argv=None):
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
     add("--show_loss_step", type=int, default=10, help="steps between two reports of the loss")
     add("--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only")
-    add("--save_total_limit", type=int, help="adapters to keep, the newest ones; default: all")
+    add("--eval_steps", type=int, default=0, help="steps between two perplexities; 0: with each saved adapter only")
+    add("--save_total_limit", type=int, help="adapters to keep, the newest ones, besides the best one; default: all")
+    add("--patience", type=int, help="stop after this many adapters in a row that are no better; default: never")
     add("--sample_answers", type=int, default=2, help="test questions a role that TensorBoard shows answers to")
+    add("--dry_run", action="store_true", help="say what the run will take, and stop before its first step")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    return parser.parse_args(argv)
+    parser.add_argument("--config", help="JSON file of flags, such as a run's train_args.json; those on the line win")
+    return parser.parse_args(with_config(parser, argv))
 
 
 # After the arguments, since these take seconds.
@@ -67,16 +77,18 @@ with slow_imports(parse_args, __name__):
     import numpy as np
     import torch
     import torch.distributed as dist
-    from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     import utils
-    from baichuan.generation_utils import answer_batch, greedy
     from support import one_parameter, processes
+    from support.best import Best
     from support.log import Log
     from support.model_directory import ModelDirectory
     from support.persona_scores import who_said_it_now
     from support.resume import claim, find_state, load_state, save_state
+    from support.run_record import broken, introduce, keep_record
+    from support.sample_answers import sample_answers
+    from support.trial import Trial
 
 
 # ---------------------------------------------------------------- samples
@@ -121,31 +133,19 @@ def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, l
     return steps, test_rows[rank::world_size]
 
 
-def step_loader(steps: utils.Steps, first: int, device: torch.device) -> DataLoader:
-    """The steps from number `first` on, laid out by a process beside the one that trains."""
-    return DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(first, len(steps)),
-        num_workers=1,
-        prefetch_factor=4,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=processes.leave_signals_to_parent,
-    )
-
-
 # ---------------------------------------------------------------- model and optimizer
 
 
-def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype):
+def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, device: torch.device | None = None):
     """The frozen base with LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the decoder.
 
     LoRA leaves a weight W as it is and learns a small difference beside it: y = W x + (alpha / r) · B A x, with A of
-    r rows and B of r columns. B starts at zero, so that training starts from the base's own answers.
+    r rows and B of r columns. B starts at zero, so that training starts from the base's own answers. With --load_in_4bit
+    W is held in four bits (support/four_bit.py), on `device`; A and B are as ever.
     """
     from peft import LoraConfig, get_peft_model
 
-    model = directory.load(dtype, args.attn_implementation)
+    model = directory.load(dtype, args.attn_implementation, four_bit_on=device if args.load_in_4bit else None)
     lora = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
@@ -191,21 +191,6 @@ def start_engine(model, config: dict, args, total_steps: int):
         raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 
 
-# ---------------------------------------------------------------- what the run is
-
-
-def introduce(args, model, steps: utils.Steps, done: int, state: Path | None, where: str):
-    """Say what will be trained, and keep the arguments beside it."""
-    with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
-        json.dump(vars(args), file, ensure_ascii=False, indent=2)
-    model.print_trainable_parameters()
-    print(f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}")
-    if args.resume:
-        print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
-    if done == len(steps):
-        print(f"{args.output_dir}: is complete, nothing is left to do")
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -246,48 +231,28 @@ def update(engine, dtype: torch.dtype) -> float:
     return norm if handled or 0 <= norm < math.inf else math.nan
 
 
-def sample_answers(model, tokenizer, generation_config, test_path: str, per_role: int) -> dict[str, str]:
-    """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive."""
-    asked: dict[str, dict[str, list[dict]]] = {}
-    for sample in read_samples(test_path):
-        questions = asked.setdefault(sample["role"], {})
-        question = next(turn["content"] for turn in sample["messages"] if turn["role"] == "user")
-        if len(questions) < per_role:
-            questions[question] = conversation(sample["system"], question)
-    model.eval()
-    conversations = [messages for questions in asked.values() for messages in questions.values()]
-    answers = iter(answer_batch(model, tokenizer, conversations, greedy(generation_config, 128)))  # all roles at once
-    return {
-        f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
-        for role, questions in asked.items()
-    }
-
-
-def evaluate_and_save(args, engine, directory: ModelDirectory, test_rows, log: Log, steps: utils.Steps, step: int):
-    """Measure the perplexity, show some answers, and write the adapter of this step."""
+def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -> float:
+    """The mean loss on the test set after a step, logged with its perplexity. Raises: UserError if it is no number."""
     main_process = processes.place()[0] == 0
     test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, main_process)
     if not math.isfinite(test_loss):
         raise broken(args, steps, step, f"the loss on {args.test_path} after step {step} is {test_loss}")
-    if main_process:
-        path, perplexity = Path(args.output_dir) / steps.name(step), math.exp(min(test_loss, 700))
-        log.scalars(step, {"test_loss": test_loss, "ppl": perplexity})
-        log.scalars(step, who_said_it_now(args, engine.module, directory.tokenizer, utils))
-        if args.sample_answers:
-            texts = (directory.tokenizer, directory.generation_config, args.test_path, args.sample_answers)
-            log.texts(step, sample_answers(engine.module, *texts))
-        utils.save_model(engine.module, directory.tokenizer, path, args.save_total_limit)
-        tqdm.write(f"{path}: perplexity {perplexity:.3f} (loss {test_loss:.4f})")
-    engine.train()  # evaluating and answering went without dropout
+    log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
+    return test_loss
 
 
-def broken(args, steps: utils.Steps, step: int, what: str) -> UserError:
-    """Why the run cannot go on, and what a user can do."""
-    numbers = ", ".join(map(str, steps.data.numbers[steps.samples(step - 1)]))
-    return UserError(
-        f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
-        f"another precision. {newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
-    )
+def show_and_save(args, engine, directory: ModelDirectory, log: Log, path: Path, step: int, test_loss: float):
+    """Show who is heard and some answers, and write the adapter of this step. On the main process."""
+    log.scalars(step, who_said_it_now(args, engine.module, directory.tokenizer, utils))
+    if args.sample_answers:
+        log.texts(step, sample_answers(engine.module, directory, args.test_path, args.sample_answers, conversation))
+        engine.train()  # it answered without dropout
+    utils.save_model(engine.module, directory.tokenizer, path, args.load_in_4bit)
+    tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 @entry_point
@@ -303,27 +268,41 @@ def main(argv=None):
     dtype = processes.precision(config)
     done, state, run = find_state(args, train_data, dtype)
     rank, world_size = processes.place()
+    output_dir, best = Path(args.output_dir), Best(args.output_dir, run["best"])
+    if best.is_old(args.patience):
+        return print(best.report(args.patience)) if rank == 0 else None
 
-    # 3. The frozen base with its adapters, the rows it will read, and DeepSpeed with the optimizer.
-    torch.manual_seed(args.seed)
-    model = model_with_adapters(args, directory, dtype)
+    # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
     steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
+    trial = Trial(args, directory.config, steps, test_rows, done, dtype, device)
+    trial.refuse_too_little_memory()
+    torch.manual_seed(args.seed)
+    model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
         directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
-    claim(Path(args.output_dir))
+    if not args.dry_run:
+        claim(output_dir)
     if rank == 0:
-        introduce(
-            args, model, steps, done, state, f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
-        )
+        where = f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
+        introduce(args, model, steps, done, state, where)
+        if not args.dry_run:
+            keep_record(args, run["identity"], config, device)
 
-    # 4. Train, show, save; stop where one is asked to.
+    # 4. One row passes, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
-    log = Log(Path(args.output_dir) / "runs", len(steps), done, run["losses"], rank == 0)
+    forecast = trial.run(engine, lambda batch: utils.model_inputs(batch, device, args.attn_implementation))
+    if rank == 0 and forecast:
+        print(forecast)
+    if args.dry_run:
+        return
+
+    # 5. Train, show, save; stop where one is asked to.
+    log = Log(output_dir / "runs", len(steps), done, run["losses"], rank == 0)
     with log, processes.StopRequest() as stop_request:
-        for step, (batches, tokens) in enumerate(step_loader(steps, done, device), start=done + 1):
+        for step, (batches, tokens) in enumerate(processes.step_loader(steps, done, device), start=done + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
             loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(stop_request))
             if not math.isfinite(loss):
@@ -335,15 +314,25 @@ def main(argv=None):
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.show(step, learning_rate, grad_norm)
-            save = step % steps.steps_per_epoch == 0 or (args.save_model_step and step % args.save_model_step == 0)
+            save = step % steps.steps_per_epoch == 0 or is_due(args.save_model_step, step)
+            if save or is_due(args.eval_steps, step):
+                test_loss = evaluate(args, engine, test_rows, log, steps, step)
             if save:
-                evaluate_and_save(args, engine, directory, test_rows, log, steps, step)
+                best.add(steps.name(step), test_loss)
+                if rank == 0:
+                    show_and_save(args, engine, directory, log, output_dir / steps.name(step), step, test_loss)
+                    best.keep(args.save_total_limit)
             if save or stop:
-                save_state(engine, Path(args.output_dir) / "state" / steps.name(step), run | {"losses": log.losses})
+                now = {"losses": log.losses, "best": best.state()}
+                save_state(engine, output_dir / "state" / steps.name(step), run | now)
+            if save and best.is_old(args.patience):
+                break
             if stop and step < len(steps):
                 if rank == 0:
                     print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")
                 raise SystemExit(128 + (stop_request.signal or signal.SIGTERM))
+    if rank == 0 and best.name:
+        print(best.report(args.patience))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from support.files import checkpoints, remove_directory, whole_directory, writing
+from support.files import whole_directory, write_training, writing
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -171,10 +171,7 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
         `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
     """
     ids, positions, pairs, ends = [], [], [], np.empty(0, dtype=np.int64)
-    path, previous = (
-        np.empty(0, dtype=np.int64),
-        np.empty(0, dtype=np.int64),
-    )  # path: where `previous` stands in the row
+    path = previous = np.empty(0, dtype=np.int64)  # path: where `previous` stands in the row
     for tokens, supervised in samples:
         shared, length = shared_beginning(previous, tokens), len(ends)
         ends[path[shared:]] = length  # these branches are over
@@ -292,13 +289,17 @@ class Steps(Dataset):
     def name(self, step: int) -> str:
         return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the samples of an epoch's steps: (steps_per_epoch, step_size)."""
+        if self._order[0] != epoch:
+            drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+            self._order = (epoch, drawn[: self.steps_per_epoch * self.step_size].reshape(-1, self.step_size))
+        return self._order[1]
+
     def samples(self, step: int) -> np.ndarray:
         """Indices of a step's samples, in tree order, so that each process meets few personas."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
-        indices = self._order[1][place * self.step_size : (place + 1) * self.step_size]
-        return self.data.in_tree_order(indices)
+        return self.data.in_tree_order(self.order(epoch)[place])
 
     def __getitem__(self, step: int):
         indices = self.samples(step)
@@ -341,10 +342,9 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     return (total[0] / total[1]).item()
 
 
-def save_model(model, tokenizer, directory: Path, keep: int | None = None):
-    """Write a plain PEFT adapter with the tokenizer it was trained under; keep only the newest `keep` beside it."""
+def save_model(model, tokenizer, directory: Path, load_in_4bit: bool = False):
+    """Write a plain PEFT adapter with the tokenizer it was trained under, and how the base was held meanwhile."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
-    for _, old in checkpoints(directory.parent)[: -keep if keep else 0]:
-        remove_directory(old)
+        write_training(new, load_in_4bit)

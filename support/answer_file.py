@@ -23,6 +23,8 @@ def answer_settings(args, candidate, questions: Sequence) -> dict:
         settings["model"] = model.path.resolve().name
         for file in [*model.weights.files, model.path / "generation_config.json"]:
             sources.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    if args.load_in_4bit:
+        settings["load_in_4bit"] = True
     if candidate.adapter:
         settings["adapter"] = candidate.name
         sources.append(digest(candidate.adapter))

@@ -4,11 +4,13 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 from support.costs import MOST_TOKENS
 from support.errors import Problems, UserError
 from support.files import checkpoints, newest_state, unwritable
+from support.four_bit import check_four_bit
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -28,6 +30,48 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains every flag)")
 
 
+Switch = argparse.BooleanOptionalAction  # --flag, and --no-flag where --config has switched it on
+
+
+def with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """The command line with what `--config FILE` holds put before it, so that a flag on the line wins.
+
+    The file is a JSON object {flag's name: value}, as train.py writes it. Raises: UserError.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    path = only_config.parse_known_args(argv)[0].config
+    if path is None:
+        return argv
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}: train.py writes such a file, train_args.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: must be one JSON object {{flag: value}}")
+    known, flags = vars(parser.parse_args([])), []
+    with Problems() as problems:
+        for name, value in settings.items():
+            if name not in known or name == "config":
+                problems.append(f"--config {path}: there is no flag --{name}")
+            elif isinstance(known[name], bool):
+                if not isinstance(value, bool):
+                    problems.append(f"--config {path}: {name} must be true or false")
+                flags += [f"--{name}"] if value else []
+            elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                flags.append(f"--{name}={value}")
+            elif value is not None:
+                problems.append(f"--config {path}: {name} must be a number or a text")
+    try:
+        parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(*(f"--config {path}: {problem}" for problem in error.problems)) from None
+    return flags + argv
+
+
 def number_problems(args, least: dict[str, int]) -> list[str]:
     """Which of the integer flags are below their least value, or beyond what 32 bits hold."""
     values = {name: (getattr(args, name), low) for name, low in least.items() if getattr(args, name) is not None}
@@ -43,6 +87,8 @@ def refuse_wrong_arguments(args, model_directory):
     with Problems() as problems:
         problems += argument_problems(args)
         problems += problems.of(model_problems, args, model_directory) or []
+        if args.load_in_4bit and not problems:
+            problems.of(check_four_bit, model_directory)
         problems += [
             f"{path}: there is no such file" for path in (args.train_path, args.test_path) if not Path(path).is_file()
         ]
@@ -55,8 +101,8 @@ def tokens_or_auto(text: str) -> int:
 
 def argument_problems(args) -> list[str]:
     positive = ("max_len", "max_src_len", "lora_dim", "per_device_train_batch_size", "gradient_accumulation_steps")
-    positive += ("num_train_epochs", "show_loss_step", "max_pack_len", "save_total_limit")
-    least = dict.fromkeys(positive, 1) | dict.fromkeys(("save_model_step", "sample_answers", "seed"), 0)
+    positive += ("num_train_epochs", "show_loss_step", "max_pack_len", "save_total_limit", "patience")
+    least = dict.fromkeys(positive, 1) | dict.fromkeys(("save_model_step", "eval_steps", "sample_answers", "seed"), 0)
     problems = number_problems(args, least)
     for name in ("learning_rate", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from support.adapter import misfits, read_adapter, refuse_second_merge
 from support.engine import Engine
 from support.errors import Problems, UserError, few, out_of_memory
+from support.four_bit import check_four_bit
 from support.model_directory import ModelDirectory, load_adapter
 
 MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
@@ -26,7 +27,7 @@ class Candidate(NamedTuple):
     adapter: Path | None = None
     engine: Engine | None = None
 
-    def check(self) -> "Candidate":
+    def check(self, four_bit: bool) -> "Candidate":
         """Raises: UserError with all that is wrong, before anything slow."""
         if self.engine:
             self.engine.check()
@@ -38,6 +39,8 @@ class Candidate(NamedTuple):
                 "--adapter_path and its base as --model_path"
             )
         self.directory.check()
+        if four_bit:
+            check_four_bit(self.directory)
         if self.adapter:
             refuse_second_merge(self.directory, self.adapter)
             if problems := misfits(self.directory.weights, read_adapter(self.adapter)):
@@ -69,11 +72,11 @@ def name_candidates(args) -> list[Candidate]:
     return [*candidates, *(Candidate(name, beside(name), base, path) for name, path in adapters)]
 
 
-def check_candidates(candidates: Sequence[Candidate]):
+def check_candidates(candidates: Sequence[Candidate], four_bit: bool):
     """Raises: UserError with all that is wrong, each problem once."""
     found = Problems()
     for candidate in candidates:
-        found.of(candidate.check)
+        found.of(candidate.check, four_bit)
     if problems := list(dict.fromkeys(found)):
         raise UserError(*problems)
 
@@ -84,8 +87,8 @@ class Loader:
     Candidates that follow each other on one base, as adapters do, have its weights read once.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, four_bit: bool = False):
+        self.device, self.four_bit = device, four_bit
         self.drop()
 
     def drop(self):
@@ -101,7 +104,8 @@ class Loader:
             self.base, self.adapter, self.adapter_path = self.adapter.unload(), None, None
         if path != self.path:
             self.drop()
-            self.path, self.base = path, candidate.directory.load().to(self.device)
+            base = candidate.directory.load(four_bit_on=self.device if self.four_bit else None)
+            self.path, self.base = path, base.to(self.device)
         if candidate.adapter and self.adapter is None:
             self.adapter = load_adapter(self.base, candidate.adapter).to(self.device).eval()
             self.adapter_path = candidate.adapter

@@ -1,4 +1,9 @@
-"""What computing costs, known beforehand."""
+"""What computing costs, known beforehand: time of a row, memory of a run.
+
+Sizes in the formulas: h hidden, m intermediate, V vocabulary, L layers, r rank of the adapters; s bytes a number.
+"""
+
+from typing import NamedTuple
 
 MOST_TOKENS = 8192  # of a row, however cheap
 
@@ -13,3 +18,130 @@ def row_cost(config, device):
     slowness = 4.0 if device.type == "cpu" else 2.0
     attention = slowness * 2 / (4 * config.hidden_size + 3 * config.intermediate_size)
     return lambda length: 32 + length + attention * length**2
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Way(NamedTuple):
+    """How a run holds its weights, and what it keeps for the backward pass."""
+
+    itemsize: int  # bytes of a number: 2 in bfloat16 and float16, 4 in float32
+    rank: int  # of the adapters
+    dropout: bool  # whether an adapter's inputs are dropped in part
+    checkpointing: bool  # --gradient_checkpointing
+    four_bit: bool  # --load_in_4bit
+    processes: int = 1  # which share the optimizer's state
+
+
+class Row(NamedTuple):
+    """What passes through the model at once."""
+
+    tokens: int  # padding included
+    supervised: int  # tokens that carry loss
+    length: int  # tokens that may see each other: of a padded batch, those of one sample
+
+
+def decoder_parameters(config) -> int:
+    """Weights of the linear layers that --load_in_4bit holds in four bits: W_pack, o_proj, gate, up and down."""
+    h, m = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * (4 * h * h + 3 * h * m)
+
+
+def weight_bytes(config, way: Way) -> float:
+    """Of the frozen base.
+
+    NF4 takes half a byte a weight, and with double quantisation a byte for every 64 weights and 4 for every 64 × 256
+    (Dettmers et al. 2023, arXiv 2305.14314).
+    """
+    h = config.hidden_size
+    others = 2 * config.vocab_size * h + (2 * config.num_hidden_layers + 1) * h  # embedding, head, norms
+    of_a_weight = 1 / 2 + 1 / 64 + 4 / (64 * 256) if way.four_bit else way.itemsize
+    return decoder_parameters(config) * of_a_weight + others * way.itemsize
+
+
+def adapter_parameters(config, rank: int) -> int:
+    """A of r rows and B of r columns beside each linear layer: r · (in + out) for every one of them."""
+    h, m = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * rank * ((h + 3 * h) + (h + h) + 2 * (h + m) + (m + h))
+
+
+def trained_bytes(config, way: Way) -> float:
+    """Adapters and their gradients; and the optimizer's float32 copy and two moments, shared out by ZeRO."""
+    return adapter_parameters(config, way.rank) * (2 * way.itemsize + 12 / way.processes)
+
+
+def layer_bytes(config, way: Way) -> float:
+    """What a decoder layer keeps of a token until its backward pass.
+
+    Both norms keep their input; attention the output of W_pack, of which the value is a part, query and key as they were
+    turned, and its own output; the MLP what goes into activation and product; an adapter the input of its A, which
+    dropout copies (on a GPU with a mask of a byte a number). Frozen weights need no input kept.
+    """
+    h, m, s = config.hidden_size, config.intermediate_size, way.itemsize
+    norms, attention, mlp = 2 * h * s, 6 * h * s, 3 * m * s
+    if way.dropout:
+        adapters = (4 * h + m) * (s + 1)  # of W_pack, o_proj, gate and up; of down
+    else:
+        adapters = 2 * h * s + m * s  # o_proj's is attention's output; gate and up share theirs
+    return norms + attention + mlp + adapters + 5 * way.rank * s
+
+
+def row_bytes(config, way: Way, row: Row) -> float:
+    """The most that a row takes beyond the weights, from its forward to the end of its backward pass.
+
+    Every layer keeps its activations or, with checkpointing, its input alone, and computes the rest again in the backward
+    pass. On top of that come, at different times, the head (the logits' softmax and two gradients, in float32) and the
+    backward pass of one layer, whose gradients are as large as the MLP's activations.
+    """
+    h, m, s = config.hidden_size, config.intermediate_size, way.itemsize
+    kept = h * s if way.checkpointing else layer_bytes(config, way)
+    working = 4 * m * s + (layer_bytes(config, way) if way.checkpointing else 0)
+    head = row.supervised * config.vocab_size * 3 * 4
+    mask = row.tokens * row.length * s
+    unpacked = h * max(3 * h, m) * s if way.four_bit else 0  # the largest weight, while it is multiplied
+    return row.tokens * kept * config.num_hidden_layers + max(head, row.tokens * working + unpacked) + mask
+
+
+def evaluation_bytes(config, way: Way, row: Row) -> float:
+    """The same for a row of the test set, of which nothing is kept: the head's logits and their softmax, or a layer."""
+    working = (4 * config.hidden_size + 3 * config.intermediate_size) * way.itemsize
+    return (
+        max(row.supervised * config.vocab_size * 2 * 4, row.tokens * working) + row.tokens * row.length * way.itemsize
+    )
+
+
+def held_bytes(config, way: Way) -> float:
+    """What a run holds all the time."""
+    return weight_bytes(config, way) + trained_bytes(config, way)
+
+
+def need(config, way: Way, row: Row) -> float:
+    """All that a training run takes of a device."""
+    return held_bytes(config, way) + row_bytes(config, way, row)
+
+
+FRAGMENTS = 1.05  # what the pieces of a device's memory that are too small for anything add; an estimate
+
+
+def remedy(config, way: Way, row: Row, available: float, shortest: int | None) -> str:
+    """Which flags make a run fit into `available` bytes, as few as possible and those first that change no result.
+
+    shortest: --max_len, below which --max_pack_len may not go; None where rows are padded.
+    """
+    lengths = [n for n in (4096, 2048, 1024, 512, 256, 128) if shortest and shortest <= n < row.tokens]
+    rows = {"": row} | {f"--max_pack_len {n}": Row(n, row.supervised * n // row.tokens, n) for n in lengths}
+    ways = {"": way, "--gradient_checkpointing": way._replace(checkpointing=True)}
+    four_bit = {f"--load_in_4bit {flags}".strip(): way._replace(four_bit=True) for flags, way in ways.items()}
+    now, least = need(config, way, row), None
+    for held in (ways, four_bit):
+        for row_flags, changed_row in rows.items():
+            for flags, changed in held.items():
+                needed, together = need(config, changed, changed_row), f"{flags} {row_flags}".strip()
+                if needed < 0.98 * now and (least is None or needed < least[0]):
+                    least = needed, together
+                if needed < 0.98 * now and FRAGMENTS * needed <= available:
+                    return f"add {together}"
+    needed, flags = least or (now, "")
+    also = f"even with {flags} " if flags else ""
+    return f"{also}it needs {FRAGMENTS * needed / 1e9:.3g} GB: lower --max_len, or take a device with more memory"

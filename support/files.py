@@ -1,6 +1,7 @@
 """Files and directories are whole or absent, even if the process that writes them is killed."""
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.errors import OneProcessError, UserError, first_line
+
+CHECKPOINT = r"epoch-\d+-step-(\d+)"  # the name of an adapter, and of a state
 
 
 @contextmanager
@@ -110,6 +113,37 @@ def remove_directory(path: Path):
     shutil.rmtree(hidden)
 
 
+def set_link(link: Path, name: str):
+    """Let `link` name a directory beside it: a link or, on a file system that has none, a file with that name in it."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except OSError:  # FAT, some network disks
+        temporary.write_text(name, encoding="utf-8")
+        put_on_disk(temporary)
+    if link.is_dir() and not link.is_symlink():  # made by a copy that followed the link
+        remove_directory(link)
+    temporary.replace(link)
+    put_on_disk(link.parent)
+
+
+def followed(path: str | Path) -> Path:
+    """The directory that a path means: of what `set_link` has made, the one it names; of all else, itself."""
+    path = Path(path)
+    if path.is_symlink():
+        return path.parent / os.readlink(path)
+    if path.is_file() and re.fullmatch(CHECKPOINT, name := path.read_text(encoding="utf-8", errors="replace")[:100]):
+        return path.parent / name
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk where `path` is to be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def put_on_disk(*paths):
     """Wait until files, and the names in directories, would outlast a power cut."""
     for path in paths:
@@ -123,10 +157,26 @@ def put_on_disk(*paths):
 
 def checkpoints(directory) -> list[tuple[int, Path]]:
     """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
-    named = ((re.fullmatch(r"epoch-\d+-step-(\d+)", path.name), path) for path in Path(directory).glob("epoch-*"))
+    named = ((re.fullmatch(CHECKPOINT, path.name), path) for path in Path(directory).glob("epoch-*"))
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def newest_state(output_dir) -> tuple[int, Path | None]:
     """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
     return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
+
+
+TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such field
+
+
+def write_training(adapter: Path, load_in_4bit: bool):
+    """Record how the base was held while an adapter was trained."""
+    (adapter / TRAINING).write_text(json.dumps({"load_in_4bit": load_in_4bit}), encoding="utf-8")
+
+
+def trained_in_four_bits(adapter: Path) -> bool:
+    """Whether `write_training` has recorded so. Adapters of other programs have no such file."""
+    try:
+        return json.loads((adapter / TRAINING).read_text(encoding="utf-8"))["load_in_4bit"] is True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

@@ -22,6 +22,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
 from support.comparison import cache_error
 from support.errors import Problems, UserError, few, out_of_memory
+from support.four_bit import keep_as_loaded, loading
 from support.processes import refuse_unusable_gpu, set_up_cuda
 
 WEIGHT_FILES = (
@@ -122,16 +123,27 @@ class ModelDirectory:
     def weights(self) -> "Weights":
         return Weights(self.path)
 
-    def load(self, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa"):
-        """The model on the CPU, in evaluation mode; by default in the dtype of its weights. Raises: UserError."""
+    def load(
+        self,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str = "sdpa",
+        four_bit_on: torch.device | None = None,
+    ):
+        """The model on the CPU, in evaluation mode; by default in the dtype of its weights. Raises: UserError.
+
+        four_bit_on: a device; the decoder's linear layers are then held in four bits, and the model is on that device.
+        """
         self.check()
         logging.set_verbosity_error()  # it would print a table of tensors that do not fit; the check has named them
+        dtype = dtype or self.weights.dtype
+        four_bit = loading(dtype, four_bit_on) if four_bit_on else {}
         try:
             model = self._kind.from_pretrained(
-                self.path, dtype=dtype or self.weights.dtype, attn_implementation=attn_implementation
+                self.path, dtype=dtype, attn_implementation=attn_implementation, **four_bit
             )
         except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
             raise UserError(f"{self.path}: the model cannot be loaded: {error}") from error
+        keep_as_loaded(model)
         model.generation_config = deepcopy(self.generation_config)
         return model
 

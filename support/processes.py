@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from support.errors import OneProcessError, UserError, out_of_memory
 
@@ -177,6 +178,19 @@ class StopRequest:
             return parent.ppid() if "deepspeed.launcher.launch" in parent.cmdline() else None
         except psutil.Error:
             return None
+
+
+def step_loader(steps, first: int, device: torch.device) -> DataLoader:
+    """The steps from number `first` on, laid out by a process beside the one that trains."""
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=1,
+        prefetch_factor=4,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+    )
 
 
 def leave_signals_to_parent(worker_id: int):

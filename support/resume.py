@@ -19,6 +19,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from support.best import Best
 from support.errors import OneProcessError, UserError, first_line
 from support.files import checkpoints, newest_state, put_on_disk, remove_directory, rename_directory, writing
 from support.processes import place, refuse_differences
@@ -57,6 +58,7 @@ def run_identity(args, train_data, dtype: torch.dtype) -> dict:
     """All that decides the result of a run to the last bit. What only decides its speed is left out."""
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
+    flags += ("load_in_4bit",)
     return {
         "training data": digest(
             train_data.ids, train_data.persona, train_data.starts, train_data.turns, str(train_data.personas)
@@ -74,7 +76,7 @@ def find_state(args, train_data, dtype: torch.dtype) -> tuple[int, Path | None, 
     done, state = newest_state(args.output_dir)
     identity = run_identity(args, train_data, dtype)
     refuse_differences(identity | {"the state in --output_dir": done})
-    run = read_run(state, identity) if state else {"identity": identity, "losses": []}
+    run = read_run(state, identity) if state else {"identity": identity, "losses": [], "best": None}
     return done, state, run
 
 
@@ -82,7 +84,9 @@ def read_run(state: Path, identity: dict) -> dict:
     """The run.json of a state. Raises: UserError if it was saved by a run that is not the one of `identity`."""
     try:
         run = json.loads((state / "run.json").read_text(encoding="utf-8"))
+        run["identity"].setdefault("--load_in_4bit", False)  # older than that flag
         saved, losses = run["identity"], [float(loss) for loss in run["losses"]]
+        best = run.get("best") and Best(state.parent.parent, run["best"]).state()
         differing = [name for name in identity if saved.get(name) != identity[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew") from None
@@ -91,7 +95,7 @@ def read_run(state: Path, identity: dict) -> dict:
         raise UserError(
             *(f"{state}: was saved with {n} {saved.get(n)}, not {identity[n]}: {remedy}" for n in differing)
         )
-    return {"identity": saved, "losses": losses}
+    return {"identity": saved, "losses": losses, "best": best}
 
 
 def save_state(engine, directory: Path, run: dict):
@@ -100,7 +104,7 @@ def save_state(engine, directory: Path, run: dict):
     DeepSpeed's own save_checkpoint writes objects of its classes, which only a pickle that may run code brings back.
 
     Args:
-        run: `identity`, what the run is, and `losses`, those since the log's last report.
+        run: `identity`, what the run is; `losses`, those since the log's last report; `best`, see support/best.py.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     rank = dist.get_rank()

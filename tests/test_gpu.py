@@ -13,7 +13,7 @@ from test_merge import make_adapter
 import merge_params
 import train
 from data_helper import conversation, read_samples
-from support import processes
+from support import processes, sample_answers
 from support.errors import UserError
 from support.log import peak_memory_gb
 from support.model_directory import ModelDirectory, load_adapter, pick_device
@@ -153,7 +153,7 @@ def test_the_timer_that_would_synchronise_is_off(train_arguments, tmp_path, monk
 
 
 def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples, monkeypatch):
-    directory, calls, answer_batch = ModelDirectory(checkpoint), [], train.answer_batch
+    directory, calls, answer_batch = ModelDirectory(checkpoint), [], sample_answers.answer_batch
     model = directory.load()
 
     def counted(model, tokenizer, conversations, config):
@@ -161,8 +161,8 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples
         config.max_new_tokens = 8
         return answer_batch(model, tokenizer, conversations, config)
 
-    monkeypatch.setattr(train, "answer_batch", counted)
-    texts = train.sample_answers(model, directory.tokenizer, directory.generation_config, few_samples[1], 1)
+    monkeypatch.setattr(sample_answers, "answer_batch", counted)
+    texts = sample_answers.sample_answers(model, directory, few_samples[1], 1, conversation)
     assert calls == [len(texts)] and len(texts) > 1
     first = {}
     for sample in read_samples(few_samples[1]):
@@ -172,7 +172,7 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples
             model,
             directory.tokenizer,
             [conversation(sample["system"], sample["prompt"])],
-            train.greedy(directory.generation_config, 8),
+            sample_answers.greedy(directory.generation_config, 8),
         )
         assert texts[f"answers/{sample['role']}"] == f"**{sample['prompt']}**  \n{answer.text}"
 

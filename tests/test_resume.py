@@ -297,6 +297,7 @@ def error_of(arguments, capsys) -> str:
 # Flags that say where things are, what is shown and kept, how fast it goes; and those that are seen in the data.
 NO_MATTER = {"train_path", "test_path", "model_name_or_path", "ds_file", "output_dir", "resume", "local_rank"}
 NO_MATTER |= {"show_loss_step", "save_model_step", "save_total_limit", "sample_answers"}
+NO_MATTER |= {"eval_steps", "patience", "dry_run", "config"}
 NO_MATTER |= {"attn_implementation", "gradient_checkpointing", "compile", "packing", "max_pack_len"}
 NO_MATTER |= {"max_len", "max_src_len", "is_skip"}
 
@@ -319,6 +320,7 @@ def test_another_run_is_refused(
         **{f"--{name}": [f"--{name}", 2] for name in ("num_train_epochs", "weight_decay", "seed", "lora_dim")},
         **{f"--{name}": [f"--{name}", 0.5] for name in ("learning_rate", "warmup_ratio", "lora_alpha", "lora_dropout")},
         **{f"--{name}": [f"--{name}", 3] for name in ("gradient_accumulation_steps", "per_device_train_batch_size")},
+        "--load_in_4bit": ["--load_in_4bit"],
         "processes": [],
         "precision": [],
     }

@@ -1,0 +1,46 @@
+"""The best adapter of a run is the one with the lowest loss on the test set. `output_dir/best` names it."""
+
+import math
+from pathlib import Path
+
+from support.files import checkpoints, remove_directory, set_link
+
+
+class Best:
+    """Which of a run's adapters is the best one so far.
+
+    Args:
+        saved: what `state()` was, in the state that a resumed run goes on from; None at the beginning.
+    """
+
+    def __init__(self, output_dir, saved: dict | None):
+        self.output_dir = Path(output_dir)
+        saved = saved or {"name": None, "test_loss": math.inf, "saves_since": 0}
+        self.name, self.test_loss, self.saves_since = saved["name"], saved["test_loss"], saved["saves_since"]
+
+    def state(self) -> dict | None:
+        names = ("name", "test_loss", "saves_since")
+        return {name: getattr(self, name) for name in names} if self.name else None
+
+    def add(self, name: str, test_loss: float):
+        """Take account of an adapter that is about to be saved. Every process has the same loss, and so the same best."""
+        self.saves_since += 1
+        if test_loss < self.test_loss:
+            self.name, self.test_loss, self.saves_since = name, test_loss, 0
+
+    def keep(self, limit: int | None):
+        """Let `best` name the best adapter; of the others keep the newest `limit` ones. On the main process."""
+        set_link(self.output_dir / "best", self.name)
+        for _, old in checkpoints(self.output_dir)[: -limit if limit else 0]:
+            if old.name != self.name:
+                remove_directory(old)
+
+    def is_old(self, patience: int | None) -> bool:
+        """Whether so many adapters have been saved since, without a better one, that the run is over."""
+        return patience is not None and self.saves_since >= patience
+
+    def report(self, patience: int | None) -> str:
+        found = f"{self.output_dir / 'best'}: {self.name} with a loss of {self.test_loss:.4f} is the best adapter"
+        if self.is_old(patience):
+            found += f"; stopped, since {self.saves_since} saves brought no better one (--patience {patience})"
+        return found

@@ -1,0 +1,98 @@
+"""What is told and kept of a training run, for the one who started it.
+
+output_dir/train_args.json    the flags in force, for `train.py --config`
+output_dir/run_record.json    a list, of each start: commit, versions of the packages, digests of the data, the
+                              DeepSpeed configuration in force, the device
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+
+from support.errors import UserError
+from support.files import newest_state, whole_files
+
+
+def introduce(args, model, steps, done: int, state: Path | None, where: str):
+    """Say what will be trained. steps: utils.Steps."""
+    model.print_trainable_parameters()
+    print(f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}")
+    if args.resume:
+        print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
+    if done == len(steps):
+        print(f"{args.output_dir}: is complete, nothing is left to do")
+
+
+OF_ONE_START = ("resume", "dry_run", "local_rank", "config")  # flags that no later run should repeat
+
+
+def keep_record(args, identity: dict, config: dict, device: torch.device):
+    """Write beside the adapters all that it takes to repeat the run.
+
+    Args:
+        identity: what decides the run's result, see support/resume.py.
+        config: the DeepSpeed configuration, as the flags and the device have completed it.
+    """
+    output_dir = Path(args.output_dir)
+    files = {path: file_digest(path) for path in (args.train_path, args.test_path, args.ds_file)}
+    start = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        "packages": {
+            found.name: found.version for found in sorted(distributions(), key=lambda found: found.name.lower())
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "files, sha256": files,
+        "identity": identity,
+        "DeepSpeed configuration": config,
+    }
+    with whole_files(output_dir / "train_args.json", output_dir / "run_record.json") as (arguments, record):
+        kept = {name: value for name, value in vars(args).items() if name not in OF_ONE_START}
+        json.dump(kept, arguments, ensure_ascii=False, indent=2)
+        json.dump([*starts_before(output_dir / "run_record.json"), start], record, ensure_ascii=False, indent=2)
+
+
+def starts_before(path: Path) -> list[dict]:
+    """What a run that is resumed has recorded so far."""
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or a file that somebody has edited
+        return []
+    return starts if isinstance(starts, list) else []
+
+
+def file_digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a note where files differ from it. None: it is no checkout, or git is missing."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = git(root, "rev-parse", "HEAD")
+        return head + (", and changes since" if git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def broken(args, steps, step: int, what: str) -> UserError:
+    """Why the run cannot go on, and what a user can do."""
+    numbers = ", ".join(map(str, steps.data.numbers[steps.samples(step - 1)]))
+    return UserError(
+        f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
+        f"another precision. {newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
+    )

@@ -1,0 +1,215 @@
+"""Before the first step: does the run fit into memory and onto the disk, and about how long will it take?
+
+One row, the largest that the run will meet, passes forward and backward through the model. It leaves nothing behind.
+"""
+
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from support.costs import (
+    Row,
+    Way,
+    adapter_parameters,
+    evaluation_bytes,
+    held_bytes,
+    remedy,
+    row_bytes,
+    row_cost,
+    weight_bytes,
+)
+from support.errors import UserError, out_of_memory
+from support.files import free_bytes
+from support.processes import place
+
+LOOKED_AT = 32  # steps that are laid out to find the largest row, and again for the mean
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(all of a device's memory, what this process may use of it), in bytes. A container's limit counts."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free + torch.cuda.memory_reserved(device)
+    total, limit = psutil.virtual_memory().total, Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        total = min(total, int(text))
+    return total, total
+
+
+def row_of(batch: dict) -> Row:
+    return Row(batch["input_ids"].numel(), len(batch["loss_positions"]), batch["input_ids"].shape[1])
+
+
+def largest_batch(steps, done: int, size) -> dict[str, torch.Tensor]:
+    """Of all batches of the steps after `done`, the one for which `size(row)` is largest. steps: utils.Steps.
+
+    To lay every step out would take minutes for a large file. So the steps are looked at in the order of what they could
+    take at most, all samples in one row, until no other can take more than what was found.
+    """
+    data, collator = steps.data, steps.collator
+    lengths, personas = np.diff(data.starts), np.array([len(persona) for persona in data.personas])
+    whole = lengths + personas[data.persona]
+    bounds = []  # (size at most, step)
+    for epoch in range(done // steps.steps_per_epoch, steps.epochs):
+        order = steps.order(epoch)  # (steps, samples)
+        persona, supervised = np.sort(data.persona[order], axis=1), data.supervised[order].sum(1)
+        if collator.packing == "none":
+            length = whole[order].max(1)
+            tokens = length * collator.rows_per_batch
+        else:
+            first = np.diff(persona, axis=1, prepend=-1) > 0  # each persona once
+            length = tokens = np.minimum(
+                lengths[order].sum(1) + (personas[persona] * first).sum(1),
+                np.maximum(collator.max_pack_len, whole[order].max(1)),
+            )
+        rows = enumerate(zip(tokens.tolist(), supervised.tolist(), length.tolist()), epoch * steps.steps_per_epoch)
+        bounds += [(size(Row(*row)), step) for step, row in rows if step >= done]
+    found, largest = None, 0.0
+    for bound, step in sorted(bounds, reverse=True)[:LOOKED_AT]:
+        if bound <= largest:
+            break
+        for batch in steps[step][0]:
+            if size(row_of(batch)) > largest:
+                found, largest = batch, size(row_of(batch))
+    return found
+
+
+class Trial:
+    """What a run will take, by arithmetic and then by a row that passes.
+
+    Args:
+        steps: utils.Steps. test_rows: those of this process, as evaluation takes them. done: steps that are behind.
+    """
+
+    def __init__(self, args, config, steps, test_rows: list[dict], done: int, dtype: torch.dtype, device: torch.device):
+        self.args, self.config, self.steps, self.done, self.device = args, config, steps, done, device
+        self.way = Way(
+            itemsize=dtype.itemsize,
+            rank=args.lora_dim,
+            dropout=args.lora_dropout > 0,
+            checkpointing=args.gradient_checkpointing,
+            four_bit=args.load_in_4bit,
+            processes=place()[1],
+        )
+        if done < len(steps):
+            self.batch = largest_batch(steps, done, lambda row: row_bytes(config, self.way, row))
+            self.row = row_of(self.batch)
+            some = np.unique(np.linspace(done, len(steps) - 1, LOOKED_AT).astype(int))
+            self.some_steps = [steps[int(step)][0] for step in some]
+        evaluation = [(evaluation_bytes(config, self.way, row_of(batch)), batch) for batch in test_rows]
+        self.evaluation_bytes, self.test_batch = max(evaluation, key=lambda pair: pair[0], default=(0, None))
+
+    def too_large(self, available: float) -> str:
+        """What is said where the run does not fit."""
+        weights, rest = weight_bytes(self.config, self.way), held_bytes(self.config, self.way)
+        shortest = self.args.max_len if self.args.packing == "tree" else None
+        return (
+            f"the run does not fit into the {available / 1e9:.3g} GB of {self.device.type} memory that it may use: "
+            f"{weights / 1e9:.3g} GB of weights, {(rest - weights) / 1e9:.2g} GB for the adapters and "
+            f"{row_bytes(self.config, self.way, self.row) / 1e9:.2g} GB for a row of {self.row.tokens:,} tokens: "
+            + remedy(self.config, self.way, self.row, available, shortest)
+        )
+
+    def refuse_too_little_memory(self):
+        """Before the weights are loaded. Raises: UserError where they alone are more than the device has."""
+        _, available = memory(self.device)
+        if self.done < len(self.steps) and held_bytes(self.config, self.way) > available:
+            raise UserError(self.too_large(available))
+
+    def run(self, engine, model_inputs) -> str | None:
+        """Let the row pass, and say what the run will take. Gradients and random numbers are left as they were.
+
+        model_inputs: a function that turns a batch into the model's arguments.
+        Raises: UserError on every process, where it does not fit on one of them.
+        """
+        if self.done == len(self.steps):
+            return None
+        problem = seconds = None
+        try:
+            seconds = self._pass(engine.module, model_inputs)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            problem = True
+        total, available = memory(self.device)
+        peak = self._peak(engine)
+        if problem or peak > available:
+            problem = self.too_large(available)
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (problem, peak, problem is None and seconds * self._passes_left()))
+        problems, peaks, times = zip(*found)
+        if any(problems):
+            raise UserError(next(filter(None, problems)))
+        return (
+            f"peak {max(peaks) / 1e9:.3g} of {total / 1e9:.3g} GB; {len(self.steps) - self.done:,} steps, "
+            f"about {in_time(max(times))}; {self._saves()}"
+        )
+
+    def _pass(self, model, model_inputs) -> float:
+        """Seconds of the row's forward and backward pass."""
+        cuda = self.device.type == "cuda"
+        short = min((batch for step in self.some_steps for batch in step), key=lambda batch: row_of(batch).tokens)
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            try:
+                for batch in (short, self.batch):  # the first pass of all loads kernels
+                    start = time.perf_counter()
+                    model(**model_inputs(batch), use_cache=False, num_items_in_batch=1).loss.backward()
+                    if cuda:
+                        torch.cuda.synchronize(self.device)
+                    seconds = time.perf_counter() - start
+            finally:
+                for parameter in model.parameters():
+                    parameter.grad = None
+        if self.evaluation_bytes > row_bytes(self.config, self.way, self.row):
+            model.eval()
+            with torch.no_grad():
+                model(**model_inputs(self.test_batch), use_cache=False, num_items_in_batch=1)
+            model.train()
+        return seconds
+
+    def _peak(self, engine) -> float:
+        """Bytes: the most so far, and the optimizer's moments, which its first step makes."""
+        moments = 0 if engine.optimizer.optimizer.state else 8 * adapter_parameters(self.config, self.args.lora_dim)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) + moments / self.way.processes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + moments / self.way.processes
+
+    def _passes_left(self) -> float:
+        """How many times the cost of the row the steps that are left will take."""
+        cost = row_cost(self.config, self.device)
+
+        def cost_of(batch) -> float:
+            return len(batch["input_ids"]) * cost(batch["input_ids"].shape[1])
+
+        left = len(self.steps) - self.done
+        mean = sum(cost_of(batch) for step in self.some_steps for batch in step) / len(self.some_steps)
+        return left * mean / cost_of(self.batch)
+
+    def _saves(self) -> str:
+        """What the adapters and the state will take of the disk."""
+        args, numbers = self.args, adapter_parameters(self.config, self.args.lora_dim)
+        steps = range(self.done + 1, len(self.steps) + 1)
+        periods = [self.steps.steps_per_epoch, *([args.save_model_step] if args.save_model_step else [])]
+        times = sum(any(step % period == 0 for period in periods) for step in steps)
+        kept = min(times, (args.save_total_limit or times) + 1)  # the best one besides
+        each, state = numbers * self.way.itemsize, numbers * (self.way.itemsize + 12)
+        free, needed = free_bytes(Path(args.output_dir)), kept * each + 2 * state
+        told = f"saves {in_bytes(each)} each, {in_bytes(needed)} in all on a disk with {in_bytes(free)} free"
+        return told + (": too little, lower --save_total_limit" if needed > free else "")
+
+
+def in_bytes(number: float) -> str:
+    return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"
+
+
+def in_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

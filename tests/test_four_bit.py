@@ -1,0 +1,159 @@
+"""--load_in_4bit: what is held how, trained, resumed, merged and answered from; on the CPU."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, adapter_weights, scalars
+from peft import PeftModel
+
+import merge_params
+import predict
+import train
+from baichuan import BaichuanForCausalLM
+from support import costs, processes
+from support.errors import UserError
+from support.files import trained_in_four_bits
+from support.four_bit import check_four_bit
+from support.model_directory import ModelDirectory
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is missing: pip install -r requirements-4bit.txt -c constraints.txt",
+)
+# The 16 values of NF4, Dettmers et al. 2023 (arXiv 2305.14314), appendix E.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
+NF4 += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+FLAGS = ["--load_in_4bit", "--sample_answers", 0, "--lora_dropout", 0.1]
+
+
+@installed
+def test_what_is_held_in_four_bits(checkpoint):
+    """The decoder's linear layers hold the nearest values of NF4; all else is as in the directory."""
+    directory = ModelDirectory(checkpoint)
+    model, exact = directory.load(torch.float32, four_bit_on=torch.device("cpu")), directory.load(torch.float32)
+    import bitsandbytes
+
+    size = 0
+    for name, module in exact.named_modules():
+        held = model.get_submodule(name)
+        if name.endswith(("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj")):
+            state = held.weight.quant_state
+            found = bitsandbytes.functional.dequantize_4bit(held.weight.data, state)
+            blocks = module.weight.detach().reshape(-1, 64)
+            scale = blocks.abs().amax(1, keepdim=True)
+            nearest = torch.tensor(NF4)[(blocks[..., None] / scale[..., None] - torch.tensor(NF4)).abs().argmin(-1)]
+            # The scales are held in 8 bits, hence a percent.
+            assert ((found.reshape(-1, 64) - nearest * scale).abs() <= 0.02 * scale).float().mean() > 0.999, name
+            assert state.nested and not held.support_avx512bf16_for_cpu
+            size += held.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        elif hasattr(module, "weight"):
+            assert torch.equal(held.weight, module.weight) and held.weight.dtype == torch.float32, name
+            size += held.weight.nbytes
+    way = costs.Way(itemsize=4, rank=16, dropout=True, checkpointing=False, four_bit=True)
+    assert costs.weight_bytes(directory.config, way) == pytest.approx(size, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def trained(train_arguments, tmp_path_factory):
+    output = tmp_path_factory.mktemp("four_bit") / "run"
+    flags = ["--num_train_epochs", 3, "--save_model_step", 4, "--save_total_limit", 1, "--learning_rate", 5e-3]
+    train.main(train_arguments(output, *FLAGS, *flags))
+    return output, [*FLAGS, *flags]
+
+
+@installed
+def test_the_loss_falls(trained):
+    losses = [loss for _, loss in scalars(trained[0], "train_loss")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+class Killed(BaseException):
+    pass
+
+
+@installed
+def test_resumed_bit_by_bit_whatever_was_evaluated(trained, train_arguments, tmp_path, monkeypatch):
+    """Killed after the state of step 8 and resumed, with a perplexity in every step, which must change no weight."""
+    save_state = train.save_state
+
+    def kill(engine, directory, run):
+        save_state(engine, directory, run)
+        if directory.name == "epoch-2-step-8":
+            raise Killed
+
+    arguments = train_arguments(tmp_path, *trained[1], "--eval_steps", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_state", kill)
+        train.main(arguments)
+    train.main([*arguments, "--resume"])
+    ours, theirs = (adapter_weights(output / "epoch-3-step-15") for output in (tmp_path, trained[0]))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@installed
+def test_the_precision_is_that_of_the_deepspeed_file(train_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "has_bfloat16", lambda: True)
+    more = ["--gradient_checkpointing", "--ds_file", ROOT / "ds_zero2_no_offload.json"]
+    train.main(train_arguments(tmp_path, *FLAGS, *more))
+    assert {tensor.dtype for tensor in adapter_weights(tmp_path / "best").values()} == {torch.bfloat16}
+    assert all(loss < 20 for _, loss in scalars(tmp_path, "train_loss"))
+
+
+@installed
+def test_an_adapter_fits_the_16_bit_base_and_is_merged_into_it(trained, checkpoint, tmp_path, capsys):
+    adapter = trained[0] / "best"
+    assert trained_in_four_bits(adapter)
+    model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
+    ids = torch.arange(300, 340)[None]
+    merged = tmp_path / "merged"
+    capsys.readouterr()
+    arguments = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", merged]
+    merge_params.main(list(map(str, arguments)))
+    table = capsys.readouterr().out
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, BaichuanForCausalLM.from_pretrained(merged)(ids).logits, atol=1e-4)
+    # Two comparisons: with what it must equal, and with what it was trained on, which is near and not equal.
+    divergence = re.search(r"mean KL divergence (\S+) nats", table)[1]
+    assert 1e-7 < float(divergence) < 0.5
+    assert "against those of base + adapter" in table and "complete, baichuan format" in table
+
+
+@installed
+def test_predict_answers_in_four_bits(checkpoint, few_samples, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    arguments = [
+        "--model_path",
+        checkpoint,
+        "--test_path",
+        few_samples[1],
+        "--data_dir",
+        tmp_path,
+        "--output_path",
+        answers,
+    ]
+    arguments += ["--max_new_tokens", 2, "--resamples", 2, "--device", "cpu"]
+    predict.main(list(map(str, [*arguments, "--load_in_4bit"])))
+    assert json.loads(answers.read_text().splitlines()[0])["settings"]["load_in_4bit"] is True
+    with pytest.raises(SystemExit):  # these are not the answers of the 16-bit model
+        predict.main(list(map(str, arguments)))
+
+
+def test_without_the_package_or_with_odd_widths_it_is_refused(
+    checkpoint, train_arguments, tmp_path, monkeypatch, capsys
+):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 176}))
+    monkeypatch.setattr("support.four_bit.find_spec", lambda name: object())
+    with pytest.raises(UserError, match="intermediate_size 176 is no multiple of 64"):
+        check_four_bit(ModelDirectory(model))
+    monkeypatch.setattr("support.four_bit.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        train.main(train_arguments(tmp_path / "run", "--load_in_4bit"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert end.value.code == 2 and "pip install -r requirements-4bit.txt -c constraints.txt" in line
