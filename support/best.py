@@ -1,9 +1,10 @@
 """The best adapter of a run is the one with the lowest loss on the test set. `output_dir/best` names it."""
 
 import math
+import re
 from pathlib import Path
 
-from support.files import checkpoints, remove_directory, set_link
+from support.files import CHECKPOINT, checkpoints, remove_directory, set_link
 
 
 class Best:
@@ -11,12 +12,17 @@ class Best:
 
     Args:
         saved: what `state()` was, in the state that a resumed run goes on from; None at the beginning.
+    Raises: ValueError, TypeError, KeyError where `saved` is none.
     """
 
     def __init__(self, output_dir, saved: dict | None):
         self.output_dir = Path(output_dir)
-        saved = saved or {"name": None, "test_loss": math.inf, "saves_since": 0}
-        self.name, self.test_loss, self.saves_since = saved["name"], saved["test_loss"], saved["saves_since"]
+        self.name, self.test_loss, self.saves_since = None, math.inf, 0
+        if saved:
+            self.name, self.test_loss = saved["name"], float(saved["test_loss"])
+            self.saves_since = int(saved["saves_since"])
+            if not re.fullmatch(CHECKPOINT, self.name):
+                raise ValueError(f"{self.name} is no adapter's name")
 
     def state(self) -> dict | None:
         names = ("name", "test_loss", "saves_since")

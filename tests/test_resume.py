@@ -396,7 +396,7 @@ class Code:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("damage", ["code", "cut", "empty", "other", "gone", "run.json", "run.json []"])
+@pytest.mark.parametrize("damage", ["code", "cut", "empty", "other", "gone", "run.json", "run.json []", "best"])
 def test_a_damaged_state_is_one_line(run_arguments, finished, tmp_path, capsys, damage):
     output = shutil.copytree(finished, tmp_path / "run")
     state = output / "state/epoch-1-step-10"
@@ -408,6 +408,9 @@ def test_a_damaged_state_is_one_line(run_arguments, finished, tmp_path, capsys, 
         torch.save({"adapters": code}, file)
     elif damage == "gone":
         file.unlink()
+    elif damage == "best":
+        run = json.loads((moved / "run.json").read_text())
+        (moved / "run.json").write_text(json.dumps(run | {"best": run["best"] | {"saves_since": None}}))
     elif damage.startswith("run.json"):
         (moved / "run.json").write_text(damage[9:])
     else:
