@@ -255,9 +255,8 @@ def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_no
     said_it = persona_sections({"base": base, "tuned": tuned}, 200, 1)[0]
     cells = cells_of(said_it)
     assert cells["all", "tuned"][1] == "100.0 [100.0, 100.0]"
-    assert cells["all", "difference"][1].startswith("+")
-    low, high = map(float, cells["all", "base"][1].split("[")[1].rstrip("]").split(", "))
-    assert low <= 100 / 3 <= high
+    low, _ = map(float, cells["all", "difference"][1].split("[")[1].rstrip("]").split(", "))
+    assert low > 0  # of so few answers a random model may by chance get more than a third
     gains = [
         float(cells_of(worth)[role, name][4].split(" ")[0]) for name in ("tuned", "base") for role in (*PERSONAS, "all")
     ]

@@ -292,7 +292,7 @@ def test_adapters_answer_as_their_merged_models_do_and_their_base_is_read_once(
 ):
     adapters = [make_adapter(checkpoint, tmp_path / name, spread) for name, spread in (("one", 0.1), ("two", 0.3))]
     loaded, load = [], ModelDirectory.load
-    monkeypatch.setattr(ModelDirectory, "load", lambda self: loaded.append(self.path) or load(self))
+    monkeypatch.setattr(ModelDirectory, "load", lambda self, **how: loaded.append(self.path) or load(self, **how))
     output = tmp_path / "answers.jsonl"
     run(checkpoint, samples, output, "--baseline_path", checkpoint, "--adapter_path", *adapters)
     out = capsys.readouterr().out
