@@ -127,6 +127,12 @@ def scalars(output_dir, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+def alone() -> dict[str, str]:
+    """The environment of a run of its own, without the ranks and ports of the runs in this process."""
+    of_runs = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in of_runs}
+
+
 def adapter_weights(directory) -> dict:
     from safetensors.torch import load_file
 

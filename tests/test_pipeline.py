@@ -19,6 +19,7 @@ import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from data_helper import read_samples
 from support import stand_in
+from support.files import checkpoints
 from support.model_directory import ModelDirectory
 
 
@@ -33,7 +34,7 @@ def walk(samples, tmp_path_factory):
     flags = command.split("--output_dir")[1].split()[1:]  # after the paths: what decides the training
     paths = ["--train_path", samples[0], "--test_path", samples[1], "--output_dir", str(directory / "run")]
     train.main([*paths, "--model_name_or_path", base, *flags])
-    (adapter,) = (path for _, path in utils.checkpoints(directory / "run"))
+    (adapter,) = (path for _, path in checkpoints(directory / "run"))
     merge_params.main(["--ori_model_dir", base, "--model_dir", str(adapter), "--save_model_dir", merged])
     return base, merged
 
@@ -162,7 +163,7 @@ if (SHARED / "rolebench").is_dir():
             PATH=f"{bin_dir}:{os.environ['PATH']}",
         )
         assert "40 steps of 8 samples" in out
-        assert [path.name for _, path in utils.checkpoints(run_dir)] == ["epoch-1-step-20", "epoch-1-step-40"]
+        assert [path.name for _, path in checkpoints(run_dir)] == ["epoch-1-step-20", "epoch-1-step-40"]
         run(
             f"{sys.executable} merge_params.py --ori_model_dir {model_dir} --model_dir {run_dir}/epoch-1-step-40 "
             f"--save_model_dir {run_dir}/epoch-1-step-40-merge"

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
+from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, alone, free_port, scalars
 from tensorboard.summary.writer import event_file_writer
 
 import train
@@ -23,7 +23,6 @@ from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from support.resume import checkpoints
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
-ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 20
 # Two epochs of ten steps with dropout; saved in the middle of a mean over three steps, and at the ends of the epochs.
 FLAGS = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2]
@@ -48,11 +47,6 @@ def start(arguments, processes: int = 1, event: dict | None = None) -> subproces
 def before(operation: str, directory, number=signal.SIGKILL, process=0, to="process") -> dict:
     """The event that killed_at.py takes: a signal, or 0 for a full disk."""
     return {"operation": operation, "directory": str(directory), "signal": number, "process": process, "to": to}
-
-
-def alone() -> dict[str, str]:
-    """The environment without the ranks and ports of the runs in this process."""
-    return {name: value for name, value in os.environ.items() if name not in ALONE}
 
 
 def finish(run: subprocess.Popen) -> str:

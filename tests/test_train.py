@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, adapter_weights, free_port, labelled, scalars
+from conftest import FLOAT32, ROOT, adapter_weights, alone, free_port, labelled, scalars
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import train
@@ -277,7 +277,8 @@ def test_the_books_command_under_the_launcher(train_arguments, tmp_path):
     dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     assert f"{str(dtype)[6:]} on 1 × cpu" in run.stdout
     assert ("this device has no bfloat16; training in float32" in run.stdout) == (dtype == torch.float32)
-    train.main(train_arguments(tmp_path / "alone", *arguments))
+    command = [sys.executable, "train.py", *train_arguments(tmp_path / "alone", *arguments)]
+    subprocess.run(command, cwd=ROOT, env=alone(), check=True, capture_output=True, timeout=300)
     ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("launched", "alone"))
     assert {tensor.dtype for tensor in ours.values()} == {dtype}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
