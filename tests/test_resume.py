@@ -88,13 +88,12 @@ def uninterrupted(run_arguments, tmp_path_factory):
     return run
 
 
-def train_to_the_end(arguments, processes=1):
-    if processes == 1:
-        train.main(arguments)
-    else:
-        run = start(arguments, processes)
-        printed = finish(run)
-        assert run.returncode == 0, printed
+def train_to_the_end(arguments, processes=1) -> str:
+    """In processes of their own, as a user trains. Returns what they print."""
+    run = start(arguments, processes)
+    printed = finish(run)
+    assert run.returncode == 0, printed
+    return printed
 
 
 CURVES = ("train_loss", "learning_rate", "grad_norm", "ppl", "test_loss")
@@ -207,7 +206,7 @@ def test_two_processes_failed_interrupted_and_terminated(run_arguments, uninterr
     assert_same(output, uninterrupted(2))
 
 
-def test_a_signal_saves_first(run_arguments, uninterrupted, tmp_path, capsys):
+def test_a_signal_saves_first(run_arguments, uninterrupted, tmp_path):
     output, resume = tmp_path / "run", []
     for number, status, epoch, step in ((signal.SIGTERM, 143, 1, 4), (signal.SIGINT, 130, 2, 12)):
         saved = f"os.rename state/.epoch-{epoch}-step-{step}.tmp"
@@ -220,8 +219,7 @@ def test_a_signal_saves_first(run_arguments, uninterrupted, tmp_path, capsys):
         assert state.name == f"epoch-{epoch}-step-{step + 1}"
         assert f"stopped after step {step + 1} of {STEPS}; the same command with --resume goes on there" in printed
         resume = ["--resume"]
-    train_to_the_end([*run_arguments(output), "--resume"])
-    assert f"going on from {state}" in capsys.readouterr().out
+    assert f"going on from {state}" in train_to_the_end([*run_arguments(output), "--resume"])
     assert_same(output, uninterrupted(1))
 
 

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -591,8 +592,8 @@ def operations_of_a_step(layers: int, directory: Path) -> Counter:
     sizes = ["--hidden_size", "64", "--num_hidden_layers", str(layers), "--vocab_size", "2000", "--steps", "0"]
     stand_in.main(["--save_dir", model_path, "--train_path", train_path, *sizes])
     flags = ["--model_name_or_path", model_path, "--output_dir", str(directory / "run"), "--max_pack_len", "4096"]
-    train.row_cost = lambda config, device: None  # as few rows as possible
-    step, steps = training_step([*paths, *flags])
+    with mock.patch.object(train, "row_cost", lambda config, device: None):  # as few rows as possible
+        step, steps = training_step([*paths, *flags])
     assert len(steps[0][0]) == 1
     step(0)  # the first one also makes the optimizer's state
     return count_operations(lambda: step(0))
