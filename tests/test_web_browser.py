@@ -117,7 +117,7 @@ class Tab:
         self.page.evaluate(f"settings.max_new_tokens = {tokens}; settings.repetition_penalty = 2")
         self.question.fill(text)
         self.question.press("Enter")
-        expect(self.page.locator(".answer .words").last).to_have_text(re.compile(r"\w"))
+        expect(self.answers.last).to_have_text(re.compile(r"\w"))  # stopped before its first word it would have none
 
     def finished(self, count: int):
         expect(self.answers).to_have_count(count)
@@ -241,7 +241,6 @@ def test_what_is_asked_meanwhile_is_kept(tab):
     tab.question.press("Enter")
     expect(tab.status).to_contain_text("still being written")
     expect(tab.question).to_have_value("再说一遍。")
-    expect(tab.page.locator(".answer .box.text .words")).to_have_count(1)  # stopped before its first word it has none
     tab.page.get_by_role("button", name="Stop").click()
     tab.finished(1)
     expect(tab.page.locator(".state")).to_have_text("Stopped.")
