@@ -4,7 +4,6 @@ import atexit
 import os
 import re
 import signal
-import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,11 +57,9 @@ def join_processes() -> torch.device:
     if torch.cuda.is_available() and re.search("GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
         raise UserError("CUDA_VISIBLE_DEVICES: DeepSpeed knows GPUs by number alone: name 0, 1, … (nvidia-smi -L)")
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+        # Port 0 is whichever is free when it is taken.
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
     # On the CPU DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":  # on a GPU the mere look would probe every operation's compiler

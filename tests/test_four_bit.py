@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, adapter_weights, scalars
 from peft import PeftModel
+from web_client import DESC_PATH
 
 import merge_params
 import predict
 import train
+import web_demo
 from baichuan import BaichuanForCausalLM
 from support import costs, processes
 from support.errors import UserError
@@ -141,6 +143,29 @@ def test_predict_answers_in_four_bits(checkpoint, few_samples, tmp_path):
     assert json.loads(answers.read_text().splitlines()[0])["settings"]["load_in_4bit"] is True
     with pytest.raises(SystemExit):  # these are not the answers of the 16-bit model
         predict.main(list(map(str, arguments)))
+
+
+@installed
+def test_the_page_answers_in_four_bits_with_an_adapter(trained, checkpoint, tmp_path, capsys):
+    """The answer is that of a model in full precision whose linear layers hold the values that NF4 leaves of them."""
+    import bitsandbytes
+
+    directory = ModelDirectory(checkpoint)
+    rounded = directory.load(torch.float32)
+    for name, held in directory.load(torch.float32, four_bit_on=torch.device("cpu")).named_modules():
+        if isinstance(held, bitsandbytes.nn.Linear4bit):
+            values = bitsandbytes.functional.dequantize_4bit(held.weight.data, held.weight.quant_state)
+            rounded.get_submodule(name).weight.data = values
+    rounded.generation_config.max_new_tokens = 20
+    rounded.save_pretrained(tmp_path / "rounded")
+    directory.tokenizer.save_pretrained(tmp_path / "rounded")
+    answers = []
+    asked = ["--adapter_path", trained[0] / "best", "--desc_path", DESC_PATH, "--ask", "你是谁？", "--device", "cpu"]
+    for more in (["--model_path", tmp_path / "rounded"], ["--model_path", checkpoint, "--load_in_4bit"]):
+        capsys.readouterr()
+        web_demo.main(list(map(str, [*more, *asked])))
+        answers.append(capsys.readouterr().out)
+    assert answers[0] and answers[0] == answers[1]
 
 
 def test_without_the_package_or_with_odd_widths_it_is_refused(

@@ -100,6 +100,7 @@ with slow_imports(parse_args, __name__):
     from support.files import checkpoints, newest_state
     from support.log import peak_memory_gb
     from support.model_directory import ModelDirectory, load_shard, pick_device, write_weights
+    from support.processes import has_bfloat16
     from support.speaker import Speaker
     from support.tables import markdown
     from tests.tools import bench_chat, bench_predict, bench_train, sample_model
@@ -125,7 +126,10 @@ def samples(args) -> tuple[Path, Path]:
 
 
 def card(args) -> dict:
-    device, dtype = pick_device(args.device), torch.bfloat16
+    device, dtype = (
+        pick_device(args.device),
+        torch.bfloat16 if has_bfloat16() else torch.float32,
+    )  # that of the training
     numbers = {"name": f"{torch.get_num_threads()} CPU threads", "torch": torch.__version__, "type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -148,7 +152,7 @@ def card(args) -> dict:
     memory += f", driver {numbers['driver']}" if "driver" in numbers else ""
     numbers["text"] = (
         f"{numbers['name']}{memory}, torch {torch.__version__}: {numbers['matmul'] / 1e12:.3g} TFLOP/s in a product in "
-        f"bfloat16, {numbers['copy'] / 1e12:.2g} TB/s in a copy"
+        f"{str(dtype).removeprefix('torch.')}, {numbers['copy'] / 1e12:.2g} TB/s in a copy"
     )
     return numbers
 
