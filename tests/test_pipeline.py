@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tools import taught
 
 import data_helper
 import merge_params
+import predict
 import train
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
@@ -86,6 +88,26 @@ def test_later_questions_are_answered_from_the_history(tmp_path):
     assert len(questions) == 10
     assert taught.how_many_are_close(taught.answers(merged, questions, history=True), questions) >= 8
     assert taught.how_many_are_close(taught.answers(merged, questions), questions) <= 3
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
+    """Its own server on loopback, which serves the exported weights in float32, asked by predict.py --engine."""
+    base, merged = walk
+    export, answers = tmp_path / "llama", {}
+    adapter = ["--ori_model_dir", base, "--model_dir", str(Path(merged).parent / "run/best")]
+    merge_params.main([*adapter, "--save_model_dir", str(export), "--format", "llama"])
+    served = [sys.executable, "tests/tools/llama_cpp.py", str(export), "--port", "0"]
+    with subprocess.Popen(served, cwd=ROOT, stdout=subprocess.PIPE, text=True) as llama_cpp:
+        url = llama_cpp.stdout.readline().strip()
+        for name, who in ("theirs", ["--engine", url]), ("ours", ["--model_path", merged, "--answers_only"]):
+            path = tmp_path / f"{name}.jsonl"
+            files = ["--train_path", samples[0], "--test_path", samples[1], "--data_dir", str(ROOT / "data/sample")]
+            predict.main([*who, *files, "--output_path", str(path), "--max_new_tokens", "64", "--resamples", "20"])
+            answers[name] = path.read_text(encoding="utf-8").splitlines()[1:]  # the first line: how it was answered
+        llama_cpp.send_signal(signal.SIGINT)
+    assert llama_cpp.returncode == 0
+    assert answers["theirs"] == answers["ours"] and len(answers["ours"]) == 46
 
 
 def test_loss_on_rephrased_questions_is_halved(walk, samples):
