@@ -67,7 +67,7 @@ with slow_imports(parse_args, __name__):
 
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights
-# is left to differ; README.md says what was measured.
+# is left to differ.
 BOUNDS = {torch.float32: (1e-4, 1e-8), torch.float16: (0.06, 3e-4), torch.bfloat16: (0.5, 2e-2)}
 
 BOATMAN = persona("船夫", "在江上摆渡四十年的老船夫，豁达，爱唱山歌。常用口头禅是：“客官坐稳了”")

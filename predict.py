@@ -140,7 +140,8 @@ def read_questions(test_path: Path, data_dir: Path) -> list[Question]:
             kind = f"round {number}" if number < 3 else "round 3+"
             kind = kind if conversations else kind_of(role, prompt)
             new = Question(role, sample["system"], prompt, kind, [], messages)
-            questions.setdefault(tuple(message["content"] for message in messages), new).references.append(answer)
+            asked = (role, *(message["content"] for message in messages))  # roles may lack a system text of their own
+            questions.setdefault(asked, new).references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
     return list(questions.values())

@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
     kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
-    add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of the memory")
+    add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of its memory")
     add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
     add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument

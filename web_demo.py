@@ -37,9 +37,11 @@ def parse_args(argv=None):
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
     parser.add_argument("--desc_path", default="data/profiles-zh_desc.json", help="JSON file {role: description}")
     parser.add_argument("--device", default="auto", help="a GPU's number; cpu (or -1); auto: a GPU where there is one")
-    parser.add_argument("--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to others")
+    parser.add_argument(
+        "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, see --allowed_hosts"
+    )
     parser.add_argument("--port", type=int, default=9090, help="TCP port of the page")
-    parser.add_argument("--allowed_hosts", nargs="+", default=[], help="further names under which the page is called")
+    parser.add_argument("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
     auth = "file with USER:PASSWORD, which visitors sign in with; or the environment variable WEB_DEMO_AUTH holds it"
     parser.add_argument("--auth_file", help=auth)
     parser.add_argument("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")

@@ -411,6 +411,13 @@ def test_questions_are_distinct_and_keep_their_references(tmp_path):
     assert {q.kind for q in predict.read_questions(tmp_path / "test.json", tmp_path / "elsewhere")} == {""}
 
 
+def test_roles_without_a_system_text_keep_their_own_answers(tmp_path):
+    samples = [{"role": role, "system": "", "prompt": "你好", "response": role} for role in "甲乙甲"]
+    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    questions = predict.read_questions(tmp_path / "test.json", tmp_path)
+    assert [(q.role, q.references) for q in questions] == [("甲", ["甲", "甲"]), ("乙", ["乙"])]
+
+
 def test_every_round_of_a_conversation_is_a_question(tmp_path):
     """With the recorded history; endings of one beginning share its rounds; what is not to be trained is no reference."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("甲乙丙丁戊己庚辛")]

@@ -75,7 +75,7 @@ def parse_args():
     parser.add_argument("--persona_tokens", type=int, default=400, help="tokens of a conversation's persona")
     parser.add_argument("--max_pack_len", type=int, default=8192)
     parser.add_argument("--attn_implementation", default="sdpa", choices=["sdpa", "flex_attention", "eager"])
-    parser.add_argument("--compile", action="store_true", help="compile the decoder layers of prefix and padded")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers of tree and padded")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
     parser.add_argument("--operations", action="store_true", help="count the operations of a step instead")
     parser.add_argument("--scale", type=int, metavar="SAMPLES", help="measure the data of this many samples instead")
