@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/README.md"])
+PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/README*.md")])
 ENGLISH = [page for page in PAGES if page.with_name(f"{page.stem}_zh.md").exists()]
 
 
