@@ -15,7 +15,7 @@ help: ## this list
 setup: .venv/ready ## the environment, in .venv
 
 .venv/ready: requirements.txt requirements-4bit.txt requirements-dev.txt constraints.txt
-	$(call say,Installing into .venv: one to three minutes; 2 GB, with CUDA several more. 安装环境)
+	$(call say,Installing into .venv: one to three minutes; 2 GB; with CUDA several GB more. 安装环境)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints.txt
 	@touch $@
