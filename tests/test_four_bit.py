@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, adapter_weights, scalars
 from peft import PeftModel
+from test_merge import make_adapter
 from web_client import DESC_PATH
 
 import merge_params
@@ -146,7 +147,7 @@ def test_predict_answers_in_four_bits(checkpoint, few_samples, tmp_path):
 
 
 @installed
-def test_the_page_answers_in_four_bits_with_an_adapter(trained, checkpoint, tmp_path, capsys):
+def test_the_page_answers_in_four_bits_with_an_adapter(checkpoint, tmp_path, capsys):
     """The answer is that of a model in full precision whose linear layers hold the values that NF4 leaves of them."""
     import bitsandbytes
 
@@ -156,16 +157,26 @@ def test_the_page_answers_in_four_bits_with_an_adapter(trained, checkpoint, tmp_
         if isinstance(held, bitsandbytes.nn.Linear4bit):
             values = bitsandbytes.functional.dequantize_4bit(held.weight.data, held.weight.quant_state)
             rounded.get_submodule(name).weight.data = values
-    rounded.generation_config.max_new_tokens = 20
     rounded.save_pretrained(tmp_path / "rounded")
     directory.tokenizer.save_pretrained(tmp_path / "rounded")
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    asked = [
+        "--adapter_path",
+        adapter,
+        "--desc_path",
+        DESC_PATH,
+        "--ask",
+        "你是谁？",
+        "--device",
+        "cpu",
+        "--model_path",
+    ]
     answers = []
-    asked = ["--adapter_path", trained[0] / "best", "--desc_path", DESC_PATH, "--ask", "你是谁？", "--device", "cpu"]
-    for more in (["--model_path", tmp_path / "rounded"], ["--model_path", checkpoint, "--load_in_4bit"]):
+    for model in ([tmp_path / "rounded"], [checkpoint, "--load_in_4bit"], [checkpoint]):
         capsys.readouterr()
-        web_demo.main(list(map(str, [*more, *asked])))
-        answers.append(capsys.readouterr().out)
-    assert answers[0] and answers[0] == answers[1]
+        web_demo.main(list(map(str, [*asked, *model])))
+        answers.append(capsys.readouterr().out[:20])  # later a random model's near ties may fall otherwise
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_without_the_package_or_with_odd_widths_it_is_refused(

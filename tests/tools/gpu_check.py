@@ -126,10 +126,8 @@ def samples(args) -> tuple[Path, Path]:
 
 
 def card(args) -> dict:
-    device, dtype = (
-        pick_device(args.device),
-        torch.bfloat16 if has_bfloat16() else torch.float32,
-    )  # that of the training
+    device = pick_device(args.device)
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32  # as the training takes it
     numbers = {"name": f"{torch.get_num_threads()} CPU threads", "torch": torch.__version__, "type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
