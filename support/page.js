@@ -97,6 +97,7 @@ function messages(chat, count, column) {
   const list = greeted(chat);
   for (const turn of chat.turns.slice(0, count)) {
     const answer = shownOf(turn);
+    if (!answer?.text) continue; // the page was left before the first word
     list.push({ role: "user", content: turn.question });
     list.push({ role: "assistant", content: (column === "base" && answer.base) || answer.text });
   }
@@ -193,12 +194,13 @@ async function answer(number, begun = null) {
     turn.shown = Math.min(before, Math.max(turn.versions.length - 1, 0));
     if (!turn.versions.length) {
       mine.turns.splice(number, 1);
-      mine.draft ||= turn.question;
-      if (chat === mine) composer.value ||= turn.question;
+      mine.draft = [turn.question, mine.draft].filter(Boolean).join("\n"); // beside what was typed meanwhile
+      if (chat === mine) composer.value = mine.draft;
     }
   }
   save(name, kept, id);
   render();
+  grow();
   if (failure) say(failure, true);
   else if (chat === mine) status.classList.contains("error") && say("");
 }
