@@ -226,7 +226,7 @@ async function stream(body, onText) {
       if (line.error) throw new Error(line.error);
       if (line.note) say(line.note);
       if (line.place !== undefined) {
-        running.status = text("waiting", { place: line.place });
+        running.status = text("waiting", { place: line.place + 1 }); // whose answer is being written is the first
         if (chat === running.chat) refresh(chat.turns.indexOf(running.turn));
       }
       if (line.text !== undefined) onText(line.text);

@@ -275,7 +275,7 @@ def test_one_sees_that_the_model_thinks_and_who_waits(open_tab):
     other.question.fill("再说一遍。")
     other.question.press("Enter")
     expect(other.page.locator(".dots i")).to_have_count(3)
-    expect(other.page.locator(".dots")).to_contain_text("1 ahead in the queue")
+    expect(other.page.locator(".dots")).to_contain_text("You are number 2 in the queue")
     one.page.get_by_role("button", name="Stop").click()
     other.finished(1)
     expect(other.page.locator(".dots")).to_have_count(0)
