@@ -80,7 +80,7 @@ function save(name = role, saved = store, id = store.current) {
 }
 
 window.addEventListener("storage", (event) => {
-  if (running || (event.key !== null && event.key !== `chats/${role}`)) return;
+  if (running || editor() || (event.key !== null && event.key !== `chats/${role}`)) return;
   const draft = composer.value;
   open(roles().includes(role) ? role : roles()[0]);
   render();
@@ -146,8 +146,9 @@ function download(whole) {
 async function ask(question) {
   if (running) return say(text("busy"), true);
   if (!question.trim()) return say(text("blank", { what: text("question") }), true);
+  if (!leftEditor()) return;
   chat.turns.push({ question, versions: [], shown: 0 });
-  composer.value = chat.draft = "";
+  if (question === composer.value) composer.value = chat.draft = ""; // a question to begin with leaves the draft alone
   grow();
   toBottom();
   await answer(chat.turns.length - 1);
@@ -156,6 +157,7 @@ async function ask(question) {
 // Write an answer to a turn: a new version of it, or `begun` as far as it goes.
 async function answer(number, begun = null) {
   if (running) return say(text("busy"), true);
+  if (!leftEditor()) return;
   const [mine, name, kept, id] = [chat, role, store, store.current];
   const turn = mine.turns[number];
   const version = begun ?? { text: "", base: "", state: "stopped" };
@@ -385,8 +387,9 @@ function actions(turn, number) {
 
 function editAnswer(number) {
   if (running) return say(text("busy"), true);
+  if (!leftEditor()) return;
   const turn = chat.turns[number], element = log.querySelector(`[data-turn="${number}"]`);
-  const field = h("textarea", { value: shownOf(turn).text, "aria-label": text("edit_answer"), rows: 4 });
+  const field = h("textarea", { defaultValue: shownOf(turn).text, "aria-label": text("edit_answer"), rows: 4 });
   const keep = () => {
     if (!field.value.trim()) return say(text("blank", { what: text("answer") }), true);
     turn.shown = turn.versions.push({ text: field.value, base: shownOf(turn).base, state: "edited" }) - 1;
@@ -400,9 +403,22 @@ function editAnswer(number) {
   field.focus();
 }
 
+const editor = () => log.querySelector(".editor");
+
+// Whether the visitor may go on: an edit that is not saved is given up when he says so.
+function leftEditor() {
+  const field = editor()?.querySelector("textarea");
+  if (field && field.value !== field.defaultValue && !confirm(text("edit_sure"))) return false;
+  if (field) render();
+  return true;
+}
+
+window.addEventListener("beforeunload", (event) => editor() && event.preventDefault());
+
 // A new chat with the first `count` turns of this one.
 function branch(count, draft) {
   if (running) return say(text("busy"), true);
+  if (!leftEditor()) return;
   const copied = structuredClone(chat);
   copied.turns = copied.turns.slice(0, count);
   copied.draft = draft;
@@ -423,6 +439,7 @@ function addChat(added) {
 }
 
 function go(step) {
+  if (!leftEditor()) return;
   const ids = Object.keys(store.chats);
   store.current = ids[ids.indexOf(store.current) + step];
   chat = store.chats[store.current];
@@ -479,7 +496,7 @@ function renderHeader() {
       iconButton("right", text("next_chat"), () => go(1), { disabled: number === ids.length - 1 }),
       iconButton("bin", text("delete"), deleteChat)) : null,
     h("button", { type: "button", id: "fresh", title: text("fresh"), "aria-label": text("fresh"),
-      onclick: () => chat.turns.length ? addChat(newChat(role)) : composer.focus() }, icon("plus"), h("span", {}, text("fresh"))),
+      onclick: () => chat.turns.length ? leftEditor() && addChat(newChat(role)) : composer.focus() }, icon("plus"), h("span", {}, text("fresh"))),
     iconButton("settings", text("settings"), () => showSettings(), { id: "gear" }),
   ].filter(Boolean));
 }
@@ -506,6 +523,7 @@ function showRoles(shown) {
 }
 
 function choose(name) {
+  if (!leftEditor()) return;
   if (name !== role) {
     open(name);
     log.replaceChildren();
@@ -530,6 +548,7 @@ function dialog(title, ...children) {
 }
 
 function showSettings() {
+  if (!leftEditor()) return; // what is set here draws the conversation anew
   const described = h("textarea", { value: store.description, rows: 4, maxLength: facts.limits.description, id: "description",
     oninput: () => { store.description = described.value; save(); },
     onchange: render });

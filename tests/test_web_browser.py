@@ -500,9 +500,37 @@ def test_a_new_character(tab, speaker):
 def test_starting_questions(tab):
     question = tab.page.locator(".begin button").first
     text = question.inner_text()
+    tab.question.fill("再说")
     question.click()
     tab.finished(1)
     expect(tab.questions).to_have_text(text)
+    expect(tab.question).to_have_value("再说")
+
+
+def test_an_edit_is_given_up_only_when_one_says_so(tab):
+    tab.ask("你是谁？", 1)
+    tab.page.evaluate("window.confirm = (words) => (window.asked = words, window.sure)")
+    tab.action("Edit")
+    field = tab.page.get_by_label("Edit the answer")
+    field.fill("我是石头。")
+    tab.question.fill("再说一遍。")
+    for leave in (
+        lambda: tab.question.press("Enter"),
+        lambda: tab.page.locator("nav .card:has-text('李白')").click(),
+        lambda: tab.page.locator("#fresh").click(),
+        lambda: tab.page.locator("#gear").click(),
+        lambda: tab.page.locator(".mine").get_by_role("button", name="Edit").click(),
+    ):
+        tab.page.evaluate("asked = null")
+        leave()
+        assert tab.page.evaluate("asked") == "Give up what was edited and not saved?"
+        expect(field).to_have_value("我是石头。")
+    tab.page.evaluate("dispatchEvent(new StorageEvent('storage', {key: `chats/${role}`}))")  # another tab has written
+    expect(field).to_have_value("我是石头。")
+    tab.page.evaluate("sure = true")
+    tab.question.press("Enter")
+    tab.finished(2)
+    expect(field).to_have_count(0)
 
 
 def test_input_methods_do_not_send_half_a_word(tab):
