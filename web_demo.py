@@ -14,6 +14,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from data_helper import conversation, example_questions, persona
@@ -26,6 +27,8 @@ from support.profiles import read_characters
 
 SUPPORT = Path(__file__).parent / "support"
 PERIOD = 0.05  # seconds between two updates of a growing answer
+# What transformers takes where a model's generation_config says nothing; the longest answer is ours.
+UNSET = {"max_new_tokens": 512, "temperature": 1, "top_p": 1, "top_k": 50, "repetition_penalty": 1, "seed": -1}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -126,7 +129,7 @@ class Page:
         settings = {"do_sample": bool(own.do_sample)}
         for name, (kind, low, high, _) in guard.SETTINGS.items():
             value = getattr(own, name, None)
-            settings[name] = -1 if name == "seed" else min(max(kind(high if value is None else value), low), high)
+            settings[name] = min(max(kind(UNSET[name] if value is None else value), low), high)
         return {
             "characters": {
                 role: {
@@ -159,7 +162,7 @@ class Page:
         language = {"zh": "zh-CN"}.get(guard.language(request), "en")
         return HTMLResponse(
             f"""<!doctype html>
-<html lang="{language}"><meta charset="utf-8"><title>Baichuan2 · 角色对话</title>
+<html lang="{language}"><meta charset="utf-8"><title>Baichuan2 · {guard.say(request, "title")}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><link rel="stylesheet" href="/page.css">
 <script type="application/json" id="facts">{data}</script><body></body><script src="/{script}"></script></html>"""
@@ -240,12 +243,18 @@ class Page:
         try:
             while self.line.places.index(place):
                 place.moved.clear()
-                await place.moved.wait()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(place.moved.wait(), 1)
+                if await request.is_disconnected():
+                    return JSONResponse({})
             words = await asyncio.to_thread(self.speaker.words, asked["messages"], answer, asked["strength"])
         except TooLong as error:
             raise Refusal("too_long", needed=error.needed, context=error.context) from None
         except MemoryError:
             raise Refusal("memory", 503) from None
+        except Exception as error:
+            print(f"error: the words of an answer failed: {type(error).__name__}: {error}", flush=True)
+            raise Refusal("failed", 500) from None
         finally:
             self.line.leave(place)
         return JSONResponse({"words": words})
@@ -274,7 +283,7 @@ class Page:
 
     async def sign_out(self, request):
         response = JSONResponse({})
-        response.delete_cookie(self.door.COOKIE)
+        response.delete_cookie(self.door.cookie)
         return response
 
     def app(self) -> gr.Server:
@@ -300,7 +309,8 @@ class Page:
 
 def answer_once(speaker: Speaker, role: str, description: str, question: str) -> str:
     messages = conversation(persona(role, description), question)
-    settings = {"do_sample": False, "seed": 0, "max_new_tokens": speaker.model.generation_config.max_new_tokens or 512}
+    longest = speaker.model.generation_config.max_new_tokens or UNSET["max_new_tokens"]
+    settings = {"do_sample": False, "seed": 0, "max_new_tokens": longest}
     try:
         return "".join([*speaker.answer(messages, settings)][-1:])  # the last text is the whole answer
     except (TooLong, MemoryError) as error:
@@ -319,7 +329,7 @@ def main(argv=None):
         characters[role]["questions"] = characters[role]["questions"] or questions
     if account is None and not guard.is_loopback(args.server_name):
         print(f"warning: whoever reaches {args.server_name} can use the page; --auth_file lets only some in")
-    door = guard.Door(guard.allowed_hosts(args.server_name, args.allowed_hosts), account)
+    door = guard.Door(guard.allowed_hosts(args.server_name, args.allowed_hosts), account, args.port)
     page = Page(speaker, characters, Path(args.desc_path), door)
     guard.serve(
         page.app(), args.server_name, args.port, lambda url: print(f"{args.model_path} answers on {url}", flush=True)

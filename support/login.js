@@ -11,7 +11,11 @@ form.addEventListener("submit", async (event) => {
   event.preventDefault();
   const account = `${form.user.value}:${form.password.value}`;
   const headers = { "content-type": "application/json" };
-  const response = await fetch("/login", { method: "POST", headers, body: JSON.stringify({ account }) });
-  if (response.ok) location.reload();
-  else form.querySelector("p").textContent = (await response.json()).error;
+  try {
+    const response = await fetch("/login", { method: "POST", headers, body: JSON.stringify({ account }) });
+    if (response.ok) location.reload();
+    else form.querySelector("p").textContent = (await response.json()).error;
+  } catch {
+    form.querySelector("p").textContent = texts.lost;
+  }
 });

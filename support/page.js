@@ -32,59 +32,121 @@ const iconButton = (name, label, onclick, more = {}) =>
 
 // ---------------------------------------------------------------- what is kept
 
-// "chats/ROLE" → {description, custom, current, chats: {id: {greeting, turns, draft}}}. A turn is a question and its
-// answers: {question, versions: [{text, base, state, words}], shown}; state is done, edited, cut or stopped.
+// "chat/ROLE/ID" → {role, id, greeting, turns, writing}; "draft/ROLE/ID" → what stands in the composer; "description/ROLE" → where
+// the visitor has changed it, or invented the character. A turn is a question and its answers: {question,
+// versions: [{text, base, state, words}], shown}; state is done, edited, cut or stopped. Each chat has a key of its own, so
+// that tabs do not overwrite each other's; what is changed while another tab is `writing` there becomes a chat of its own.
+// Which chat a tab shows is the tab's affair: {role, ids: {role: id}} in its session.
+const unkept = {}; // what the storage did not take, for as long as the page is open
+let erased = false, closed = false; // everything was deleted; the page is left: what still runs keeps nothing any more
+
 function read(key, otherwise) {
   try {
-    return JSON.parse(localStorage.getItem(key)) ?? otherwise;
+    return JSON.parse(unkept[key] ?? localStorage.getItem(key)) ?? otherwise;
   } catch {
     return otherwise;
   }
 }
-function write(key, value) {
+function write(key, value) { // null removes it
+  if (erased || closed) return;
   try {
-    localStorage.setItem(key, JSON.stringify(value));
+    if (value === null) localStorage.removeItem(key);
+    else localStorage.setItem(key, JSON.stringify(value));
+    delete unkept[key];
   } catch {
+    unkept[key] = JSON.stringify(value);
     say(text("storage"), true);
   }
 }
+function names(kind) {
+  let kept = [];
+  try {
+    kept = Object.keys(localStorage);
+  } catch {} // a browser that keeps nothing may refuse the question, too
+  return [...new Set([...kept, ...Object.keys(unkept)])].filter((key) => key.startsWith(kind)).map((key) => key.slice(kind.length));
+}
 
 const settings = { ...facts.settings, compare: false, colour: false, strength: 1, ...read("settings", {}) };
-const customRoles = () =>
-  Object.keys(localStorage).filter((key) => key.startsWith("chats/")).map((key) => key.slice(6))
-    .filter((name) => !(name in facts.characters));
-const roles = () => [...Object.keys(facts.characters), ...customRoles()];
 const character = (name) => facts.characters[name] ?? { description: "", greeting: "", questions: [], portrait: "" };
-const newChat = (name) => ({ greeting: character(name).greeting, turns: [], draft: "" });
-const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+const invented = () => [...names("description/"), ...names("chat/").map((key) => key.slice(0, key.lastIndexOf("/")))];
+const roles = () => [...new Set([...Object.keys(facts.characters), ...invented()])];
+const descriptionOf = (name) => read(`description/${name}`, character(name).description);
+const describe = (name, words) =>
+  write(`description/${name}`, name in facts.characters && words === character(name).description ? null : words);
 
-let role, store, chat;
-let running = null; // the answer that is being written: {chat, turn, version, abort}
+const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8); // ids sort by their time
+const newChat = (name, id = newId()) => ({ role: name, id, greeting: character(name).greeting, turns: [] });
+const idsOf = (name) => names(`chat/${name}/`).filter((id) => !id.includes("/")).sort();
+const keyOf = ({ role, id }) => `${role}/${id}`;
+const draftOf = (chat) => read(`draft/${keyOf(chat)}`, "");
+const keepDraft = (chat, words) => chat.deleted || write(`draft/${keyOf(chat)}`, words || null);
 
-function open(name) {
+let role, chat;
+let running = null; // the answer that is being written: {chat, turn, version, abort, status}
+
+let shown = { ids: {} };
+try {
+  shown = JSON.parse(sessionStorage.getItem("shown")) ?? shown;
+} catch {}
+
+function open(name, id = shown.ids[name] ?? idsOf(name).at(-1) ?? newId()) {
   role = name;
-  store = read(`chats/${name}`, { description: character(name).description, current: null, chats: {} });
-  if (!store.chats[store.current]) {
-    store.current = Object.keys(store.chats).at(-1) ?? newId();
-    store.chats[store.current] ??= newChat(name);
+  chat = running && keyOf(running.chat) === keyOf({ role, id }) ? running.chat : read(`chat/${keyOf({ role, id })}`, newChat(name, id));
+  remember();
+  write("role", name); // where a new tab begins
+}
+
+function remember() {
+  shown.role = role;
+  shown.ids[role] = chat.id;
+  try {
+    sessionStorage.setItem("shown", JSON.stringify(shown));
+  } catch {}
+}
+
+function save(saved = chat) {
+  if (saved.deleted) return;
+  if (saved !== running?.chat && read(`chat/${keyOf(saved)}`)?.writing) part(saved);
+  write(`chat/${keyOf(saved)}`, saved);
+}
+
+// Let a chat that another tab goes on with become another one here.
+function part(mine) {
+  delete mine.writing;
+  mine.id = newId();
+  if (mine === chat) remember();
+}
+
+window.addEventListener("pagehide", () => {
+  if (running) {
+    delete running.chat.writing;
+    save(running.chat);
   }
-  chat = store.chats[store.current];
-  write("role", name);
-}
+  closed = true; // an answer breaks off with the page, and is kept as far as it came
+});
+window.addEventListener("pageshow", () => (closed = false)); // one may come back to it
 
-// Another tab may have added chats: only what this one works on is replaced.
-function save(name = role, saved = store, id = store.current) {
-  const there = read(`chats/${name}`, { chats: {} });
-  write(`chats/${name}`, { ...saved, chats: { ...there.chats, [id]: saved.chats[id] } });
-  if (saved === store) for (const other in there.chats) store.chats[other] ??= there.chats[other];
-}
-
+// Another tab has changed something.
 window.addEventListener("storage", (event) => {
-  if (running || editor() || (event.key !== null && event.key !== `chats/${role}`)) return;
-  const draft = composer.value;
-  open(roles().includes(role) ? role : roles()[0]);
-  render();
-  composer.value = draft || chat.draft;
+  if (event.key === null) {
+    erased = true;
+    return location.reload();
+  }
+  if (event.key === `chat/${keyOf(chat)}` && chat !== running?.chat) {
+    if (editor()) {
+      part(chat);
+      save();
+      renderHeader();
+    } else {
+      chat = read(event.key, newChat(role, chat.id));
+      render();
+    }
+  } else if (event.key === `description/${role}` && !editor()) {
+    render();
+  } else if (event.oldValue === null || event.newValue === null) { // a chat or a character has come or gone
+    renderHeader();
+    renderCards();
+  }
 });
 
 // ---------------------------------------------------------------- what the model reads
@@ -97,21 +159,22 @@ function messages(chat, count, column) {
   const list = greeted(chat);
   for (const turn of chat.turns.slice(0, count)) {
     const answer = shownOf(turn);
-    if (!answer?.text) continue; // the page was left before the first word
+    if (!answer?.text) continue; // the page was left before its first word
     list.push({ role: "user", content: turn.question });
     list.push({ role: "assistant", content: (column === "base" && answer.base) || answer.text });
   }
   return [...list, { role: "user", content: chat.turns[count].question }];
 }
 
-const finished = (version) => ["done", "edited"].includes(version.state);
+const finished = (version) => ["done", "edited"].includes(version.state) && version.text.trim();
 
 // Training data: each chat up to its last finished answer, then its other endings. An answer that was stopped or cut ends
 // the sample before it, since it would be learnt as a whole one.
 function samples(whole) {
-  const system = facts.persona.replace(/\{(role|description)\}/g, (_, name) => ({ role, description: store.description })[name]);
+  const system = facts.persona.replace(/\{(role|description)\}/g, (_, name) => ({ role, description: descriptionOf(role) })[name]);
   const lines = new Set();
-  for (const chat of Object.values(store.chats)) {
+  for (const id of idsOf(role)) {
+    const chat = read(`chat/${keyOf({ role, id })}`);
     const said = greeted(chat);
     const endings = [];
     let longest = null;
@@ -124,7 +187,8 @@ function samples(whole) {
         else if (number === turn.shown) longest = ending;
         else endings.push(ending);
       });
-      if (!turn.versions.length || !finished(shownOf(turn))) break;
+      if (!shownOf(turn)?.text) continue;
+      if (whole && !finished(shownOf(turn))) break;
       said.push(question, { role: "assistant", content: shownOf(turn).text });
     }
     if (whole && longest) endings.unshift(longest);
@@ -148,7 +212,10 @@ async function ask(question) {
   if (!question.trim()) return say(text("blank", { what: text("question") }), true);
   if (!leftEditor()) return;
   chat.turns.push({ question, versions: [], shown: 0 });
-  if (question === composer.value) composer.value = chat.draft = ""; // a question to begin with leaves the draft alone
+  if (question === composer.value) { // a question to begin with leaves the draft alone
+    composer.value = "";
+    keepDraft(chat, "");
+  }
   grow();
   toBottom();
   await answer(chat.turns.length - 1);
@@ -158,21 +225,23 @@ async function ask(question) {
 async function answer(number, begun = null) {
   if (running) return say(text("busy"), true);
   if (!leftEditor()) return;
-  const [mine, name, kept, id] = [chat, role, store, store.current];
-  const turn = mine.turns[number];
+  const mine = chat, name = role, turn = mine.turns[number];
   const version = begun ?? { text: "", base: "", state: "stopped" };
   const again = begun ? 0 : turn.versions.length;
   const before = turn.shown;
   if (!begun) turn.shown = turn.versions.push(version) - 1;
   delete version.words;
+  save(mine); // it may part from another tab's here
+  mine.writing = true;
   running = { chat: mine, turn, version, abort: new AbortController(), status: text("thinking", { role: name }) };
   say(again && !settings.do_sample ? text("greedy") : "");
-  save(name, kept, id);
+  heard.textContent = "";
+  save(mine);
   render();
   const sampled = Object.fromEntries(Object.keys(facts.settings).map((key) => [key, settings[key]]));
   if (sampled.seed >= 0) sampled.seed = (sampled.seed + again) % 2 ** 32; // another attempt, another answer
-  const common = { role: name, description: kept.description, settings: sampled, strength: settings.strength };
-  let failure = null;
+  const common = { role: name, description: descriptionOf(name), settings: sampled, strength: settings.strength };
+  let failure = null, stopped = false;
   try {
     for (const column of settings.compare && facts.tuned ? ["text", "base"] : ["text"]) {
       const body = { ...common, messages: messages(mine, number, column), base: column === "base" };
@@ -180,37 +249,44 @@ async function answer(number, begun = null) {
       const cut = await stream(body, (grown) => {
         version[column] = grown;
         running.status = "";
-        save(name, kept, id);
+        save(mine);
         if (chat === mine) refresh(number);
       });
       if (column === "text") version.state = cut ? "cut" : "done";
     }
     if (settings.colour && facts.tuned) await colour(mine, number, version, common);
   } catch (error) {
-    if (error.name !== "AbortError") failure = error instanceof TypeError ? text("lost") : error.message;
+    if (error.name === "AbortError") stopped = true;
+    else failure = error instanceof TypeError ? text("lost") : error.message;
   }
-  running = null;
-  // What was refused before a word was said leaves no trace but the draft.
-  if (!version.text) {
+  // What was refused before a word was said leaves no trace but the draft, beside what was typed meanwhile.
+  if (!version.text.trim()) {
     turn.versions.splice(turn.versions.indexOf(version), 1);
     turn.shown = Math.min(before, Math.max(turn.versions.length - 1, 0));
     if (!turn.versions.length) {
       mine.turns.splice(number, 1);
-      mine.draft = [turn.question, mine.draft].filter(Boolean).join("\n"); // beside what was typed meanwhile
-      if (chat === mine) composer.value = mine.draft;
+      const draft = [turn.question, draftOf(mine)].filter(Boolean).join("\n");
+      keepDraft(mine, draft);
+      if (chat === mine) composer.value = draft;
     }
+    if (!stopped) failure ??= text("silent", { role: name });
   }
-  save(name, kept, id);
+  delete mine.writing;
+  save(mine);
+  running = null;
   render();
   grow();
   if (failure) say(failure, true);
-  else if (chat === mine) status.classList.contains("error") && say("");
+  else if (chat === mine) {
+    heard.textContent = `${name}: ${version.text}`;
+    if (status.classList.contains("error") && !Object.keys(unkept).length) say("");
+  }
 }
 
 async function post(path, body, signal) {
   const headers = { "content-type": "application/json" };
   const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
-  if (!response.ok) throw new Error((await response.json()).error);
+  if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error ?? text("failed"));
   return response;
 }
 
@@ -258,6 +334,7 @@ function portrait(name) {
 const log = h("div", { id: "log", tabIndex: 0, role: "log", "aria-live": "off" });
 const down = iconButton("down", text("newest"), () => toBottom(), { id: "down", hidden: true });
 const status = h("p", { id: "status", role: "status" });
+const heard = h("p", { id: "heard", role: "status" }); // read out, not seen: an answer that is finished
 const composer = h("textarea", { id: "question", rows: 1, "aria-label": text("ask_label") });
 const sendButton = iconButton("send", text("send"), () => (running ? running.abort.abort() : ask(composer.value)), { id: "send" });
 const cards = h("aside", { id: "roles" });
@@ -278,13 +355,26 @@ function grow() {
   composer.style.height = `${composer.scrollHeight}px`;
 }
 
-function render() {
+// What is drawn anew has the keyboard's focus where it was: on the button of the same words, or in the same part.
+function keepingFocus(draw) {
+  const active = document.activeElement, turn = active.closest("[data-turn]")?.dataset.turn;
+  const part = [log, header, cards].find((part) => part !== active && part.contains(active));
+  draw();
+  if (!part || document.contains(active)) return;
+  const same = [...part.querySelectorAll("button:enabled")].find((button) =>
+    button.textContent === active.textContent && button.title === active.title && button.closest("[data-turn]")?.dataset.turn === turn);
+  (same ?? (part === log ? log : part.querySelector("button")))?.focus({ preventScroll: true });
+}
+
+const render = () => keepingFocus(draw);
+
+function draw() {
   const follow = atBottom() || !log.childElementCount;
   const top = log.scrollTop;
   log.setAttribute("aria-label", text("conversation", { role }));
   const list = h("div", { class: "column" });
   if (facts.stand_in) list.append(h("p", { id: "stand_in" }, text("stand_in")));
-  list.append(h("div", { class: "cover" }, portrait(role), h("h1", {}, role), h("p", {}, store.description)));
+  list.append(h("div", { class: "cover" }, portrait(role), h("h1", {}, role), h("p", {}, descriptionOf(role))));
   if (chat.greeting) list.append(bubble(role, "theirs", chat.greeting, "greeting"));
   chat.turns.forEach((turn, number) => list.append(...turnElements(turn, number)));
   const questions = character(role).questions;
@@ -317,6 +407,7 @@ const dots = (words) =>
 
 function turnElements(turn, number) {
   const asked = bubble(text("you"), "mine", turn.question);
+  asked.dataset.turn = number;
   asked.append(h("div", { class: "actions" },
     action("copy", () => copy(turn.question)),
     action("edit", () => branch(number, turn.question))));
@@ -353,7 +444,7 @@ function fill(element, turn, number) {
 }
 
 function refresh(number) {
-  const element = log.querySelector(`[data-turn="${number}"]`);
+  const element = log.querySelector(`.answer[data-turn="${number}"]`);
   if (!element) return;
   const follow = atBottom();
   fill(element, chat.turns[number], number);
@@ -366,6 +457,7 @@ function actions(turn, number) {
   if (last) row.classList.add("last");
   if (turn.versions.length > 1) {
     const page = (step) => () => {
+      if (!leftEditor()) return;
       turn.shown += step;
       save();
       render();
@@ -388,7 +480,7 @@ function actions(turn, number) {
 function editAnswer(number) {
   if (running) return say(text("busy"), true);
   if (!leftEditor()) return;
-  const turn = chat.turns[number], element = log.querySelector(`[data-turn="${number}"]`);
+  const turn = chat.turns[number], element = log.querySelector(`.answer[data-turn="${number}"]`);
   const field = h("textarea", { defaultValue: shownOf(turn).text, "aria-label": text("edit_answer"), rows: 4 });
   const keep = () => {
     if (!field.value.trim()) return say(text("blank", { what: text("answer") }), true);
@@ -419,48 +511,43 @@ window.addEventListener("beforeunload", (event) => editor() && event.preventDefa
 function branch(count, draft) {
   if (running) return say(text("busy"), true);
   if (!leftEditor()) return;
-  const copied = structuredClone(chat);
+  const copied = { ...structuredClone(chat), id: newId(), writing: false };
   copied.turns = copied.turns.slice(0, count);
-  copied.draft = draft;
+  keepDraft(copied, draft);
   addChat(copied);
   say(text("branched"));
 }
 
-function addChat(added) {
-  if (running) running.abort.abort();
-  store.current = newId();
-  store.chats[store.current] = chat = added;
-  save();
+// Show a chat of a role; without an id the tab's last one.
+function show(name, id) {
+  open(name, id);
   log.replaceChildren();
+  composer.value = draftOf(chat);
+  say("");
   render();
-  composer.value = chat.draft;
   grow();
+}
+
+function addChat(added) {
+  if (running?.chat === chat) running.abort.abort();
+  save(added);
+  show(role, added.id);
   composer.focus();
 }
 
 function go(step) {
   if (!leftEditor()) return;
-  const ids = Object.keys(store.chats);
-  store.current = ids[ids.indexOf(store.current) + step];
-  chat = store.chats[store.current];
-  save();
-  log.replaceChildren();
-  render();
-  composer.value = chat.draft;
-  grow();
-  say("");
+  const ids = idsOf(role);
+  show(role, ids[ids.indexOf(chat.id) + step]);
 }
 
 function deleteChat() {
   if (chat.turns.length && !confirm(text("delete_sure"))) return;
-  running?.abort.abort();
-  delete store.chats[store.current];
-  store.current = Object.keys(store.chats).at(-1) ?? newId();
-  store.chats[store.current] ??= newChat(role);
-  write(`chats/${role}`, store);
-  open(role);
-  log.replaceChildren();
-  render();
+  if (running?.chat === chat) running.abort.abort();
+  write(`chat/${keyOf(chat)}`, null);
+  keepDraft(chat, "");
+  chat.deleted = true;
+  show(role, idsOf(role).at(-1) ?? newId());
 }
 
 async function copy(words) {
@@ -485,7 +572,7 @@ const legend = (words) => h("p", { class: "legend" },
   text("sum", { sum: words.reduce((sum, [, difference]) => sum + difference, 0).toFixed(1) }));
 
 function renderHeader() {
-  const ids = Object.keys(store.chats), number = ids.indexOf(store.current);
+  const ids = [...new Set([...idsOf(role), chat.id])].sort(), number = ids.indexOf(chat.id);
   header.replaceChildren(...[
     iconButton("menu", text("roles"), () => showRoles(!document.body.classList.contains("choosing")), { id: "menu" }),
     h("button", { type: "button", id: "who", onclick: () => showRoles(true) }, portrait(role), h("strong", {}, role)),
@@ -504,7 +591,7 @@ function renderHeader() {
 function renderCards() {
   const scroll = cards.scrollTop;
   const list = roles().map((name) => {
-    const line = character(name).greeting || read(`chats/${name}`, {}).description || character(name).description;
+    const line = character(name).greeting || descriptionOf(name);
     return h("button", { type: "button", class: "card", "aria-current": name === role ? "true" : null,
       onclick: () => choose(name) }, portrait(name), h("span", {}, h("strong", {}, name), h("span", {}, line)));
   });
@@ -524,24 +611,16 @@ function showRoles(shown) {
 
 function choose(name) {
   if (!leftEditor()) return;
-  if (name !== role) {
-    open(name);
-    log.replaceChildren();
-    composer.value = chat.draft;
-    say("");
-  }
   document.body.classList.remove("choosing");
-  render();
-  grow();
+  if (name !== role) show(name);
   composer.focus();
 }
 
 // ---------------------------------------------------------------- the settings
 
 function dialog(title, ...children) {
-  const shown = h("dialog", { "aria-label": title, onclose: () => shown.remove() });
+  const shown = h("dialog", { "aria-label": title, closedby: "any", onclose: () => shown.remove() });
   shown.append(h("div", { class: "title" }, h("h2", {}, title), iconButton("close", text("close"), () => shown.close())), ...children);
-  shown.addEventListener("click", (event) => event.target === shown && shown.close());
   document.body.append(shown);
   shown.showModal();
   return shown;
@@ -549,12 +628,11 @@ function dialog(title, ...children) {
 
 function showSettings() {
   if (!leftEditor()) return; // what is set here draws the conversation anew
-  const described = h("textarea", { value: store.description, rows: 4, maxLength: facts.limits.description, id: "description",
-    oninput: () => { store.description = described.value; save(); },
+  const described = h("textarea", { value: descriptionOf(role), rows: 4, maxLength: facts.limits.description, id: "description",
+    oninput: () => describe(role, described.value),
     onchange: render });
   const restore = h("button", { type: "button", onclick: () => {
-    described.value = store.description = character(role).description;
-    save();
+    describe(role, (described.value = character(role).description));
     render();
   } }, text("restore"));
   const set = (name, value) => {
@@ -585,8 +663,9 @@ function showSettings() {
     h("div", { class: "buttons" }, button("download_whole", () => download(true)), button("download_rounds", () => download(false)),
       button("clear_all", () => {
         if (!confirm(text("clear_sure"))) return;
-        running?.abort.abort();
+        erased = true;
         localStorage.clear();
+        sessionStorage.clear();
         location.reload();
       }),
       facts.sign_out ? button("sign_out", async () => { await post("/logout", {}); location.reload(); }) : null));
@@ -594,14 +673,13 @@ function showSettings() {
 }
 
 function showNewRole() {
-  const name = h("input", { required: true, maxLength: facts.limits.role, name: "role" });
+  const name = h("input", { required: true, maxLength: facts.limits.role, name: "role", oninput: () =>
+    name.setCustomValidity(roles().includes(name.value.trim()) ? text("known") : name.value.trim() ? "" : text("blank", { what: text("role") })) });
   const described = h("textarea", { required: true, rows: 4, maxLength: facts.limits.description, name: "description" });
   const form = h("form", { onsubmit: (event) => {
     event.preventDefault();
     const given = name.value.trim();
-    if (!given) return;
-    const known = read(`chats/${given}`, { current: null, chats: {} });
-    write(`chats/${given}`, { ...known, description: described.value });
+    describe(given, described.value);
     shown.close();
     choose(given);
   } }, h("label", { class: "field" }, text("role_name"), name), h("label", { class: "field" }, text("description"), described),
@@ -611,8 +689,8 @@ function showNewRole() {
 
 composer.addEventListener("input", () => {
   grow();
-  chat.draft = composer.value;
-  save();
+  if (!chat.turns.length) save(); // another tab finds it by its chat
+  keepDraft(chat, composer.value);
 });
 composer.addEventListener("keydown", (event) => {
   // The Enter that ends a choice of an input method is not one that sends.
@@ -625,11 +703,7 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("resize", grow);
 
-document.body.append(cards, backdrop, h("main", {}, header, log, h("footer", {}, h("div", { class: "column" },
+document.body.append(cards, backdrop, h("main", {}, header, log, heard, h("footer", {}, h("div", { class: "column" },
   down, status, h("div", { class: "composer" }, composer, sendButton)))));
-const wanted = read("role", null);
-open(roles().includes(wanted) ? wanted : roles()[0]);
-render();
-composer.value = chat.draft;
-grow();
+show([shown.role, read("role"), ...roles()].find((name) => roles().includes(name)));
 composer.focus();

@@ -211,9 +211,9 @@ class Door:
     Args:
         hosts: names under which the page may be called; a name of somebody else's, pointed here, is not among them.
         account: USER:PASSWORD, or None where nobody needs to sign in.
+        port: where the page is. It is in the cookie's name, since a host's pages share their cookies.
     """
 
-    COOKIE = "visitor"
     OPEN = ("/login", "/page.css", "/login.js")
     # Whatever an answer may contain, the browser loads nothing from another host and sends nothing to one.
     HEADERS = {
@@ -224,8 +224,9 @@ class Door:
         "cache-control": "no-store",
     }
 
-    def __init__(self, hosts: set[str], account: str | None):
+    def __init__(self, hosts: set[str], account: str | None, port: int):
         self.hosts, self.account = hosts, account
+        self.cookie = f"visitor-{port}"
         self.key = secrets.token_bytes(32)
         self.failed: dict[str, tuple[int, float]] = {}  # address → failed sign-ins, and when the next may come
 
@@ -234,14 +235,14 @@ class Door:
 
     def visitor(self, request) -> str | None:
         """The visitor's name, if the server gave it to him. Names of those who signed in begin with "s"."""
-        name, _, signature = request.cookies.get(self.COOKIE, "").partition(".")
+        name, _, signature = request.cookies.get(self.cookie, "").partition(".")
         good = hmac.compare_digest(signature.encode(), self.sign(name).encode())
         return name if good and (self.account is None or name.startswith("s")) else None
 
     def welcome(self, response, signed_in: bool = False):
         """Make the browser a visitor."""
         name = ("s" if signed_in else "v") + secrets.token_urlsafe(16)
-        response.set_cookie(self.COOKIE, f"{name}.{self.sign(name)}", httponly=True, samesite="strict")
+        response.set_cookie(self.cookie, f"{name}.{self.sign(name)}", httponly=True, samesite="strict")
         return response
 
     def refuse(self, request):

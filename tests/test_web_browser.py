@@ -119,7 +119,7 @@ class Tab:
         self.question.press("Enter")
         # Stopped before its first word it would have none; "… is thinking" is not one.
         first = self.page.locator(".answer .box.text .words:not(:has(.dots))").last
-        expect(first).to_have_text(re.compile(r"\w"))
+        expect(first).to_have_text(re.compile(r"\S"))
 
     def finished(self, count: int):
         expect(self.answers).to_have_count(count)
@@ -269,6 +269,39 @@ def test_what_was_asked_is_kept_when_no_word_came(tab, speaker):
     assert tab.answer() == squeezed(expected(speaker, "再说一遍。"))
 
 
+def test_an_answer_is_written_on_while_one_looks_elsewhere(tab):
+    tab.begin("你是谁？")
+    tab.page.get_by_role("button", name="李白").click()
+    expect(tab.questions).to_have_count(0)
+    tab.page.locator(f"nav .card:has-text('{FIRST}')").click()
+    begun = tab.answer()
+    expect(tab.answers).to_have_text(re.compile(f"[\\s\\S]{{{len(begun) + 20}}}"))  # it grows
+    tab.page.get_by_role("button", name="Stop").click()
+    tab.finished(1)
+    tab.question.fill("再")
+    words = tab.answer()
+    tab.page.reload()
+    assert tab.answer() == words
+
+
+def test_an_empty_answer_is_told(tab):
+    tab.page.route("**/answer", lambda route: route.fulfill(body='{"text": " ", "cut": false}\n'))
+    tab.question.fill("你是谁？")
+    tab.question.press("Enter")
+    expect(tab.status).to_contain_text("said nothing")
+    expect(tab.question).to_have_value("你是谁？")
+
+
+def test_a_browser_that_keeps_nothing(tab, speaker):
+    tab.page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
+    tab.ask("你是谁？", 1)
+    expect(tab.status).to_contain_text("keeps nothing")
+    tab.page.get_by_role("button", name="李白").click()
+    tab.page.locator(f"nav .card:has-text('{FIRST}')").click()
+    tab.ask("再说一遍。", 2)
+    assert tab.answer() == squeezed(expected(speaker, "你是谁？", expected(speaker, "你是谁？"), "再说一遍。"))
+
+
 def test_one_sees_that_the_model_thinks_and_who_waits(open_tab):
     one, other = open_tab(), open_tab()
     one.begin("你是谁？")
@@ -370,6 +403,11 @@ def test_branches_and_new_chats_keep_the_old_ones(tab):
     tab.page.get_by_label("Delete this chat").click()
     expect(tab.page.locator(".pager .count")).to_have_text("2/2")
     assert tab.dialogs == ["Delete this chat for good?"]
+    tab.question.fill("四？")
+    tab.page.get_by_label("Previous chat").click()
+    tab.question.fill("五？")
+    tab.page.get_by_label("Delete this chat").click()
+    expect(tab.question).to_have_value("四？")
 
 
 def test_the_download_holds_finished_answers_and_their_history(tab):
@@ -488,8 +526,31 @@ def test_clear_all_asks_and_clears(tab):
     expect(tab.page.locator("#question")).to_be_focused()
 
 
+def test_clear_all_while_an_answer_is_written(tab):
+    tab.begin("你是谁？")
+    tab.page.locator("#gear").click()
+    tab.page.get_by_role("button", name="Delete all").click()
+    expect(tab.questions).to_have_count(0)
+    assert tab.page.evaluate("Object.keys(localStorage).filter((key) => /^(chat|draft)/.test(key))") == []
+
+
+def test_what_a_visitor_has_not_changed_follows_the_profiles(tab):
+    tab.page.locator("#gear").click()
+    tab.page.locator("#description").fill("一块石头")
+    assert tab.page.evaluate(f"read('description/{FIRST}')") == "一块石头"
+    tab.page.get_by_role("button", name="Restore").click()
+    tab.page.keyboard.press("Escape")
+    tab.ask("你是谁？", 1)
+    assert tab.page.evaluate("names('description/')") == []
+
+
 def test_a_new_character(tab, speaker):
     tab.page.get_by_role("button", name="New character").click()
+    tab.page.locator("dialog [name=description]").fill("枭雄")
+    tab.page.locator("dialog [name=role]").fill(FIRST)
+    tab.page.get_by_role("button", name="Talk to them").click()
+    refused = tab.page.locator("dialog [name=role]").evaluate("field => field.validationMessage")
+    assert refused == "There is a character of this name already."
     tab.page.locator("dialog [name=role]").fill("曹操")
     tab.page.locator("dialog [name=description]").fill("枭雄")
     tab.page.get_by_role("button", name="Talk to them").click()
@@ -525,7 +586,7 @@ def test_an_edit_is_given_up_only_when_one_says_so(tab):
         leave()
         assert tab.page.evaluate("asked") == "Give up what was edited and not saved?"
         expect(field).to_have_value("我是石头。")
-    tab.page.evaluate("dispatchEvent(new StorageEvent('storage', {key: `chats/${role}`}))")  # another tab has written
+    tab.page.evaluate("dispatchEvent(new StorageEvent('storage', {key: `description/${role}`}))")
     expect(field).to_have_value("我是石头。")
     tab.page.evaluate("sure = true")
     tab.question.press("Enter")
@@ -607,15 +668,57 @@ def test_the_keyboard_reaches_everything_in_order(tab):
     assert not tab.page.locator(".card").first.is_visible()  # a closed list has no tab stops
 
 
+def test_the_keyboard_stays_where_it_was_and_an_answer_is_read_out(tab):
+    tab.ask("你是谁？", 1)
+    expect(tab.page.locator("#heard")).to_contain_text(tab.answer()[:5])
+    focused = "document.activeElement.id || document.activeElement.textContent || document.activeElement.title"
+    button = tab.page.locator(".answer").last.get_by_role("button", name="Regenerate")
+    for number in (2, 3):
+        button.press("Enter")
+        expect(tab.page.locator(".answer .count")).to_have_text(f"{number}/{number}")
+        assert tab.page.evaluate(focused) == "log"
+    for _ in range(2):
+        tab.page.get_by_role("button", name="Previous answer").press("Enter")
+    expect(tab.page.locator(".answer .count")).to_have_text("1/3")
+    assert tab.page.evaluate(focused) == "log"  # there is nothing before the first
+    tab.page.get_by_role("button", name="Next answer").press("Enter")
+    assert tab.page.evaluate(focused) == "Next answer"
+
+
+def test_two_tabs_on_one_chat(tab):
+    """What is asked in both at a time is kept as two chats; each tab keeps its own draft and its own chat."""
+    tab.ask("一？", 1)
+    other = tab.new_page()
+    other.goto(tab.url)
+    expect(other.locator(".mine .words")).to_have_text("一？")
+    tab.begin("二？")
+    expect(other.locator(".mine .words").last).to_have_text("二？")
+    other.locator("#question").fill("三？")
+    other.locator(".mine").first.get_by_role("button", name="Edit").click()
+    expect(other.locator("#question")).to_have_value("一？")
+    other.locator("#question").fill("四？")
+    expect(other.locator(".mine")).to_have_count(0)
+    other.get_by_label("Previous chat").click()
+    expect(other.locator("#question")).to_have_value("三？")
+    other.locator("#question").press("Enter")  # it waits in the queue
+    expect(other.locator(".pager .count")).to_have_text("3/3")  # what is asked here has become a chat of its own
+    tab.page.get_by_role("button", name="Stop").click()
+    tab.finished(2)
+    expect(tab.questions).to_have_text(["一？", "二？"])
+    expect(other.locator(".answer .actions")).to_have_count(3)
+    expect(other.locator(".mine .words")).to_have_text(["一？", "二？", "三？"])
+    tab.page.reload()
+    expect(tab.questions).to_have_text(["一？", "二？"])
+
+
 def test_two_tabs_do_not_overwrite_each_other(tab):
     other = tab.new_page()
     other.goto(tab.url)
     tab.ask("你是谁？", 1)
-    expect(other.locator(".mine .words")).to_have_text("你是谁？")
-    other.locator("#fresh").click()
+    expect(other.locator(".pager .count")).to_have_text("2/2")
     other.locator("#question").fill("你好。")
     other.locator("#question").press("Enter")
     expect(other.locator(".answer .actions")).to_have_count(1)
     tab.page.reload()
-    chats = tab.page.evaluate("Object.values(store.chats).map((chat) => chat.turns.map((turn) => turn.question))")
+    chats = tab.page.evaluate("idsOf(role).map((id) => read(`chat/${role}/${id}`).turns.map((turn) => turn.question))")
     assert chats == [["你是谁？"], ["你好。"]]
