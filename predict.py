@@ -156,7 +156,8 @@ def question_kinds(data_dir: Path):
     rows = [row for file in files if file.exists() for row in read_rows(file, None)]
     if not rows:
         return lambda role, prompt: ""
-    specific = {(row["role"], row["question"][start:]) for row in rows for start in range(len(row["question"]))}
+    starts = range(64)  # an address is shorter; every end of a page-long question would take gigabytes
+    specific = {(row["role"], row["question"][start:]) for row in rows for start in starts[: len(row["question"])]}
     return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
 
 
@@ -243,8 +244,8 @@ def argument_problems(args) -> list[str]:
     for flag, path in (("output_path", args.output_path), ("html", args.html)):
         if path and path.resolve() in {args.test_path.resolve(), args.train_path.resolve()}:
             problems.append(f"--{flag} {path}: is a file of samples: name another one")
-    if args.html and (problem := unwritable(args.html.parent)):
-        problems.append(f"--html {args.html}: cannot be written: {problem}")
+        if path and (problem := "it is a directory" if path.is_dir() else unwritable(path.parent)):
+            problems.append(f"--{flag} {path}: cannot be written: {problem}")
     if not args.test_path.is_file():
         problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
     return problems

@@ -95,19 +95,24 @@ with slow_imports(parse_args, __name__):
 
 
 def read_inputs(args):
-    """The model's directory, the DeepSpeed file and both files of samples. Raises: UserError with all that is wrong."""
+    """The model's directory, the DeepSpeed file, training and test data, and the test samples as they were read now.
+
+    Raises: UserError with all that is wrong.
+    """
     directory = ModelDirectory(args.model_name_or_path)
     refuse_wrong_arguments(args, directory)
     with Problems() as problems:
-        train_data = problems.of(read_data, args, directory.tokenizer, args.train_path, step_size(args))
-        test_data = problems.of(read_data, args, directory.tokenizer, args.test_path, 1)
-    return directory, read_deepspeed_config(args.ds_file), train_data, test_data
+        train = read_samples(args.train_path)
+        train_data = problems.of(read_data, args, directory.tokenizer, args.train_path, train, step_size(args))
+        test = problems.of(list, read_samples(args.test_path))
+        test_data = test is not None and problems.of(read_data, args, directory.tokenizer, args.test_path, test, 1)
+    return directory, read_deepspeed_config(args.ds_file), train_data, test_data, test
 
 
-def read_data(args, tokenizer, path: str, needed: int) -> utils.RoleDataset:
-    """A file of samples as token ids, with the counts printed. Raises: UserError where fewer than `needed` fit."""
+def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDataset:
+    """Samples as token ids, with the counts printed. Raises: UserError where fewer than `needed` fit."""
     main_process = processes.place()[0] == 0
-    samples = tqdm(read_samples(path), f"tokenizing {path}", unit=" samples", delay=2, disable=not main_process)
+    samples = tqdm(samples, f"tokenizing {path}", unit=" samples", delay=2, disable=not main_process)
     data = utils.RoleDataset(samples, tokenizer, args.max_len, args.max_src_len, args.is_skip)
     if main_process:
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
@@ -243,14 +248,14 @@ def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -
     return test_loss
 
 
-def show_and_save(args, engine, directory: ModelDirectory, log: Log, path: Path, step: int, test_loss: float):
-    """Show who is heard and some answers, and write the adapter of this step. On the main process."""
-    log.scalars(step, who_said_it_now(args, engine.module, directory.tokenizer, utils))
-    if args.sample_answers:
-        log.texts(step, sample_answers(engine.module, directory, args.test_path, args.sample_answers, conversation))
-        engine.train()  # it answered without dropout
+def save_and_show(args, engine, directory, log: Log, path: Path, step: int, test: list[dict], test_loss: float):
+    """Write the adapter of this step, then show who is heard and some answers. On the main process."""
     utils.save_model(engine.module, directory.tokenizer, path, args.load_in_4bit)
     tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
+    log.scalars(step, who_said_it_now(args, test, engine.module, directory.tokenizer, utils))
+    if args.sample_answers:
+        log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers, conversation))
+        engine.train()  # it answered without dropout
 
 
 def is_due(every: int, step: int) -> bool:
@@ -263,7 +268,7 @@ def main(argv=None):
     args = parse_args(argv)
 
     # 1. What can be wrong is found before anything slow.
-    directory, config, train_data, test_data = read_inputs(args)
+    directory, config, train_data, test_data, test = read_inputs(args)
 
     # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = processes.join_processes()
@@ -322,7 +327,7 @@ def main(argv=None):
             if save:
                 best.add(steps.name(step), test_loss)
                 if rank == 0:
-                    show_and_save(args, engine, directory, log, output_dir / steps.name(step), step, test_loss)
+                    save_and_show(args, engine, directory, log, output_dir / steps.name(step), step, test, test_loss)
                     best.keep(args.save_total_limit)
             if save or stop:
                 now = {"losses": log.losses, "best": best.state()}

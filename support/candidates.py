@@ -121,7 +121,11 @@ def rows_that_fit(model, tokens: int) -> int:
     The other half is for activations, and for the copy while a batch shrinks.
     """
     config, device = model.config, model.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":  # what torch's allocator keeps for itself is free as well
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        free = psutil.virtual_memory().available
     row = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * tokens
     return max(1, min(MOST_ROWS[device.type], free // 2 // row))
 

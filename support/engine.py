@@ -11,6 +11,13 @@ from support.errors import UserError, first_line
 CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
 
 
+def without_markers(text: str) -> str:
+    """Of a text, what a server takes for no marker. Where one goes, what stood around it may be another."""
+    while CONTROL.search(text):
+        text = CONTROL.sub("", text)
+    return text
+
+
 class Engine:
     """Args: url, such as http://127.0.0.1:8080/v1; model, its name on the server, by default the first one there."""
 
@@ -47,7 +54,7 @@ class Engine:
             return list(pool.map(lambda messages: self._answer(messages, max_new_tokens), conversations))
 
     def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
-        messages = [{"role": turn["role"], "content": CONTROL.sub("", turn["content"])} for turn in messages]
+        messages = [{"role": turn["role"], "content": without_markers(turn["content"])} for turn in messages]
         try:
             completion = self.client.chat.completions.create(
                 model=self.model,

@@ -107,7 +107,7 @@ def import_problem(error: ImportError) -> str:
 def out_of_memory(error: Exception) -> bool:
     """On a GPU torch has a class for it, told by its name since torch may not be imported; on the CPU only a text."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or bool(re.search("out of memory|allocate memory", str(error)))
+    return named or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
 
 
 def first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ def whole_files(*paths):
 
     When the body raises, nothing appears and what stood there before stays.
     """
-    paths = [Path(path) for path in paths]
+    paths = [Path(path).resolve() for path in paths]  # of a link, what it names is replaced
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     handles = []
     try:
@@ -69,9 +69,11 @@ def whole_directory(path, overwrite: bool = False):
     """Yield an empty directory beside `path`; it takes that name, by rename, once its files are on disk.
 
     Raises:
-        UserError: `path` holds something already and `overwrite` is False.
+        UserError: `path` holds something already and `overwrite` is False, or is where a disk is mounted.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # of a link, what it names is replaced, on its disk
+    if path.is_mount():
+        raise UserError(f"{path}: a disk is mounted there, and cannot be replaced: name a directory on it")
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already; name another directory or remove it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,7 +92,8 @@ def remove_leftovers(path: Path):
 
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = left.name.split(".")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+        own = process == str(os.getpid())  # in a container, the one that was killed often had this one's number
+        if process.isdecimal() and (own or not psutil.pid_exists(int(process))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from support.intervals import compared
 from support.likelihood import Likelihood
-from support.samples import read_samples
 from support.tables import Section
 
 MOST_ROLES = 12  # whose answers are read: each answer is read under all of them
@@ -80,7 +79,7 @@ def measure_persona(
 
     Args:
         likelihood: see support/likelihood.py.
-        samples: as `read_samples` yields them.
+        samples: as support.samples.read_samples yields them.
         kinds: of each sample, such as predict.py's `question_kinds(data_dir)(sample["role"], sample["prompt"])`.
     """
     personas = personas_of(samples)
@@ -221,15 +220,14 @@ WORTH = (
 # ---------------------------------------------------------------- while training
 
 
-def who_said_it_now(args, model, tokenizer, layout) -> dict[str, float]:
-    """Accuracy (in percent) and margin on a fixed slice of train.py's test set, for TensorBoard; nothing for one role.
+def who_said_it_now(args, samples: list[dict], model, tokenizer, layout) -> dict[str, float]:
+    """Accuracy (in percent) and margin on a fixed slice of train.py's test samples, for TensorBoard; nothing for one role.
 
     The slice costs about a tenth of the evaluation: n answers of each of R roles are read R + 1 times, so that n is a
     tenth of the samples divided by R · (R + 1), or 2 where that is less; of RoleBench's 1,885 samples 45. Nothing is
     drawn, and the model keeps its mode, so training goes on as if nothing had been measured. For one process alone:
     nothing here waits for another.
     """
-    samples = list(read_samples(args.test_path))
     roles = list(personas_of(samples))
     if len(roles) < 2:
         return {}

@@ -138,7 +138,7 @@ def load_state(engine, state: Path):
         engine.lr_scheduler.load_state_dict(saved["schedule"])
         vars(engine.optimizer.loss_scaler).update(saved["loss scale"])
     except Exception as error:  # what a damaged file does to torch, pickle and DeepSpeed has no common class
-        raise UserError(f"{path}: is damaged, or no state of this run: {first_line(error)}") from error
+        raise OneProcessError(f"{path}: is damaged, or no state of this run: {first_line(error)}") from error
 
 
 def _parts(engine) -> dict:

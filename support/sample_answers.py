@@ -1,25 +1,39 @@
 """What TensorBoard shows of a run beside its curves: answers to the same questions at every save."""
 
+from collections.abc import Sequence
+
 from baichuan.generation_utils import answer_batch, greedy
+from support.candidates import in_batches, rows_that_fit
 from support.model_directory import ModelDirectory
-from support.samples import read_samples
+
+LONGEST, MOST_ROLES = 128, 20  # tokens of an answer, and roles of a test set with hundreds of them
 
 
-def sample_answers(model, directory: ModelDirectory, test_path: str, per_role: int, conversation) -> dict[str, str]:
+def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role: int, conversation) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive.
 
     conversation: data_helper's, (system, question) → messages. Leaves the model in evaluation mode.
     """
     asked: dict[str, dict[str, list[dict]]] = {}
-    for sample in read_samples(test_path):
+    for sample in samples:
+        if sample["role"] not in asked and len(asked) == MOST_ROLES:
+            continue
         questions = asked.setdefault(sample["role"], {})
         question = next(turn["content"] for turn in sample["messages"] if turn["role"] == "user")
         if len(questions) < per_role:
             questions[question] = conversation(sample["system"], question)
     model.eval()
     conversations = [messages for questions in asked.values() for messages in questions.values()]
-    config = greedy(directory.generation_config, 128)
-    answers = iter(answer_batch(model, directory.tokenizer, conversations, config))  # all roles at once
+    config, tokenizer = greedy(directory.generation_config, LONGEST), directory.tokenizer
+
+    def answer(numbers):
+        return answer_batch(model, tokenizer, [conversations[number] for number in numbers], config)
+
+    texts = ["".join(turn["content"] for turn in messages) for messages in conversations]
+    longest = max(map(len, tokenizer.text_to_ids(texts)))
+    rows = rows_that_fit(model, longest + LONGEST)  # all roles at once, where the memory holds them
+    found = in_batches(answer, range(len(conversations)), rows, done=())
+    answers = iter([answer for _, batch in found for answer in batch])
     return {
         f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
         for role, questions in asked.items()

@@ -41,6 +41,13 @@ def memory(device: torch.device) -> tuple[int, int]:
     return total, total
 
 
+def first_problem(problem: str | None) -> str | None:
+    """Of the problems that the processes have, one, for all of them: the process that has it may not be the one that speaks."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next(filter(None, found), None)
+
+
 def row_of(batch: dict) -> Row:
     return Row(batch["input_ids"].numel(), len(batch["loss_positions"]), batch["input_ids"].shape[1])
 
@@ -116,10 +123,13 @@ class Trial:
         )
 
     def refuse_too_little_memory(self):
-        """Before the weights are loaded. Raises: UserError where they alone are more than the device has."""
+        """Before the weights are loaded. Raises: UserError on every process, where a device has less than they take."""
+        if self.done == len(self.steps):
+            return
         _, available = memory(self.device)
-        if self.done < len(self.steps) and held_bytes(self.config, self.way) > available:
-            raise UserError(self.too_large(available))
+        problem = self.too_large(available) if held_bytes(self.config, self.way) > available else None
+        if problem := first_problem(problem):
+            raise UserError(problem)
 
     def run(self, engine, model_inputs) -> str | None:
         """Let the row pass, and say what the run will take. Gradients and random numbers are left as they were.
@@ -138,13 +148,11 @@ class Trial:
             problem = True
         total, available = memory(self.device)
         peak = self._peak(engine)
-        if problem or peak > available:
-            problem = self.too_large(available)
+        if problem := first_problem(self.too_large(available) if problem or peak > available else None):
+            raise UserError(problem)
         found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (problem, peak, problem is None and seconds * self._passes_left()))
-        problems, peaks, times = zip(*found)
-        if any(problems):
-            raise UserError(next(filter(None, problems)))
+        dist.all_gather_object(found, (peak, seconds * self._passes_left()))
+        peaks, times = zip(*found)
         return (
             f"peak {max(peaks) / 1e9:.3g} of {total / 1e9:.3g} GB; {len(self.steps) - self.done:,} steps, "
             f"about {in_time(max(times))}; {self._saves()}"

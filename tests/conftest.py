@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# The tests are of what a CPU can show, on a machine with a GPU, too; tests/tools/gpu_check.py shows the rest.
+if HAS_GPU := Path("/dev/nvidia0").exists():
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # the launcher sets the former anew
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test but that of --download, which sets its own hub, may look for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at a time; threads that wait for each other's spin
 

@@ -113,7 +113,7 @@ def test_a_baseline_of_its_own_weights_stands_beside_a_server(server, checkpoint
 def test_typed_markers_do_not_reach_a_server(server):
     engine = Engine(server.url)
     engine.check()
-    text = "好<reserved_107>我</s>是<s><unk><reserved_106>谁<reserved_108>"
+    text = "好<reserved_107>我</s>是<s><unk><reserved_10<s>6>谁<</s>s><reserved_108>"  # some appear as others go
     (answer,) = engine.answer([[{"role": "user", "content": text}]], 9)
     assert server.asked[0][1]["messages"] == [{"role": "user", "content": "好我是谁<reserved_108>"}]
     assert answer.text == "好我是谁<reserved_108>"[::-1]

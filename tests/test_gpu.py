@@ -12,6 +12,7 @@ from test_merge import make_adapter
 
 import merge_params
 import train
+from baichuan.generation_utils import Answer
 from data_helper import conversation, read_samples
 from support import processes, sample_answers
 from support.errors import UserError
@@ -162,7 +163,7 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples
         return answer_batch(model, tokenizer, conversations, config)
 
     monkeypatch.setattr(sample_answers, "answer_batch", counted)
-    texts = sample_answers.sample_answers(model, directory, few_samples[1], 1, conversation)
+    texts = sample_answers.sample_answers(model, directory, read_samples(few_samples[1]), 1, conversation)
     assert calls == [len(texts)] and len(texts) > 1
     first = {}
     for sample in read_samples(few_samples[1]):
@@ -175,6 +176,22 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples
             sample_answers.greedy(directory.generation_config, 8),
         )
         assert texts[f"answers/{sample['role']}"] == f"**{sample['prompt']}**  \n{answer.text}"
+
+
+def test_sample_answers_of_many_roles(checkpoint, few_samples, monkeypatch):
+    """So many at a time as the memory holds, of the first twenty roles."""
+    directory, calls = ModelDirectory(checkpoint), []
+    sample = next(iter(read_samples(few_samples[1])))
+    samples = [sample | {"role": f"第{number}个"} for number in range(30)]
+
+    def answer_batch(model, tokenizer, conversations, config):
+        calls.append(len(conversations))
+        return [Answer("好", True)] * len(conversations)
+
+    monkeypatch.setattr(sample_answers, "answer_batch", answer_batch)
+    monkeypatch.setattr(sample_answers, "rows_that_fit", lambda model, tokens: 8)
+    texts = sample_answers.sample_answers(directory.load(), directory, samples, 2, conversation)
+    assert calls == [8, 8, 4] and list(texts) == [f"answers/第{number}个" for number in range(20)]
 
 
 @pytest.mark.parametrize("error, ends", [(None, "destroyed"), (UserError("no"), "aborted")])

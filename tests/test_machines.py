@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, scalars
+from conftest import FLOAT32, HAS_GPU, ROOT, ROOT_USER, adapter_weights, free_port, scalars
 
 import train
 from support import processes
@@ -22,7 +22,8 @@ BIN = Path(sys.executable).parent
 
 def environment(**more) -> dict[str, str]:
     """This process's, without what conftest.py and training in this process set."""
-    ours = ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    ours = ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    ours += () if HAS_GPU else ("DS_ACCELERATOR",)
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | {"PATH": f"{BIN}:{os.environ['PATH']}"} | more
 

@@ -307,13 +307,13 @@ def arguments(test_path):
 def test_measuring_while_training_changes_nothing(taught, tokenizer, samples):
     model, _ = taught
     model.train()
-    state = torch.get_rng_state()
-    found = who_said_it_now(arguments(samples[1]), model, tokenizer, utils)
+    state, test = torch.get_rng_state(), list(read_samples(samples[1]))
+    found = who_said_it_now(arguments(samples[1]), test, model, tokenizer, utils)
     assert model.training and torch.equal(torch.get_rng_state(), state)
-    assert found == who_said_it_now(arguments(samples[1]), model, tokenizer, utils)
+    assert found == who_said_it_now(arguments(samples[1]), test, model, tokenizer, utils)
     assert set(found) == {"who_said_it_accuracy", "who_said_it_margin"} and 0 <= found["who_said_it_accuracy"] <= 100
     model.eval()
-    assert found == who_said_it_now(arguments(samples[1]), model, tokenizer, utils)
+    assert found == who_said_it_now(arguments(samples[1]), test, model, tokenizer, utils)
 
 
 def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch, tmp_path):
@@ -323,15 +323,12 @@ def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch, tmp_path):
     everything = [
         said(role, system, f"第{number}问？", "好。") for role, system in PERSONAS.items() for number in range(600)
     ]
-    monkeypatch.setattr(persona_scores, "read_samples", lambda path: everything)
-    who_said_it_now(arguments("test.json"), torch.nn.Linear(1, 1), None, utils)
+    who_said_it_now(arguments("test.json"), everything, torch.nn.Linear(1, 1), None, utils)
     assert [sum(sample["role"] == role for sample in chosen[0]) for role in PERSONAS] == [15, 15, 15]
     assert len(chosen[0]) * 4 <= len(everything) / 10
-    monkeypatch.setattr(persona_scores, "read_samples", lambda path: SAMPLES)
-    who_said_it_now(arguments("test.json"), torch.nn.Linear(1, 1), None, utils)
+    who_said_it_now(arguments("test.json"), SAMPLES, torch.nn.Linear(1, 1), None, utils)
     assert [sum(sample["role"] == role for sample in chosen[1]) for role in PERSONAS] == [2, 2, 1]
-    monkeypatch.setattr(persona_scores, "read_samples", lambda path: SAMPLES[:2])
-    assert who_said_it_now(arguments("test.json"), torch.nn.Linear(1, 1), None, utils) == {}
+    assert who_said_it_now(arguments("test.json"), SAMPLES[:2], torch.nn.Linear(1, 1), None, utils) == {}
 
 
 def test_training_shows_it_and_ends_with_the_same_weights(train_arguments, tmp_path, monkeypatch):

@@ -378,6 +378,15 @@ def test_rows_that_fit(model, monkeypatch):
     assert rows_that_fit(model, 10) == 64 and rows_that_fit(model, 10**9) == 1
 
 
+def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
+    config = SimpleNamespace(num_hidden_layers=2, hidden_size=64)
+    model = SimpleNamespace(config=config, device=torch.device("cuda"), dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 1024 * 100 * 3, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 1024 * 100 * 12)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 1024 * 100 * 5)
+    assert rows_that_fit(model, 100) == 3 + 12 - 5
+
+
 # ---------------------------------------------------------------- questions
 
 

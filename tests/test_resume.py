@@ -20,6 +20,8 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from support import resume
+from support.errors import OneProcessError
 from support.resume import checkpoints
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
@@ -410,6 +412,13 @@ def test_a_damaged_state_is_one_line(run_arguments, finished, tmp_path, capsys, 
     assert str(moved) in error_of(short(run_arguments, output), capsys)
     assert not (tmp_path / "ran").exists()
     assert (output / "epoch-1-step-10/adapter_model.safetensors").exists()
+
+
+def test_a_state_that_another_process_cannot_read_is_told(tmp_path, monkeypatch):
+    """The first process, which tells what all have, would say nothing of it."""
+    monkeypatch.setattr(resume.dist, "get_rank", lambda: 1)
+    with pytest.raises(OneProcessError, match="process-1.pt: is damaged"):
+        resume.load_state(None, tmp_path)
 
 
 # ---------------------------------------------------------------- disks

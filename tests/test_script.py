@@ -32,8 +32,32 @@ def test_what_a_killed_process_left_behind_goes(tmp_path):
     dead, alive = tmp_path / f".new.{gone}.tmp", tmp_path / f".new.{os.getppid()}.tmp"
     dead.mkdir()
     alive.mkdir()
-    with files.whole_directory(tmp_path / "new"):
-        assert not dead.exists() and alive.exists()
+    own = tmp_path / f".new.{os.getpid()}.tmp"  # in a container the next process has the number of the killed one
+    (own / "half").mkdir(parents=True)
+    with files.whole_directory(tmp_path / "new") as directory:
+        assert not dead.exists() and alive.exists() and list(directory.iterdir()) == []
+
+
+def test_what_a_link_names_is_written(tmp_path):
+    link, there = tmp_path / "here/link", tmp_path / "large_disk/there"
+    link.parent.mkdir()
+    there.parent.mkdir()
+    link.symlink_to(there)
+    for _ in range(2):
+        with files.whole_directory(link, overwrite=True) as directory:
+            assert directory.parent == there.parent
+        assert link.is_symlink() and there.is_dir() and [path.name for path in there.parent.iterdir()] == ["there"]
+    file = tmp_path / "here/file"
+    file.symlink_to(there.parent / "file")
+    with files.whole_files(file) as (handle,):
+        handle.write("text")
+    assert file.is_symlink() and (there.parent / "file").read_text() == "text"
+
+
+def test_where_a_disk_is_mounted_nothing_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(errors.UserError, match="a disk is mounted there"), files.whole_directory(tmp_path):
+        pass
 
 
 def test_files_appear_together_or_not_at_all(tmp_path):

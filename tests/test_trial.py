@@ -170,6 +170,15 @@ def error_of(capsys, arguments) -> str:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")][-1]
 
 
+def test_what_another_process_lacks_is_told_by_all(monkeypatch):
+    def gather(found, problem):
+        found[:] = [problem, "the second one's GPU is full"]
+
+    monkeypatch.setattr(trial.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(trial.dist, "all_gather_object", gather)
+    assert trial.first_problem(None) == "the second one's GPU is full"
+
+
 def test_too_little_memory_is_told_before_the_weights_are_loaded(train_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trial, "memory", lambda device: (300_000, 300_000))
     monkeypatch.setattr(train, "model_with_adapters", None)

@@ -602,7 +602,7 @@ def operations_of_a_step(layers: int, directory: Path) -> Counter:
 def training_step(flags: list[str]) -> tuple[Callable[[int], None], utils.Steps]:
     """(a function that takes step number k as train.py does, the steps), of train.py with these flags, in bfloat16."""
     args = train.parse_args([*flags, "--ds_file", str(ROOT / "ds_zero2_no_offload.json")])
-    model_directory, config, train_data, test_data = train.read_inputs(args)
+    model_directory, config, train_data, test_data, _ = train.read_inputs(args)
     device = train.processes.join_processes()
     model = train.model_with_adapters(args, model_directory, torch.bfloat16)
     steps, _ = train.lay_out(args, model_directory.config, device, train_data, test_data)
