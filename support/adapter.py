@@ -1,6 +1,5 @@
 """An adapter directory, read and checked: is it a plain LoRA adapter, and one of this base?"""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from support.errors import UserError, few
+from support.files import file_digest
 from support.model_directory import ModelDirectory, Weights, load_shard, read_json
 
 
@@ -89,8 +89,7 @@ def adapter_file(directory: Path) -> Path:
 
 
 def digest(directory: Path) -> str:
-    with open(adapter_file(directory), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(adapter_file(directory))
 
 
 def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:

@@ -44,14 +44,7 @@ def with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> list
     path = only_config.parse_known_args(argv)[0].config
     if path is None:
         return argv
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}: train.py writes such a file, train_args.json") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: must be one JSON object {{flag: value}}")
+    settings = read_object(path, f"--config {path}")
     known, flags = vars(parser.parse_args([])), []
     with Problems() as problems:
         for name, value in settings.items():
@@ -141,6 +134,19 @@ def model_problems(args, model_directory) -> list[str]:
     ]
 
 
+def read_object(path, name) -> dict:
+    """The JSON object in a file, which errors call `name`. Raises: UserError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=machine_integer)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: must be one JSON object")
+    return value
+
+
 def machine_integer(digits: str) -> int:
     """An integer of at most 64 bits; on a longer one DeepSpeed fails only in the middle of a step. Raises: ValueError."""
     if abs(number := int(digits)) >= 2**63:
@@ -150,14 +156,7 @@ def machine_integer(digits: str) -> int:
 
 def read_deepspeed_config(path) -> dict:
     """Read the DeepSpeed file and check what this project relies on; DeepSpeed checks the rest. Raises: UserError."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=machine_integer)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must be one JSON object")
+    config = read_object(path, path)
     sections = {key: config.get(key, {}) for key in ("zero_optimization", "optimizer", "bf16", "fp16")}
     with Problems() as problems:
         for key in ("scheduler", "train_batch_size", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):

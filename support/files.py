@@ -1,6 +1,7 @@
 """Files and directories are whole or absent, even if the process that writes them is killed."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -145,6 +146,11 @@ def free_bytes(path: Path) -> int:
     """Of the disk where `path` is to be."""
     path = path.absolute()
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def file_digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def put_on_disk(*paths):

@@ -5,7 +5,6 @@ output_dir/run_record.json    a list, of each start: commit, versions of the pac
                               DeepSpeed configuration in force, the device
 """
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from support.errors import UserError
-from support.files import newest_state, whole_files
+from support.files import file_digest, newest_state, whole_files
 
 
 def introduce(args, model, steps, done: int, state: Path | None, where: str):
@@ -66,11 +65,6 @@ def starts_before(path: Path) -> list[dict]:
     except (OSError, ValueError):  # none, or a file that somebody has edited
         return []
     return starts if isinstance(starts, list) else []
-
-
-def file_digest(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def commit() -> str | None:
