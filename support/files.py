@@ -92,7 +92,7 @@ def remove_leftovers(path: Path):
     import psutil  # here, so that --help works outside the environment
 
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.split(".")[-2]
+        process = left.name[len(path.name) + 2 : -len(".tmp")]
         own = process == str(os.getpid())  # in a container, the one that was killed often had this one's number
         if process.isdecimal() and (own or not psutil.pid_exists(int(process))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()

@@ -35,8 +35,8 @@ const iconButton = (name, label, onclick, more = {}) =>
 // "chat/ROLE/ID" → {role, id, greeting, turns, writing}; "draft/ROLE/ID" → what stands in the composer; "description/ROLE" → where
 // the visitor has changed it, or invented the character. A turn is a question and its answers: {question,
 // versions: [{text, base, state, words}], shown}; state is done, edited, cut or stopped. Each chat has a key of its own, so
-// that tabs do not overwrite each other's; what is changed while another tab is `writing` there becomes a chat of its own.
-// Which chat a tab shows is the tab's affair: {role, ids: {role: id}} in its session.
+// that tabs do not overwrite each other's; what is changed while another tab is `writing` there (it says when it last did)
+// becomes a chat of its own. Which chat a tab shows is the tab's affair: {role, ids: {role: id}} in its session.
 const unkept = {}; // what the storage did not take, for as long as the page is open
 let erased = false, closed = false; // everything was deleted; the page is left: what still runs keeps nothing any more
 
@@ -54,7 +54,8 @@ function write(key, value) { // null removes it
     else localStorage.setItem(key, JSON.stringify(value));
     delete unkept[key];
   } catch {
-    unkept[key] = JSON.stringify(value);
+    if (value === null) delete unkept[key];
+    else unkept[key] = JSON.stringify(value);
     say(text("storage"), true);
   }
 }
@@ -77,6 +78,7 @@ const describe = (name, words) =>
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8); // ids sort by their time
 const newChat = (name, id = newId()) => ({ role: name, id, greeting: character(name).greeting, turns: [] });
 const idsOf = (name) => names(`chat/${name}/`).filter((id) => !id.includes("/")).sort();
+const listed = () => [...new Set([...idsOf(role), chat.id])].sort(); // one that is new is not kept yet
 const keyOf = ({ role, id }) => `${role}/${id}`;
 const draftOf = (chat) => read(`draft/${keyOf(chat)}`, "");
 const keepDraft = (chat, words) => chat.deleted || write(`draft/${keyOf(chat)}`, words || null);
@@ -105,26 +107,36 @@ function remember() {
 }
 
 function save(saved = chat) {
-  if (saved.deleted) return;
-  if (saved !== running?.chat && read(`chat/${keyOf(saved)}`)?.writing) part(saved);
-  write(`chat/${keyOf(saved)}`, saved);
+  if (saved === running?.chat) saved.writing = Date.now();
+  else {
+    delete saved.writing;
+    const written = read(`chat/${keyOf(saved)}`)?.writing ?? 0;
+    if (Date.now() - written < 2 * BEAT) part(saved); // a mark that is older was left by a tab that has crashed
+  }
+  if (!saved.deleted) write(`chat/${keyOf(saved)}`, saved);
 }
+const BEAT = 60_000; // milliseconds from mark to mark, while an answer does not grow
 
 // Let a chat that another tab goes on with become another one here.
 function part(mine) {
-  delete mine.writing;
   mine.id = newId();
   if (mine === chat) remember();
 }
 
+// What was being written is as it shall stay.
+function release() {
+  const mine = running.chat;
+  delete mine.writing;
+  if (!mine.deleted) write(`chat/${keyOf(mine)}`, mine);
+}
+
 window.addEventListener("pagehide", () => {
-  if (running) {
-    delete running.chat.writing;
-    save(running.chat);
-  }
+  keepDraft(chat, composer.value);
+  if (running) release();
   closed = true; // an answer breaks off with the page, and is kept as far as it came
 });
-window.addEventListener("pageshow", () => (closed = false)); // one may come back to it
+// The browser may bring the page back as it was, and other tabs have gone on since.
+window.addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 // Another tab has changed something.
 window.addEventListener("storage", (event) => {
@@ -132,22 +144,39 @@ window.addEventListener("storage", (event) => {
     erased = true;
     return location.reload();
   }
-  if (event.key === `chat/${keyOf(chat)}` && chat !== running?.chat) {
+  const mine = running?.chat;
+  if (mine && event.key === `chat/${keyOf(mine)}`) {
+    if (event.newValue !== null) return;
+    mine.deleted = true;
+    running.abort.abort();
+    if (chat === mine) show(role, idsOf(role).at(-1) ?? newId());
+  } else if (event.key === `chat/${keyOf(chat)}`) {
     if (editor()) {
       part(chat);
       save();
-      renderHeader();
-    } else {
+      keepingFocus(renderHeader);
+    } else if (!grew(read(event.key, newChat(role, chat.id)))) {
       chat = read(event.key, newChat(role, chat.id));
       render();
     }
   } else if (event.key === `description/${role}` && !editor()) {
     render();
   } else if (event.oldValue === null || event.newValue === null) { // a chat or a character has come or gone
-    renderHeader();
-    renderCards();
+    keepingFocus(() => {
+      renderHeader();
+      renderCards();
+    });
   }
 });
+
+// Whether another tab has only written on at the last answer. That is shown without drawing the rest anew, under the mouse.
+function grew(now) {
+  const before = (chat) => JSON.stringify([chat.turns.slice(0, -1), chat.turns.at(-1)?.versions.length, chat.turns.at(-1)?.shown]);
+  if (!now.writing || !chat.writing || !now.turns.length || before(chat) !== before(now)) return false;
+  Object.assign(shownOf(chat.turns.at(-1)), shownOf(now.turns.at(-1)));
+  refresh(chat.turns.length - 1);
+  return true;
+}
 
 // ---------------------------------------------------------------- what the model reads
 
@@ -232,7 +261,7 @@ async function answer(number, begun = null) {
   if (!begun) turn.shown = turn.versions.push(version) - 1;
   delete version.words;
   save(mine); // it may part from another tab's here
-  mine.writing = true;
+  const beat = setInterval(() => save(mine), BEAT);
   running = { chat: mine, turn, version, abort: new AbortController(), status: text("thinking", { role: name }) };
   say(again && !settings.do_sample ? text("greedy") : "");
   heard.textContent = "";
@@ -265,20 +294,20 @@ async function answer(number, begun = null) {
     turn.shown = Math.min(before, Math.max(turn.versions.length - 1, 0));
     if (!turn.versions.length) {
       mine.turns.splice(number, 1);
-      const draft = [turn.question, draftOf(mine)].filter(Boolean).join("\n");
+      const draft = [turn.question, chat === mine ? composer.value : draftOf(mine)].filter(Boolean).join("\n");
       keepDraft(mine, draft);
       if (chat === mine) composer.value = draft;
     }
     if (!stopped) failure ??= text("silent", { role: name });
   }
-  delete mine.writing;
-  save(mine);
+  clearInterval(beat);
+  release();
   running = null;
   render();
   grow();
   if (failure) say(failure, true);
   else if (chat === mine) {
-    heard.textContent = `${name}: ${version.text}`;
+    if (version.text.trim()) heard.textContent = `${name}: ${version.text}`;
     if (status.classList.contains("error") && !Object.keys(unkept).length) say("");
   }
 }
@@ -357,12 +386,13 @@ function grow() {
 
 // What is drawn anew has the keyboard's focus where it was: on the button of the same words, or in the same part.
 function keepingFocus(draw) {
-  const active = document.activeElement, turn = active.closest("[data-turn]")?.dataset.turn;
+  const active = document.activeElement;
   const part = [log, header, cards].find((part) => part !== active && part.contains(active));
+  const what = (button) => [button.textContent, button.title, button.closest("[data-turn]")?.dataset.turn, button.closest(".answer") !== null].join();
+  const wanted = what(active);
   draw();
   if (!part || document.contains(active)) return;
-  const same = [...part.querySelectorAll("button:enabled")].find((button) =>
-    button.textContent === active.textContent && button.title === active.title && button.closest("[data-turn]")?.dataset.turn === turn);
+  const same = [...part.querySelectorAll("button:enabled")].find((button) => what(button) === wanted);
   (same ?? (part === log ? log : part.querySelector("button")))?.focus({ preventScroll: true });
 }
 
@@ -496,22 +526,25 @@ function editAnswer(number) {
 }
 
 const editor = () => log.querySelector(".editor");
+const edited = () => {
+  const field = editor()?.querySelector("textarea");
+  return field && field.value !== field.defaultValue;
+};
 
 // Whether the visitor may go on: an edit that is not saved is given up when he says so.
 function leftEditor() {
-  const field = editor()?.querySelector("textarea");
-  if (field && field.value !== field.defaultValue && !confirm(text("edit_sure"))) return false;
-  if (field) render();
+  if (edited() && !confirm(text("edit_sure"))) return false;
+  if (editor()) render();
   return true;
 }
 
-window.addEventListener("beforeunload", (event) => editor() && event.preventDefault());
+window.addEventListener("beforeunload", (event) => edited() && !erased && event.preventDefault());
 
 // A new chat with the first `count` turns of this one.
 function branch(count, draft) {
   if (running) return say(text("busy"), true);
   if (!leftEditor()) return;
-  const copied = { ...structuredClone(chat), id: newId(), writing: false };
+  const copied = { ...structuredClone(chat), id: newId() };
   copied.turns = copied.turns.slice(0, count);
   keepDraft(copied, draft);
   addChat(copied);
@@ -520,6 +553,7 @@ function branch(count, draft) {
 
 // Show a chat of a role; without an id the tab's last one.
 function show(name, id) {
+  if (chat) keepDraft(chat, composer.value);
   open(name, id);
   log.replaceChildren();
   composer.value = draftOf(chat);
@@ -537,7 +571,7 @@ function addChat(added) {
 
 function go(step) {
   if (!leftEditor()) return;
-  const ids = idsOf(role);
+  const ids = listed();
   show(role, ids[ids.indexOf(chat.id) + step]);
 }
 
@@ -572,7 +606,7 @@ const legend = (words) => h("p", { class: "legend" },
   text("sum", { sum: words.reduce((sum, [, difference]) => sum + difference, 0).toFixed(1) }));
 
 function renderHeader() {
-  const ids = [...new Set([...idsOf(role), chat.id])].sort(), number = ids.indexOf(chat.id);
+  const ids = listed(), number = ids.indexOf(chat.id);
   header.replaceChildren(...[
     iconButton("menu", text("roles"), () => showRoles(!document.body.classList.contains("choosing")), { id: "menu" }),
     h("button", { type: "button", id: "who", onclick: () => showRoles(true) }, portrait(role), h("strong", {}, role)),
@@ -664,8 +698,10 @@ function showSettings() {
       button("clear_all", () => {
         if (!confirm(text("clear_sure"))) return;
         erased = true;
-        localStorage.clear();
-        sessionStorage.clear();
+        try {
+          localStorage.clear();
+          sessionStorage.clear();
+        } catch {}
         location.reload();
       }),
       facts.sign_out ? button("sign_out", async () => { await post("/logout", {}); location.reload(); }) : null));
@@ -673,6 +709,7 @@ function showSettings() {
 }
 
 function showNewRole() {
+  if (!leftEditor()) return;
   const name = h("input", { required: true, maxLength: facts.limits.role, name: "role", oninput: () =>
     name.setCustomValidity(roles().includes(name.value.trim()) ? text("known") : name.value.trim() ? "" : text("blank", { what: text("role") })) });
   const described = h("textarea", { required: true, rows: 4, maxLength: facts.limits.description, name: "description" });

@@ -74,6 +74,13 @@ def test_files_appear_together_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "deeper"]
 
 
+def test_files_whose_names_begin_alike_do_not_remove_each_other(tmp_path):
+    with files.whole_files(tmp_path / "x.json", tmp_path / "x") as handles:
+        for handle in handles:
+            handle.write("text")
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "x.json"}
+
+
 @pytest.mark.parametrize(
     "raised, code, lines",
     [

@@ -722,3 +722,42 @@ def test_two_tabs_do_not_overwrite_each_other(tab):
     tab.page.reload()
     chats = tab.page.evaluate("idsOf(role).map((id) => read(`chat/${role}/${id}`).turns.map((turn) => turn.question))")
     assert chats == [["你是谁？"], ["你好。"]]
+
+
+def test_one_tab_looks_on_while_another_writes(tab):
+    """What stands there is not drawn anew with every word; a chat that is deleted meanwhile stays deleted."""
+    tab.ask("一？", 1)
+    other = tab.new_page()
+    other.goto(tab.url)
+    tab.begin("二？")
+    expect(other.locator(".mine .words")).to_have_text(["一？", "二？"])
+    expect(other.locator(".answer .box.text .words").last).to_have_text(re.compile(r"\S"))
+    other.evaluate("document.querySelector('.mine').seen = true")
+    begun = len(other.locator(".answer .words").last.inner_text())
+    expect(other.locator(".answer .words").last).to_have_text(re.compile(f"[\\s\\S]{{{begun + 20}}}"))
+    assert other.evaluate("document.querySelector('.mine').seen")
+    other.get_by_label("New chat").click()
+    other.get_by_label("Previous chat").click()
+    other.get_by_label("Delete this chat").click()
+    expect(tab.questions).to_have_count(0)
+    expect(tab.page.get_by_role("button", name="Send")).to_be_visible()
+    assert tab.page.evaluate("idsOf(role).map((id) => read(`chat/${role}/${id}`).turns.length)") == [0]
+
+
+def test_the_mark_of_a_tab_that_has_crashed_is_no_obstacle(tab):
+    tab.ask("一？", 1)
+    for age, count in ((200_000, 1), (1000, 2)):
+        tab.page.evaluate(f"write(`chat/${{keyOf(chat)}}`, {{...chat, writing: Date.now() - {age}}}); save()")
+        assert tab.page.evaluate("idsOf(role).length") == count
+        assert tab.page.evaluate("read(`chat/${keyOf(chat)}`).writing") is None
+
+
+def test_a_draft_stays_with_its_chat_and_its_tab(tab):
+    tab.ask("一？", 1)
+    other = tab.new_page()
+    other.goto(tab.url)
+    other.locator("#question").fill("二")
+    tab.ask("三？", 2)  # which empties this tab's composer
+    other.get_by_role("button", name="李白").click()
+    other.locator(f"nav .card:has-text('{FIRST}')").click()
+    expect(other.locator("#question")).to_have_value("二")
