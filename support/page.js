@@ -155,8 +155,10 @@ window.addEventListener("storage", (event) => {
       part(chat);
       save();
       keepingFocus(renderHeader);
-    } else if (!grew(read(event.key, newChat(role, chat.id)))) {
-      chat = read(event.key, newChat(role, chat.id));
+    } else {
+      const now = read(event.key, newChat(role, chat.id));
+      if (grew(now)) return;
+      chat = now;
       render();
     }
   } else if (event.key === `description/${role}` && !editor()) {

@@ -33,7 +33,7 @@ def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role
     longest = max(map(len, tokenizer.text_to_ids(texts)))
     rows = rows_that_fit(model, longest + LONGEST)  # all roles at once, where the memory holds them
     found = in_batches(answer, range(len(conversations)), rows, done=())
-    answers = iter([answer for _, batch in found for answer in batch])
+    answers = iter([own for _, batch in found for own in batch])
     return {
         f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
         for role, questions in asked.items()

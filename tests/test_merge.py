@@ -480,7 +480,6 @@ def test_all_problems_are_told_at_once(checkpoint, tmp_path, capsys):
     assert all(words in error for words in ("--device tpu", "has no weights", "adapter_config.json", "is read here"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_devices(checkpoint, adapter, tmp_path, capsys):
     assert "use --device cpu" in refusal(capsys, checkpoint, adapter, tmp_path / "m", "--device", "0")
     assert {merge_params.pick_device(name) for name in ("cpu", "-1", "auto")} == {torch.device("cpu")}
