@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--eval_steps", type=int, default=0, help="steps between two perplexities; 0: with each saved adapter only")
     add("--save_total_limit", type=int, help="adapters to keep, the newest ones, besides the best one; default: all")
     add("--patience", type=int, help="stop after this many adapters in a row that are no better; default: never")
-    add("--sample_answers", type=int, default=2, help="test questions a role, for up to 20 roles, answered in TensorBoard")
+    add("--sample_answers", type=int, default=2, help="questions a role, of up to 20 roles, answered in TensorBoard")
     add("--dry_run", action="store_true", help="say what the run will take, and stop before its first step")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
