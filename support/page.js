@@ -140,13 +140,15 @@ window.addEventListener("pageshow", (event) => event.persisted && location.reloa
 
 // Another tab has changed something.
 window.addEventListener("storage", (event) => {
+  const mine = running?.chat;
   if (event.key === null) {
+    if (mine) write(`chat/${keyOf(mine)}`, null); // an answer's next word may have been kept before this was heard
     erased = true;
     return location.reload();
   }
-  const mine = running?.chat;
   if (mine && event.key === `chat/${keyOf(mine)}`) {
     if (event.newValue !== null) return;
+    write(event.key, null); // here, too
     mine.deleted = true;
     running.abort.abort();
     if (chat === mine) show(role, idsOf(role).at(-1) ?? newId());

@@ -1,5 +1,6 @@
 """The chat page in Chromium, as people use it, on a small random model with an adapter."""
 
+import contextlib
 import json
 import os
 import re
@@ -741,7 +742,22 @@ def test_one_tab_looks_on_while_another_writes(tab):
     other.get_by_label("Delete this chat").click()
     expect(tab.questions).to_have_count(0)
     expect(tab.page.get_by_role("button", name="Send")).to_be_visible()
-    assert tab.page.evaluate("idsOf(role).map((id) => read(`chat/${role}/${id}`).turns.length)") == [0]
+    assert tab.page.evaluate(KEPT_TURNS) == [0]
+
+
+KEPT_TURNS = "idsOf(role).map((id) => read(`chat/${role}/${id}`).turns.length)"
+
+
+@pytest.mark.parametrize("key", ["`chat/${keyOf(chat)}`", "null"])
+def test_what_another_tab_deletes_stays_deleted_though_a_word_came_meanwhile(tab, key):
+    """The other tab is heard of late: here it is an event alone, and the storage still holds the chat."""
+    tab.begin("一？")
+    with contextlib.nullcontext() if key != "null" else tab.page.expect_navigation():
+        tab.page.evaluate(
+            f"setTimeout(() => dispatchEvent(new StorageEvent('storage', {{key: {key}, newValue: null}})))"
+        )
+    expect(tab.page.get_by_role("button", name="Send")).to_be_visible()
+    assert tab.page.evaluate(KEPT_TURNS) == []
 
 
 def test_the_mark_of_a_tab_that_has_crashed_is_no_obstacle(tab):
