@@ -23,8 +23,8 @@ from pathlib import Path
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point
 from support.files import whole_files
-from support.profiles import read_characters, read_profiles  # noqa: F401
-from support.samples import read_rows, read_samples
+from support.profiles import read_characters
+from support.samples import read_rows, read_samples, split_off
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.
@@ -58,15 +58,15 @@ def parse_args(argv=None):
         help="JSON file of the profiles, {role: profile} (default: profiles-zh_desc.json in --data_dir)",
     )
     parser.add_argument(
-        "--conversations", nargs="+", type=Path, default=[], help="files of conversations, instead of RoleBench's"
+        "--conversations", nargs="+", type=Path, default=[], help="files of your own, read instead of RoleBench's"
     )
-    parser.add_argument("--test_conversations", nargs="+", type=Path, default=[], help="files of them for the test")
+    test_files = "files of conversations for the test; without them --test_share of the others"
+    parser.add_argument("--test_conversations", nargs="+", type=Path, default=[], help=test_files)
     parser.add_argument(
         "--merge_turns", action="store_true", help="join turns of the same speaker that follow each other"
     )
-    parser.add_argument(
-        "--test_share", type=float, default=0.1, help="part of the samples kept for the test if no file is for it"
-    )
+    share = "part of the samples, between 0 and 1, that is set aside for the test where there is no test file"
+    parser.add_argument("--test_share", type=float, default=0.1, help=share)
     parser.add_argument(
         "--train_path", type=Path, default=Path("data/train.json"), help="file for the training samples, replaced"
     )
@@ -79,10 +79,10 @@ def parse_args(argv=None):
         default=argparse.SUPPRESS,
         help="names of the roles to keep, or all (default: 孙悟空 李白 张飞; of --conversations all)",
     )
-    parser.add_argument(
-        "--max_responses", type=int, default=2, help="number of recorded answers drawn for a question, at most"
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="integer that decides which answers are drawn")
+    answers = "number of recorded answers drawn for a question of RoleBench's files, at most"
+    parser.add_argument("--max_responses", type=int, default=2, help=answers)
+    seed = "integer that decides which answers are drawn, and which questions are set aside for the test"
+    parser.add_argument("--seed", type=int, default=1234, help=seed)
     parser.add_argument(
         "--download",
         action="store_true",
@@ -94,7 +94,8 @@ def parse_args(argv=None):
     tokenizer = "directory of the model whose tokenizer --show uses"
     parser.add_argument("--model_name_or_path", default="Baichuan2-7B-Chat/", help=tokenizer)
     args = parser.parse_args(argv)
-    if "desc_path" not in args:
+    args.desc_given = "desc_path" in args
+    if not args.desc_given:
         args.desc_path = args.data_dir / "profiles-zh_desc.json"
     if "roles" not in args:
         args.roles = ["all"] if args.conversations else ["孙悟空", "李白", "张飞"]
@@ -209,8 +210,8 @@ def flag_problems(args) -> list[str]:
     inputs = [args.desc_path, *args.conversations, *args.test_conversations, *rolebench_paths(args).values()]
     taken = set(map(os.path.realpath, inputs))
     for flag, path in (("--train_path", args.train_path), ("--test_path", args.test_path)):
-        if path.is_dir() or os.path.realpath(path) in taken:
-            problems.append(f"{flag} {path}: is a directory, an input or the other output: choose another path")
+        if path.exists() and not path.is_file() or os.path.realpath(path) in taken:
+            problems.append(f"{flag} {path}: is no regular file, an input or the other output: choose another path")
         taken.add(os.path.realpath(path))
     return problems
 
@@ -244,14 +245,17 @@ def from_rolebench(args) -> dict[str, list[dict]]:
 
 def from_conversations(args) -> dict[str, list[dict]]:
     """The samples for training and test, each once. Raises: UserError with every problem of flags and files."""
-    written, seen, merged, twice, strangers = {"train": [], "test": []}, set(), Counter(), 0, set()
+    written, seen, merged, strangers, found = {"train": [], "test": []}, set(), Counter(), set(), Counter()
     with Problems() as problems:
         problems += flag_problems(args)
-        characters = (problems.of(read_characters, args.desc_path) or {}) if args.desc_path.exists() else {}
+        profiled = args.desc_given or args.desc_path.exists()  # a file of one's own may hold all system texts itself
+        characters = problems.of(read_characters, args.desc_path) or {} if profiled else {}
         files = [("train", path) for path in args.conversations] + [("test", path) for path in args.test_conversations]
-        for split, path in files:
+        problems += [f"{path}: there is no such file: correct the path" for _, path in files if not path.is_file()]
+        for split, path in [file for file in files if file[1].is_file()]:
             for sample in read_samples(path, merged if args.merge_turns else None, problems):
                 role, system = sample["role"], sample["system"]
+                found[role] += 1
                 if role not in args.roles and "all" not in args.roles:
                     continue
                 if role and not system and role in characters:
@@ -263,45 +267,25 @@ def from_conversations(args) -> dict[str, list[dict]]:
                     )
                 sample = {"role": role, "system": system, "messages": sample["messages"]}
                 text = json.dumps(sample)
-                twice += text in seen
                 written[split] += [sample] * (text not in seen)
                 seen.add(text)
-    number = sum(map(len, written.values()))
-    print(f"{number + twice:,} conversations read, {twice:,} of them exact duplicates, which are left out")
+        names = ", ".join(filter(None, found))
+        absent = [role for role in args.roles if found and role not in {*found, "all"}]
+        problems += [f"--roles {role}: no conversation is of that role: choose from {names}, all" for role in absent]
+    of_roles = sum(found[role] for role in (found if "all" in args.roles else set(args.roles)))
+    left_out = f"{found.total() - of_roles:,} of other roles, {of_roles - len(seen):,} exact duplicates"
+    print(f"{found.total():,} conversations read; left out: {left_out}")
     if args.merge_turns:
         print(f"{merged['turns']:,} turns joined with the turn of the same speaker before them")
     return written
 
 
-def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
-    """Part samples into those for training and those for the test, drawn with `seed`.
-
-    Samples that open with the same question stay together; those that are more than the share stay in training.
-    """
-    opening = [sample.get("prompt") or sample["messages"][0]["content"] for sample in samples]
-    counts, held_out = Counter(opening), set()
-    if len(counts) == 1:
-        raise UserError(
-            "all samples ask the same, so that none can be split off for the test: add others, or a test file"
-        )
-    room = max(min(counts.values()), round(share * len(samples)))
-    for question in sorted(counts, key=lambda question: random.Random(f"{seed} {question}").random()):
-        if counts[question] <= room:
-            held_out.add(question)
-            room -= counts[question]
-    written = {"train": [], "test": []}
-    for sample, question in zip(samples, opening):
-        written["test" if question in held_out else "train"].append(sample)
-    print(
-        f"no samples for the test: {len(written['test']):,} of {len(samples):,} samples were split off, by their first question (--test_share)"
-    )
-    return written
-
-
 def show(args):
     """Print samples as train.py lays them out, by its default limits. Raises: UserError."""
-    if args.show < 1 or not args.train_path.is_file():
-        raise UserError(f"--show {args.show}: needs a number from 1, and {args.train_path}: first run without --show")
+    if args.show < 1:
+        raise UserError(f"--show {args.show}: is less than 1: give at least 1")
+    if not args.train_path.is_file():
+        raise UserError(f"{args.train_path}: is not a file: first run without --show")
     import utils  # both here, since they import torch, which nothing else in this script needs
     from support.show import open_tokenizer, print_samples
 
@@ -319,14 +303,13 @@ def main(argv=None):
     if args.download:
         download(args.data_dir)
     written = from_conversations(args) if args.conversations else from_rolebench(args)
-    if written["train"] and not written["test"]:
+    if written["train"] and not written["test"] and not args.test_conversations:
         written = split_off(written["train"], args.test_share, args.seed)
     for split, lines in written.items():
         if not lines:
             source = ", ".join(map(str, args.conversations or [args.data_dir]))
-            raise UserError(
-                f"{source}: no {split} line is of {', '.join(args.roles)}: add some, or choose other --roles"
-            )
+            where = "training" if split == "train" else "the test, which holds none that is in training, too"
+            raise UserError(f"{source}: no samples for {where}: add some, or choose other --roles")
 
     with whole_files(args.train_path, args.test_path) as handles:
         for lines, handle in zip(written.values(), handles):

@@ -14,10 +14,10 @@ from support.four_bit import check_four_bit
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds each default to its help, but for None, which says nothing."""
+    """Adds each default to its help, but for None and [], which say nothing."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from support.errors import UserError
 
+NOT_UTF8 = "is not UTF-8: save the file in that encoding"
+
 
 def text_problem(value) -> str | None:
     """Why `value` is no usable text, or None."""
@@ -28,7 +30,7 @@ def read_text(path: str | Path, may_be_empty: bool = False) -> str:
         raise UserError(f"{path}: {error.strerror}: correct the path, or fetch the file with --download") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: is not UTF-8: save the file in that encoding") from None
+        raise UserError(f"{path}:{line}: {NOT_UTF8}") from None
     if not text.strip() and not may_be_empty:
         raise UserError(f"{path}: is empty: fill it, or delete it and fetch it with --download")
     return text
@@ -43,6 +45,8 @@ def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
             raise ValueError(f"the key {twice[0][:20]!r} occurs twice")
         return dict(pairs)
 
+    if wrong := re.search("[\udc80-\udcff]", text):  # a byte that is not UTF-8, as errors="surrogateescape" reads it
+        raise UserError(f"{path}:{line + text.count(chr(10), 0, wrong.start())}: {NOT_UTF8}")
     try:
         if text.startswith("\ufeff"):
             raise ValueError("the file begins with a byte-order mark; save it as UTF-8 without BOM")

@@ -10,13 +10,8 @@ from support.json_files import parse_object, read_text, text_problem
 SAMPLE = Path(__file__).parent.parent / "data/sample/profiles-zh_desc.json"
 
 
-def read_profiles(path: str | Path) -> dict[str, str]:
-    """Read {role: profile}, without what else is said of a role. Raises: UserError with every problem of the file."""
-    return {role: character["description"] for role, character in read_characters(path).items()}
-
-
 def read_characters(path: str | Path) -> dict[str, dict]:
-    """Read the profiles with their further fields: {role: {"description", "greeting", "questions", "portrait", "names"}}.
+    """Read who the roles are: {role: {"description", "greeting", "questions", "portrait", "names"}}.
 
     In the file a profile is its description, or an object with "description" and any of the other fields: the first
     words of the role, questions to begin with, an image beside the file, other names that people call the role.

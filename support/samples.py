@@ -9,7 +9,8 @@ A file is JSON lines, read as they come, or one JSON array, which has to fit int
 by `read_rows`.
 """
 
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from support.errors import UserError
@@ -35,7 +36,7 @@ def read_samples(path: str | Path, merged: Counter | None = None, problems: list
         UserError: without `problems`, at the first that is no sample.
     """
     with open(path, encoding="utf-8", errors="surrogateescape") as file:  # a wrong byte is found in its line
-        array = file.read(1) == "["
+        array = next((letter for letter in iter(lambda: file.read(1), "") if not letter.isspace()), "") == "["
         file.seek(0)
         records = parse_object('{"samples": ' + file.read() + "}", path)["samples"] if array else file
         for number, record in enumerate(records, start=1):
@@ -61,7 +62,7 @@ def as_sample(record, place: str, merged: Counter | None = None) -> dict:
     system, turns = conversation_of(record, place) or question_of(record, place)
     if merged is not None:
         turns = merge_turns(turns, merged)
-    sample = {"role": record.get("role", ""), "system": system}
+    sample = {"role": value_of(record, "role", ""), "system": system}
     for key, text in sample.items():
         if text != "" and (problem := text_problem(text)):
             raise UserError(f'{place}: "{key}" {problem}')
@@ -72,6 +73,11 @@ def as_sample(record, place: str, merged: Counter | None = None) -> dict:
     return sample
 
 
+def value_of(record: dict, key: str, otherwise):
+    """The value of a key that may be absent or null, as pandas writes what is not known."""
+    return otherwise if record.get(key) is None else record[key]
+
+
 def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
     """The system text and the two turns of a question with its answer. Raises: UserError.
 
@@ -79,6 +85,10 @@ def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
     """
     if "instruction" in record and "system" in record:
         raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
+    if record.get("history"):
+        raise UserError(f'{place}: "history" is not read: write its rounds and the last one as "messages"')
+    if not {"prompt", "response", "instruction", "output"} & record.keys():
+        raise UserError(f'{place}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
     keys = ("instruction", "input", "output") if "output" in record else ("system", "prompt", "response")
     system, prompt, response = (record.get(key) for key in keys)
     if "output" in record and not prompt:
@@ -97,7 +107,7 @@ def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
     key, speaker_key, text_key = form
     if not isinstance(record[key], list) or not record[key]:
         raise UserError(f'{place}: "{key}" is no list of turns: write [{{"{speaker_key}": …, "{text_key}": …}}, …]')
-    system, turns = record.get("system", ""), []
+    system, turns = value_of(record, "system", ""), []
     for number, turn in enumerate(record[key], start=1):
         if not isinstance(turn, dict):
             raise UserError(f'{place}: turn {number} is no object: write {{"{speaker_key}": …, "{text_key}": …}}')
@@ -116,7 +126,8 @@ def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
             raise UserError(f'{place}: turn {number}: "train" is neither true nor false: correct or remove it')
         if role == "system":
             system = text
-        elif role == "assistant" and (not turns or not turn.get("train", True)):  # a greeting answers nothing
+        elif role == "assistant" and not (turns and turn.get("train", True) and value_of(turn, "weight", 1)):
+            # OpenAI's weight 0 means the same; and a greeting answers nothing.
             turns.append({"role": role, "content": text, "train": False})
         else:
             turns.append({"role": role, "content": text})
@@ -152,6 +163,38 @@ def check_turns(turns: list[dict], place: str):
         raise UserError(f'{place}: nothing is to be trained: every answer has "train": false: remove the sample')
 
 
+def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
+    """Part samples into those for training and those for the test, drawn with `seed`.
+
+    Samples that open with the same question stay together. At least one question is split off, and of each role at
+    least one sample stays in training. Raises: UserError where that cannot be.
+    """
+    openings = [s.get("prompt") or next(m["content"] for m in s["messages"] if m["role"] == "user") for s in samples]
+    groups = defaultdict(Counter)  # question → its samples, by role
+    for sample, question in zip(samples, openings):
+        groups[question][sample["role"]] += 1
+    left, held_out = sum(groups.values(), Counter()), set()
+
+    def dispensable(question):
+        return all(left[role] > number for role, number in groups[question].items())
+
+    sizes = [groups[question].total() for question in filter(dispensable, groups)]
+    if not sizes:
+        raise UserError("no role has a second question that could be set aside for the test: add one, or a test file")
+    room = max(min(sizes), round(share * len(samples)))
+    for question in sorted(groups, key=lambda question: random.Random(f"{seed} {question}").random()):
+        if groups[question].total() <= room and dispensable(question):
+            held_out.add(question)
+            room -= groups[question].total()
+            left -= groups[question]
+    written = {"train": [], "test": []}
+    for sample, question in zip(samples, openings):
+        written["test" if question in held_out else "train"].append(sample)
+    number = len(written["test"])
+    print(f"no test file: {number:,} of {len(samples):,} samples are set aside, by their first question (--test_share)")
+    return written
+
+
 # ---------------------------------------------------------------- RoleBench's files
 
 
@@ -164,6 +207,8 @@ def read_rows(path: str | Path, characters: dict[str, dict] | None) -> list[dict
     """
     rows, problems, strangers = [], [], set()
     text = read_text(path, may_be_empty=True)
+    if text.lstrip().startswith("["):
+        raise UserError(f"{path}: is a JSON array: write one object a line")
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028
         if not line.strip():
             continue

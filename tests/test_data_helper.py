@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, main, persona, read_profiles, read_samples, rounds, without_address
+from data_helper import PERSONA, main, persona, read_samples, rounds, without_address
 from support.errors import UserError
 from support.profiles import read_characters
 
@@ -291,7 +291,8 @@ def test_rolebench_persona_lengths(run, data_dir):
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
-    for role, description in read_profiles(data_dir / "profiles-zh_desc.json").items():
+    for role, character in read_characters(data_dir / "profiles-zh_desc.json").items():
+        description = character["description"]
         assert 55 <= len(tokenizer.encode(persona(role, description))) - len(tokenizer.encode(description)) <= 70
     train, _ = run(data_dir=data_dir, roles=FIVE[:3])
     lengths = {system: len(tokenizer.encode(system)) for system in {line["system"] for line in train}}
@@ -430,10 +431,10 @@ def test_a_missing_profile_is_told_once_a_file(run):
         (["--max_responses", "1" * 5000], "argument --max_responses: invalid int value"),
         (["--seed", "0.5"], "argument --seed: invalid int value: '0.5'"),
         (["--role", "李白"], "unrecognized arguments: --role"),
-        (["--roles", "张飞"], "{data}: no train line is of 张飞"),
+        (["--roles", "张飞"], "{data}: no samples for training: "),
         (["--train_path", "{out}/../out/test.json"], "--test_path {out}/test.json: "),
-        (["--train_path", "{data}"], "--train_path {data}: is a directory"),
-        (["--train_path", ""], "--train_path .: is a directory"),
+        (["--train_path", "{data}"], "--train_path {data}: is no regular file"),
+        (["--train_path", ""], "--train_path .: is no regular file"),
         (["--test_path", "{data}/../in/" + GENERAL], "--test_path {data}/../in/" + GENERAL),
         (["--train_path", "{data}/" + PROFILES], "--train_path {data}/" + PROFILES),
         (["--train_path", "{data}/" + PROFILES + "/train.json"], "{data}/" + PROFILES),
@@ -527,7 +528,7 @@ def test_every_form_of_a_conversation_reads_the_same(tmp_path, form, layout):
     if layout == "lines":
         write_lines(path, FORMS[form])
     else:
-        path.write_text(json.dumps([FORMS[form]], indent=1), encoding="utf-8")
+        path.write_text("\n" + json.dumps([FORMS[form]], indent=1), encoding="utf-8")
     assert list(read_samples(path)) == [{"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS}]
 
 
@@ -541,8 +542,10 @@ def test_one_round_has_a_prompt_and_a_response_as_well(tmp_path):
 def test_turns_that_are_not_to_be_trained(tmp_path):
     path = tmp_path / "some.jsonl"
     messages = [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "train": False}, TWO_ROUNDS[2], {**TWO_ROUNDS[3], "train": True}]
-    write_lines(path, {"system": "甲", "messages": messages})
-    (sample,) = read_samples(path)
+    weighed = [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "weight": 0}, TWO_ROUNDS[2], {**TWO_ROUNDS[3], "weight": 1}]  # OpenAI's
+    write_lines(path, {"system": "甲", "messages": messages}, {"system": "甲", "role": None, "messages": weighed})
+    sample, same = read_samples(path)
+    assert same == sample
     assert sample["messages"] == [*messages[:3], TWO_ROUNDS[3]]
     assert list(rounds(sample)) == [([{"role": "system", "content": "甲"}, *messages[:3]], "东海龙宫！")]
 
@@ -575,7 +578,9 @@ BAD_CONVERSATIONS = [  # (record, what the error says)
     ({"messages": "问"}, '"messages" is no list of turns'),
     ({"messages": [SYSTEM, USER, ASSISTANT], "system": "甲"}, "has a system text twice"),
     ({"messages": [USER, ASSISTANT], "system": 1}, '"system" is not a string'),
-    ({"messages": [USER, ASSISTANT], "role": None}, '"role" is missing'),
+    ({"messages": [USER, ASSISTANT], "role": 1}, '"role" is not a string'),
+    ({"question": "问", "answer": "答"}, 'holds no sample: write "messages", or "prompt" and "response"'),
+    ({"instruction": "问", "output": "答", "history": [["问", "答"]]}, '"history" is not read'),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "bing", "value": "答"}]}, "write human, gpt or"),
     ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}]}, '"value" is blank'),
     ({"system": "甲", "instruction": "乙", "input": "问", "output": "答"}, 'both "system" and "instruction"'),
@@ -634,7 +639,8 @@ def test_conversations_of_ones_own(run):
     assert [sample for sample in expected if sample in test] == test
     assert not {s["messages"][0]["content"] for s in train} & {s["messages"][0]["content"] for s in test}
     out = run.capsys.readouterr().out
-    assert "23 conversations read, 1 of them exact duplicates" in out and "2 of 22 samples were split off" in out
+    assert "23 conversations read; left out: 0 of other roles, 1 exact duplicates" in out
+    assert "2 of 22 samples are set aside" in out
     assert run(*flags, roles=["all"]) == (train, test)
     parts = [run(*flags, "--seed", str(seed), roles=["all"])[1] for seed in range(5)]
     assert any(part != test for part in parts)
@@ -649,7 +655,7 @@ def test_a_test_file_of_conversations_is_the_test_part(run):
     assert [sample["system"] for sample in train] == ["", persona("李白", "爱酒")]
     assert [sample["messages"] for sample in test] == [TWO_ROUNDS[:2]]  # the other one is a training sample
     out = run.capsys.readouterr().out
-    assert "split off" not in out and "1 of them exact duplicates" in out and "(no role)" in out
+    assert "set aside" not in out and "1 exact duplicates" in out and "(no role)" in out
     train, _ = run("--conversations", str(path), "--test_conversations", str(path), str(other), roles=["all"])
     assert len(train) == 2
 
@@ -663,11 +669,47 @@ def test_conversations_that_cannot_be_used(run):
     (error,) = run.errors("--conversations", str(path), roles=["all"])
     assert error.startswith(f"{path}: '杜甫' has no system text")
     (error,) = run.errors("--conversations", str(path), roles=["李白"])
-    assert error.startswith(f"{path}: no train line is of 李白")
+    assert error.startswith("--roles 李白: no conversation is of that role: choose from 杜甫, all")
     write_lines(path, {"messages": TWO_ROUNDS}, {"messages": TWO_ROUNDS[:2]})
-    assert "ask the same" in run.errors("--conversations", str(path), roles=["all"])[0]
-    assert "No such file" in run.errors("--conversations", str(run.data / "none"), roles=["all"])[0]
-    assert "is a directory, an input" in run.errors("--conversations", str(path), "--train_path", str(path))[0]
+    assert "no role has a second question" in run.errors("--conversations", str(path), roles=["all"])[0]
+    assert "is no regular file, an input" in run.errors("--conversations", str(path), "--train_path", str(path))[0]
+    errors = run.errors("--conversations", str(path), "--desc_path", str(run.data / "none.json"), roles=["all"])
+    assert errors == [
+        f"{run.data / 'none.json'}: No such file or directory: correct the path, or fetch the file with --download"
+    ]
+    errors = run.errors("--conversations", str(path), "--test_conversations", str(path), roles=["all"])
+    assert errors == [
+        f"{path}: no samples for the test, which holds none that is in training, too: add some, or choose other --roles"
+    ]
+    path.write_bytes(json.dumps({"messages": TWO_ROUNDS}, ensure_ascii=False).encode("gbk"))
+    errors = run.errors("--conversations", str(run.data / "none"), str(path), roles=["all"])
+    assert errors == [
+        f"{run.data / 'none'}: there is no such file: correct the path",
+        f"{path}:1: is not UTF-8: save the file in that encoding",
+    ]
+
+
+def test_every_role_keeps_a_sample_in_training(run):
+    """Also where the page's greeting opens every conversation: the question is what parts them."""
+    path = run.data / "mine.jsonl"
+    greeting = {"role": "assistant", "content": "来者何人？"}
+    names = ["李白"] * 9 + ["张飞"] * 2 + ["杜甫"]
+    samples = [
+        {"role": name, "system": "甲", "messages": [greeting, *turns(f"问{n}", "答")]} for n, name in enumerate(names)
+    ]
+    write_lines(path, *samples)
+    for seed in range(8):
+        for share, expected in (("0.1", 1), ("0.95", 9)):
+            train, test = run("--conversations", str(path), "--seed", str(seed), "--test_share", share, roles=["all"])
+            assert len(test) == expected and {sample["role"] for sample in train} == {*names}
+    _, test = run("--conversations", str(path), "--test_share", "0.5", roles=["张飞"])
+    assert len(test) == 1 and "12 conversations read; left out: 10 of other roles" in run.capsys.readouterr().out
+
+
+def test_show_needs_a_file(run):
+    assert run.errors("--show", "0") == ["--show 0: is less than 1: give at least 1"]
+    (error,) = run.errors("--show", "1", "--train_path", str(run.data / "none.json"))
+    assert error.endswith("none.json: is not a file: first run without --show")
 
 
 # ---------------------------------------------------------------- one's own character
@@ -686,7 +728,7 @@ def test_a_character_of_ones_own_works_from_one_file(run, others):
     assert (len(train), len(test)) == (4, 1)
     assert {sample["prompt"] for sample in train + test} == {f"问{n}？" for n in range(5)}
     assert train[0]["system"] == persona("诸葛亮", "卧龙先生")
-    assert "1 of 5 samples were split off" in run.capsys.readouterr().out
+    assert "1 of 5 samples are set aside" in run.capsys.readouterr().out
     assert run(roles=["诸葛亮"]) == (train, test)
 
 
@@ -830,7 +872,7 @@ def sample_rows(split):
 
 
 def test_sample_sizes():
-    assert set(read_profiles(SAMPLE / PROFILES)) == set(FIVE)
+    assert set(read_characters(SAMPLE / PROFILES)) == set(FIVE)
     assert Counter(row["role"] for row in sample_rows("train")) == dict(zip(FIVE, [45, 45, 45, 33, 31]))
     assert Counter(row["role"] for row in sample_rows("test")) == dict(zip(FIVE, [10, 10, 10, 8, 8]))
     assert {type(row.get("type")) for row in read_lines(SAMPLE / NAMES[0])} == {str}
@@ -875,7 +917,6 @@ def test_a_profile_is_a_string_or_an_object(run):
     }
     path = run.data / PROFILES
     path.write_text(json.dumps({"李白": "爱酒", "张飞": full}), encoding="utf-8")
-    assert read_profiles(path) == {"李白": "爱酒", "张飞": "好斗"}
     empty = {"greeting": "", "questions": [], "portrait": "", "names": []}
     known = {"names": read_characters(SAMPLE / PROFILES)["李白"]["names"]}  # RoleBench's own file has no names
     assert read_characters(path) == {"李白": {"description": "爱酒"} | empty | known, "张飞": full}

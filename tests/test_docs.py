@@ -29,6 +29,9 @@ def test_both_languages_have_the_same_outline_and_commands(page):
     outlines = [re.findall(r"^#+ ", text.read_text(encoding="utf-8"), re.MULTILINE) for text in (page, chinese)]
     assert outlines[0] == outlines[1]
     assert commands(page) == commands(chinese)
+    for text in (page, chinese):  # a command outside of the fences would not be compared
+        fences = re.split(r"^```.*\n", text.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert not re.search(r"^    \S", "".join(fences[::2]), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])

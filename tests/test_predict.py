@@ -21,10 +21,11 @@ from test_merge import make_adapter
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import greedy_ids, left_padded, messages_to_ids
-from data_helper import conversation, persona, read_profiles, read_samples
+from data_helper import conversation, persona, read_samples
 from support.candidates import Candidate, Loader, in_batches, rows_that_fit
 from support.intervals import compared
 from support.model_directory import ModelDirectory
+from support.profiles import read_characters
 from support.scores import COLUMNS, Scores, catchwords, rouge_l, share
 from support.tables import markdown
 
@@ -457,8 +458,8 @@ def test_catchwords_of_personas():
 def test_every_persona_but_li_bais_has_catchwords(directory):
     if not directory.exists():
         pytest.skip("RoleBench is not beside this checkout")
-    profiles = read_profiles(directory / "profiles-zh_desc.json")
-    found = {role: catchwords(persona(role, profile)) for role, profile in profiles.items()}
+    profiles = read_characters(directory / "profiles-zh_desc.json")
+    found = {role: catchwords(persona(role, profile["description"])) for role, profile in profiles.items()}
     assert {role for role in profiles if not found[role]} == {"李白"}
     assert "官二代" not in found["华妃"] and "本宫" in found["华妃"]
 

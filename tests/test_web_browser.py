@@ -18,11 +18,11 @@ from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a 
 from web_client import DESC_PATH, Server, squeezed
 
 import train
-from data_helper import persona, read_profiles
+from data_helper import persona
 from support.profiles import read_characters
 from support.speaker import Speaker
 
-DESCRIPTIONS = read_profiles(DESC_PATH)
+DESCRIPTIONS = {role: character["description"] for role, character in read_characters(DESC_PATH).items()}
 FIRST = next(iter(DESCRIPTIONS))
 GREETED = read_characters(DESC_PATH)[FIRST]["greeting"]
 expect.set_options(timeout=60_000)  # a slow machine is no fault of the page; waits end as soon as they can

@@ -19,9 +19,10 @@ from web_client import DESC_PATH, Server, Visitor, free_port
 
 import web_demo
 from baichuan.generation_utils import messages_to_ids
-from data_helper import persona, read_profiles
+from data_helper import persona
 from support import page_guard
 from support.model_directory import ModelDirectory
+from support.profiles import read_characters
 from support.speaker import PrefixCaches, Speaker
 from tests.tools import load_chat
 
@@ -129,7 +130,7 @@ def test_port_in_use(run, server, checkpoint):
 def test_ask_prints_one_greedy_answer(run, checkpoint, speaker):
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH, "--device", "cpu", "--role", "张飞"]
     answer = run(*flags, "--ask", "你是谁？", expected=0).out
-    description = read_profiles(DESC_PATH)["张飞"]
+    description = read_characters(DESC_PATH)["张飞"]["description"]
     expected = conversation("你是谁？", role="张飞", description=description)
     settings = greedy(speaker.model.generation_config.max_new_tokens)
     assert answer.rstrip("\n") == whole(speaker.answer(expected, settings)).rstrip("\n")

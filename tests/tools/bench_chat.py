@@ -18,10 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from data_helper import persona, read_profiles
+from data_helper import persona
 from support.arguments import ArgumentParser
 from support.errors import entry_point
 from support.model_directory import pick_device
+from support.profiles import read_characters
 from support.speaker import Speaker
 from tests.tools.sample_model import write_model
 
@@ -87,9 +88,9 @@ def measure(speaker: Speaker, messages: list[dict], settings: dict, device: torc
 
 def medians(speaker: Speaker, rounds: int, tokens: int, repeats: int, device: torch.device) -> dict[str, float]:
     """Seconds of each after `rounds` earlier answers, and the length of the prompt."""
-    profiles = read_profiles(ROOT / "data/sample/profiles-zh_desc.json")
+    profiles = read_characters(ROOT / "data/sample/profiles-zh_desc.json")
     role = next(iter(profiles))
-    messages = asked(persona(role, profiles[role]), rounds)
+    messages = asked(persona(role, profiles[role]["description"]), rounds)
     settings = {"do_sample": False, "seed": None, "repetition_penalty": 1.05}
     settings |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
     measure(speaker, messages, settings, device)  # warms up, and computes the persona's cache
