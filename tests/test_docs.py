@@ -31,7 +31,7 @@ def test_both_languages_have_the_same_outline_and_commands(page):
     assert commands(page) == commands(chinese)
     for text in (page, chinese):  # a command outside of the fences would not be compared
         fences = re.split(r"^```.*\n", text.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert not re.search(r"^    \S", "".join(fences[::2]), re.MULTILINE)
+        assert not re.search(r"^    (python3|deepspeed|--)", "".join(fences[::2]), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
