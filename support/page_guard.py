@@ -19,6 +19,8 @@ import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
+from support.errors import UserError
+
 TEXTS = json.loads(Path(__file__).with_name("page_texts.json").read_text(encoding="utf-8"))  # language → key → text
 MAX_NAME, MAX_DESCRIPTION, MAX_QUESTION, MAX_ANSWER = 40, 2000, 8000, 20_000  # characters
 MAX_MESSAGES = 400  # of a conversation; the model reads as many of the last as fit its context
@@ -367,7 +369,11 @@ def serve(app, server_name: str, port: int, tell):
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
-            await super().startup(sockets)
+            try:
+                await super().startup(sockets)
+            except SystemExit:  # uvicorn's way to say that the port was taken while the model was loaded
+                problems = port_problems(server_name, port)
+                raise UserError(*problems or [f"{server_name}:{port}: cannot listen there"]) from None
             if self.started:
                 name = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(server_name, server_name)
                 tell(f"http://{f'[{name}]' if ':' in name else name}:{port}")

@@ -1,11 +1,11 @@
 """The processes of a training run: how they meet, what their device can do, and how they end together."""
 
 import atexit
+import glob
 import os
 import re
 import signal
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import torch
@@ -25,7 +25,7 @@ def refuse_unusable_gpu():
 
     Without such a device CUDA_VISIBLE_DEVICES is no matter, so that the book's line runs on a laptop.
     """
-    there = any(Path(path).exists() for path in ("/dev/nvidia0", "/proc/driver/nvidia"))
+    there = glob.glob("/dev/nvidia[0-9]*")  # none in a container that was given none, whatever its host has
     if not there or torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the GPU is hidden on purpose

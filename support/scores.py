@@ -1,5 +1,6 @@
 """Scores of the answers to role-play questions, one model beside another, and the bootstrap."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -8,7 +9,8 @@ import numpy as np
 from rouge_chinese import Rouge
 
 COLUMNS = ("ROUGE-L", "distinct-2", "catchwords", "stops")
-jieba.setLogLevel("ERROR")  # it tells how it loads its dictionary
+jieba.setLogLevel("CRITICAL")  # it tells how it loads its dictionary, and where it cannot keep it
+jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"  # in the directory for temporary files, which others use, too
 
 
 def words(text: str) -> list[str]:

@@ -154,7 +154,7 @@ class Trial:
         dist.all_gather_object(found, (peak, seconds * self._passes_left()))
         peaks, times = zip(*found)
         return (
-            f"peak {max(peaks) / 1e9:.3g} of {total / 1e9:.3g} GB; {len(self.steps) - self.done:,} steps, "
+            f"peak {in_gb(max(peaks))} of {in_gb(total)} GB; {len(self.steps) - self.done:,} steps, "
             f"about {in_time(max(times))}; {self._saves()}"
         )
 
@@ -213,8 +213,12 @@ class Trial:
         return told + (": too little, lower --save_total_limit" if needed > free else "")
 
 
+def in_gb(number: float) -> str:
+    return f"{number / 1e9:,.0f}" if number >= 1e12 else f"{number / 1e9:.3g}"
+
+
 def in_bytes(number: float) -> str:
-    return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"
+    return f"{in_gb(number)} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"
 
 
 def in_time(seconds: float) -> str:

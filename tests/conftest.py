@@ -1,23 +1,27 @@
 """Fixtures: a small random checkpoint under a real SentencePiece tokenizer, and the real RoleBench files where they are at hand."""
 
 import ctypes
+import glob
 import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 # The tests are of what a CPU can show, on a machine with a GPU, too; tests/tools/gpu_check.py shows the rest.
-if HAS_GPU := Path("/dev/nvidia0").exists():
+if HAS_GPU := bool(glob.glob("/dev/nvidia[0-9]*")):
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # the launcher sets the former anew
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test but that of --download, which sets its own hub, may look for a network
+os.environ.update(NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")  # where the tests' servers are
+os.environ.pop("ALL_PROXY", os.environ.pop("all_proxy", None))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at a time; threads that wait for each other's spin
 
 ROOT = Path(__file__).parent.parent
-ROOT_USER = os.geteuid() == 0 and sys.platform == "linux"  # may mount disks and make network namespaces
+NAMESPACES = ["unshare", "--mount", "--net", "true"]
+# May mount disks and make network namespaces; root in a container often may not.
+ROOT_USER = os.geteuid() == 0 and subprocess.run(NAMESPACES, capture_output=True).returncode == 0
 SHARED = ROOT.parent / "shared"  # RoleBench and the published tokenizer, beside the checkout of those who have them
 NO_CHROMIUM = "no Chromium"
 

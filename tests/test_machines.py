@@ -117,7 +117,7 @@ def test_overflow_in_float16_is_neither_nan_nor_a_step(accelerator, train_argume
 def test_the_launcher_with_cuda_visible_devices(train_arguments, tmp_path, visible):
     """The README's line, on a machine with or without that GPU."""
     command = ["deepspeed", "--master_port", free_port(), "train.py", *train_arguments(tmp_path, "--sample_answers", 0)]
-    printed = run(command, env=environment(CUDA_VISIBLE_DEVICES=visible))
+    printed = run(command, env=environment(CUDA_VISIBLE_DEVICES=visible, LOCAL_SIZE="1"))  # else a process a CPU socket
     assert "5 steps of 8 samples" in printed and "float32 on 1 ×" in printed
     assert (tmp_path / "epoch-1-step-5/adapter_model.safetensors").exists()
 
@@ -161,7 +161,11 @@ def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request
     env = environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"), **caches)
     for name in caches:
         del env[name]
-    isolated = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"] if ROOT_USER else []
+    isolated = (
+        ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
+        if ROOT_USER and shutil.which("ip")
+        else []
+    )
     python = [*isolated, "python3"]
     train_path, test_path, merged = place / "train 训练.json", place / "test.json", place / "merged 合并"
     desc = ["--desc_path", ROOT / "data/sample/profiles-zh_desc.json"]
@@ -226,11 +230,11 @@ if ROOT_USER and shutil.which("ip"):
             for name, _, _ in pair:
                 subprocess.run(["ip", "netns", "delete", name])
 
-    def start_on_hosts(hosts, hostfile, arguments):
-        """The README's command on each host."""
+    def run_on_hosts(hosts, hostfile, arguments) -> list[tuple[int, str]]:
+        """The README's command on each host: its exit status and what it has printed."""
         hostfile.write_text("".join(f"{address} slots=1\n" for _, _, address in hosts))
         port = free_port()
-        return [
+        runs = [
             subprocess.Popen(
                 list(map(str, ["ip", "netns", "exec", name, "deepspeed", "--hostfile", hostfile, "--no_ssh"]))
                 + ["--node_rank", str(rank), "--master_addr", hosts[0][2], "--master_port", str(port), "train.py"]
@@ -243,13 +247,18 @@ if ROOT_USER and shutil.which("ip"):
             )
             for rank, (name, interface, _) in enumerate(hosts)
         ]
+        try:
+            printed = [run.communicate(timeout=600)[0] for run in runs]
+        finally:
+            for run in runs:
+                run.terminate()  # the launcher ends what it has started
+        return [(run.returncode, words) for run, words in zip(runs, printed)]
 
     def test_two_hosts_train_as_two_processes_of_one(hosts, train_arguments, tmp_path):
         flags = ["--gradient_accumulation_steps", 2, "--lora_dropout", 0.1, "--sample_answers", 0]
         arguments = train_arguments(tmp_path / "two", *flags)
-        runs = start_on_hosts(hosts, tmp_path / "hostfile", [arguments, arguments])
-        printed = [run.communicate(timeout=300)[0] for run in runs]
-        assert [run.returncode for run in runs] == [0, 0], printed
+        statuses, printed = zip(*run_on_hosts(hosts, tmp_path / "hostfile", [arguments, arguments]))
+        assert statuses == (0, 0), printed
         assert "5 steps of 8 samples" in printed[0] and "steps of" not in printed[1]
         one = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "train.py"]
         run([*one, *train_arguments(tmp_path / "one", *flags)], env=environment())
@@ -262,17 +271,14 @@ if ROOT_USER and shutil.which("ip"):
         other = tmp_path / "train.json"
         other.write_text("".join(Path(few_samples[0]).read_text().splitlines(keepends=True)[::-1]))
         arguments = [train_arguments(tmp_path / "run"), train_arguments(tmp_path / "run", "--train_path", other)]
-        runs = start_on_hosts(hosts, tmp_path / "hostfile", arguments)
-        for launched in runs:
-            printed, _ = launched.communicate(timeout=120)
-            assert launched.returncode == 2 and "error: the processes differ in training data" in printed
+        for status, printed in run_on_hosts(hosts, tmp_path / "hostfile", arguments):
+            assert status == 2 and "error: the processes differ in training data" in printed
         assert not (tmp_path / "run").exists()
 
     def test_hosts_without_a_common_output_directory_are_refused(hosts, train_arguments, tmp_path):
         arguments = [train_arguments(tmp_path / "one"), train_arguments(tmp_path / "two")]
-        runs = start_on_hosts(hosts, tmp_path / "hostfile", arguments)
-        printed = [launched.communicate(timeout=120)[0] for launched in runs]
-        assert [launched.returncode for launched in runs] == [2, 2], printed
+        statuses, printed = zip(*run_on_hosts(hosts, tmp_path / "hostfile", arguments))
+        assert statuses == (2, 2), printed
         assert f"error: {tmp_path / 'two'}: is not the directory that the first host writes to" in printed[1]
         assert "error: the connection to another process failed" in printed[0] and "Traceback" not in "".join(printed)
         assert not list((tmp_path / "two").iterdir())

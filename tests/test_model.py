@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
@@ -177,7 +178,7 @@ with Recorder():
 
 def test_functions_that_two_threads_may_not_call_first_are_called_at_import():
     """Seen in 14 of 25 fresh processes: the first cosine of a process, taken by two threads, was wrong by 1.5e-4."""
-    done = subprocess.run([sys.executable, "-c", RECORD], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", RECORD], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:-1] == ["cos 1", "sin 1", "sqrt 1"]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def test_a_run_is_repeated_from_its_directory(recorded, tmp_path, capsys):
         [json.loads((output / name).read_text()) for name in names] for output in (tmp_path / "again", recorded)
     )
     assert ours[0] | {"output_dir": ""} == theirs[0] | {"output_dir": ""}
-    assert ours[1][0] | {"started": ""} == theirs[1][0] | {"started": ""}
+    when = {"started": "", "commit": ""}  # someone may commit meanwhile
+    assert ours[1][0] | when == theirs[1][0] | when
 
 
 def test_the_record_says_what_the_run_was(recorded, few_samples):
@@ -47,9 +49,10 @@ def test_the_record_says_what_the_run_was(recorded, few_samples):
     assert first["identity"]["training data"] == second["identity"]["training data"]
     config = first["DeepSpeed configuration"]
     assert config["optimizer"]["params"]["weight_decay"] == 0.5 and config["train_micro_batch_size_per_gpu"] == 8
-    if (ROOT / ".git").exists():
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        assert first["commit"].startswith(head)
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        # Git refuses a directory that belongs to someone else.
+        assert first["commit"] is None if head.returncode else first["commit"].startswith(head.stdout.strip())
 
 
 @pytest.mark.parametrize(

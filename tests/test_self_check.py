@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 import predict
 import train
@@ -32,8 +32,8 @@ def ignored_cache(monkeypatch):
 
 def test_cache_error_is_rounding_alone(checkpoint):
     model = BaichuanForCausalLM.from_pretrained(checkpoint)
-    assert cache_error(model, PROMPTS, 0) < 1e-5
-    assert cache_error(model.bfloat16(), PROMPTS, 0) < 0.05
+    assert cache_error(model, PROMPTS, 0) < 1e-4
+    assert cache_error(model.bfloat16(), PROMPTS, 0) < 0.1
 
 
 def test_cache_error_of_a_lost_cache(checkpoint, ignored_cache):
@@ -57,7 +57,7 @@ def test_nothing_answers_with_an_ignored_cache(
     who, checkpoint, samples, train_arguments, tmp_path, ignored_cache, capsys
 ):
     main, arguments = {
-        "page": (web_demo.main, ["--model_path", checkpoint, "--device", "cpu", *profiles()]),
+        "page": (web_demo.main, ["--model_path", checkpoint, "--device", "cpu", "--port", free_port(), *profiles()]),
         "ask": (web_demo.main, ["--model_path", checkpoint, "--device", "cpu", "--ask", "你是谁？", *profiles()]),
         "predict": (
             predict.main,

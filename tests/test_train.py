@@ -380,7 +380,7 @@ def test_weights_that_do_not_fit_are_named(train_arguments, checkpoint, tmp_path
 
 
 def test_the_launcher_prints_each_problem_once(train_arguments, tmp_path):
-    run = launch(2, train_arguments(tmp_path / "out", "--max_len", 0), timeout=120)
+    run = launch(2, train_arguments(tmp_path / "out", "--max_len", 0), timeout=600)
     assert run.returncode == 2
     assert (run.stdout + run.stderr).count("error: --max_len") == 1
     assert "Traceback" not in run.stderr

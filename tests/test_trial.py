@@ -137,14 +137,15 @@ def test_the_largest_row_is_found(train_arguments, checkpoint, samples, flags):
 
 # ---------------------------------------------------------------- the trial of a run
 
-FORECAST = r"peak ([\d.]+) of ([\d.]+) GB; 5 steps, about \d+ s; saves ([\d.]+) MB each, ([\d.]+) MB in all on a disk"
+FORECAST = r"peak ([\d.]+) of ([\d.,]+) GB; 5 steps, about \d+ s; saves ([\d.]+) MB each, ([\d.]+) MB in all on a disk"
 
 
 def test_a_trial_changes_nothing(train_arguments, tmp_path, monkeypatch, capsys):
     """The same adapters and states, bit for bit, as without it, in spite of dropout; and the disk takes what was said."""
     flags = ["--lora_dropout", 0.3, "--save_model_step", 2, "--sample_answers", 0]
     train.main(train_arguments(tmp_path / "with", *flags))
-    peak, total, each, in_all = map(float, re.search(FORECAST, capsys.readouterr().out).groups())
+    numbers = re.search(FORECAST, capsys.readouterr().out).groups()
+    peak, total, each, in_all = (float(number.replace(",", "")) for number in numbers)
     assert 0.05 < peak < total
     monkeypatch.setattr(train.Trial, "run", lambda *_: None)
     train.main(train_arguments(tmp_path / "without", *flags))
@@ -156,6 +157,11 @@ def test_a_trial_changes_nothing(train_arguments, tmp_path, monkeypatch, capsys)
     states = [path.stat().st_size / 1e6 for path in (tmp_path / "with").rglob("*.pt")]
     assert [pytest.approx(each, rel=0.15)] * 3 == adapters
     assert in_all == pytest.approx(sum(adapters) + 2 * sum(states), rel=0.1)  # two at a time
+
+
+def test_bytes_are_told_without_exponents():
+    sizes = (72e6, 300e6, 19.33e9, 999.4e9, 2.1e12)
+    assert [trial.in_bytes(size) for size in sizes] == ["72 MB", "0.3 GB", "19.3 GB", "999 GB", "2,100 GB"]
 
 
 def test_a_dry_run_writes_nothing(train_arguments, tmp_path, capsys):

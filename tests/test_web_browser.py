@@ -29,9 +29,23 @@ expect.set_options(timeout=60_000)  # a slow machine is no fault of the page; wa
 DESKTOP, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 780}
 
 
+# A long answer takes 8 seconds at the least, also on a fast machine: what is done meanwhile is done meanwhile.
+UNHURRIED = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+sys.argv[0] = "web_demo.py"
+import web_demo
+from support import page_guard
+advance = page_guard.advance
+page_guard.advance = lambda stream: (time.sleep(0.004), advance(stream))[1]
+web_demo.main()
+"""
+
+
 @pytest.fixture(scope="module")
 def server(checkpoint, adapter, tmp_path_factory):  # noqa: F811
-    server = Server(tmp_path_factory.mktemp("server") / "log", checkpoint, "--adapter_path", adapter)
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = Server(log, checkpoint, "--adapter_path", adapter, program=("-c", UNHURRIED))
     yield server
     server.close()
     assert "Traceback" not in server.log, server.log
@@ -119,7 +133,7 @@ class Tab:
         self.question.fill(text)
         self.question.press("Enter")
         # Stopped before its first word it would have none; "… is thinking" is not one.
-        first = self.page.locator(".answer .box.text .words:not(:has(.dots))").last
+        first = self.page.locator(".answer").last.locator(".box.text .words:not(:has(.dots))")
         expect(first).to_have_text(re.compile(r"\S"))
 
     def finished(self, count: int):
@@ -208,9 +222,11 @@ def test_an_edited_description_is_kept(tab, speaker):
 
 def test_a_restart_of_the_server_loses_nothing(browser, checkpoint, tmp_path):
     server = Server(tmp_path / "log", checkpoint)
-    tab = Tab(browser, server.url)
-    tab.ask("你是谁？", 1)
-    server.close()
+    try:
+        tab = Tab(browser, server.url)
+        tab.ask("你是谁？", 1)
+    finally:
+        server.close()
     tab.question.fill("再说一遍。")
     tab.question.press("Enter")
     expect(tab.status).to_contain_text("cannot be reached")
@@ -532,6 +548,7 @@ def test_clear_all_while_an_answer_is_written(tab):
     tab.page.locator("#gear").click()
     tab.page.get_by_role("button", name="Delete all").click()
     expect(tab.questions).to_have_count(0)
+    expect(tab.page.locator("#question")).to_be_focused()  # at the end of the new page's script
     assert tab.page.evaluate("Object.keys(localStorage).filter((key) => /^(chat|draft)/.test(key))") == []
 
 

@@ -574,7 +574,8 @@ def test_those_who_wait_are_told_their_place(server):
         with third.http.stream("POST", "/answer", json=third.body("你是谁？")) as waiting:
             place = json.loads(next(waiting.iter_lines()))
     thread.join()
-    assert got[0] == {"place": 1} and place == {"place": 2}
+    # One that has left just before may still stand before them.
+    assert place["place"] == got[0]["place"] + 1 >= 2
     assert "cut" in got[-1]
 
 
