@@ -3,7 +3,7 @@
     python3 predict.py --model_path "output_dir/epoch-1-step-1002-merge" --test_path data/test.json \\
         --baseline_path "Baichuan2-7B-Chat/" --html output_dir/report.html
     python3 predict.py --model_path "Baichuan2-7B-Chat/" --baseline_path "Baichuan2-7B-Chat/" \\
-        --adapter_path output_dir/epoch-1-step-*                # which checkpoint? The base is loaded once
+        --adapter_path output_dir/epoch-1-step-*[0-9]           # which checkpoint? The base is loaded once
     python3 predict.py --engine http://127.0.0.1:8000/v1        # a server with the LLaMA export answers
 
 A sample of the tables is a question with all of its recorded answers. Under each table stands what its columns mean:
@@ -61,7 +61,10 @@ def parse_args(argv=None):
         help="JSON lines for the answers; the baseline's go beside it, to …-baseline.jsonl, an adapter's to …-NAME.jsonl. "
         "A run that was interrupted goes on where these files end",
     )
-    add("--overwrite", action="store_true", help="answer everything anew, whatever the files of answers hold")
+    anew = (
+        "answer everything anew, whatever the files of answers hold; where that is interrupted, go on without this flag"
+    )
+    add("--overwrite", action="store_true", help=anew)
     add("--html", type=Path, metavar="FILE", help="write a report too: tables, and answers side by side, in one file")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
     add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and recall")
@@ -120,7 +123,7 @@ class Question(NamedTuple):
     role: str
     system: str
     prompt: str
-    kind: str  # "role-specific" or "general"; "" when that is not known; "round 1", "round 2" or "round 3+" of conversations
+    kind: str  # "role-specific", "general" or "other"; "" when no question is known; of conversations "round 1", "round 2", "round 3+"
     references: list[str]
     messages: list[dict]  # what was said before it, as recorded, and the question
 
@@ -144,7 +147,9 @@ def read_questions(test_path: Path, data_dir: Path) -> list[Question]:
             questions.setdefault(asked, new).references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
-    return list(questions.values())
+    if all(not question.kind for question in questions.values()):
+        return list(questions.values())
+    return [question._replace(kind=question.kind or "other") for question in questions.values()]
 
 
 def question_kinds(data_dir: Path):
@@ -152,27 +157,35 @@ def question_kinds(data_dir: Path):
 
     A prompt is the end of its question, since data_helper.py cuts the address off that a question may open with.
     """
-    files = [data_dir / f"rolebench-zh_role_specific_{split}.jsonl" for split in ("test", "train")]
-    rows = [row for file in files if file.exists() for row in read_rows(file, None)]
-    if not rows:
-        return lambda role, prompt: ""
+    specific, general = (
+        [row for path in sorted(data_dir.glob(f"rolebench-zh_{name}_*.jsonl")) for row in read_rows(path, None)]
+        for name in ("role_specific", "general")
+    )
     starts = range(64)  # an address is shorter; every end of a page-long question would take gigabytes
-    specific = {(row["role"], row["question"][start:]) for row in rows for start in starts[: len(row["question"])]}
-    return lambda role, prompt: "role-specific" if (role, prompt) in specific else "general"
+    kinds = {(row["role"], row["question"]): "general" for row in general}
+    for row in specific:
+        kinds |= {(row["role"], row["question"][start:]): "role-specific" for start in starts[: len(row["question"])]}
+    return lambda role, prompt: kinds.get((role, prompt), "")
+
+
+def answer_file(args, candidate: Candidate, questions: list[Question]) -> AnswerFile:
+    """Raises: UserError, but not where other attacks are to be answered now: those are soon answered anew."""
+    settings, attacks = answer_settings(args, candidate, questions), bool(questions) and questions[0].kind == "attack"
+    return AnswerFile(candidate.output, settings, len(questions), args.overwrite, forget=attacks)
 
 
 def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
-    file = AnswerFile(candidate.output, answer_settings(args, candidate, questions), len(questions), args.overwrite)
+    file = answer_file(args, candidate, questions)
     if file.complete:
         print(f"{file.path}: has all answers of {candidate.name} already")
         return file.in_order()
     prompts = [question.messages for question in questions]
+    # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
+    order = sorted(range(len(questions)), key=lambda number: persona_and_length(prompts[number]))
     if candidate.engine:
-        size = args.batch_size or 128
-
-        def answer(batch):
-            return candidate.engine.answer([prompts[number] for number in batch], args.max_new_tokens)
+        left = [(number, prompts[number]) for number in order if number not in file.answers]
+        found = candidate.engine.answers(left, args.batch_size or 128, args.max_new_tokens)
     else:
         model, tokenizer = loader(candidate), candidate.directory.tokenizer
         config = candidate.directory.generation_config
@@ -189,17 +202,16 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
             set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
             return answer_batch(model, tokenizer, [prompts[number] for number in batch], config)
 
-    # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
-    order = sorted(range(len(questions)), key=lambda number: persona_and_length(prompts[number]))
+        batches = in_batches(answer, order, size, file.answers)
+        found = (pair for batch, own in batches for pair in zip(batch, own) if pair[0] not in file.answers)
+
     with (
         file.writing() as add,
         tqdm(total=len(questions), initial=len(file.answers), desc=candidate.name, unit=" answers") as progress,
     ):
-        for batch, found in in_batches(answer, order, size, file.answers):
-            for number, own in zip(batch, found):
-                if number not in file.answers:
-                    add(number, {"role": questions[number].role, "prompt": questions[number].prompt}, own)
-                    progress.update()
+        for number, own in found:
+            add(number, {"role": questions[number].role, "prompt": questions[number].prompt}, own)
+            progress.update()
     return file.in_order()
 
 
@@ -220,12 +232,17 @@ def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Ques
     ]
 
 
+def attacked(candidate: Candidate) -> Candidate:
+    """The same, with the file for its answers to the attacks."""
+    output = candidate.output
+    return candidate._replace(output=output.with_name(f"{output.stem}-attacks{output.suffix}"))
+
+
 def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader) -> Measured:
     """The scores from the model's own likelihoods; its answers to the attacks go to a file beside the others."""
-    attacks, texts, output = read_attacks(args.attacks), read_plain_text(args.plain_text), candidate.output
+    attacks, texts = read_attacks(args.attacks), read_plain_text(args.plain_text)
     asked = attack_questions(attacks, role_personas(questions))
-    attacked = candidate._replace(output=output.with_name(f"{output.stem}-attacks{output.suffix}"))
-    answers = answer_all(args, attacked, asked, loader) if asked else []
+    answers = answer_all(args, attacked(candidate), asked, loader) if asked else []
     likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, utils, show_progress=True)
     return measure(likelihood, questions, attacks, [answer.text for answer in answers], texts)
 
@@ -241,9 +258,13 @@ def argument_problems(args) -> list[str]:
         problems.append("--adapter_path needs its base model, as --model_path")
     if args.engine and args.sample:
         problems.append("--sample: an --engine answers greedily: leave one of them out")
+    if args.engine_model and not args.engine:
+        problems.append("--engine_model: belongs to --engine: add it, or leave this out")
+    taken = {path.resolve() for path in (args.test_path, args.train_path, args.attacks, args.plain_text)}
     for flag, path in (("output_path", args.output_path), ("html", args.html)):
-        if path and path.resolve() in {args.test_path.resolve(), args.train_path.resolve()}:
-            problems.append(f"--{flag} {path}: is a file of samples: name another one")
+        if path and path.resolve() in taken:
+            problems.append(f"--{flag} {path}: is another file of this run: name another one")
+        taken |= {path.resolve()} if path else set()
         if path and (problem := "it is a directory" if path.is_dir() else unwritable(path.parent)):
             problems.append(f"--{flag} {path}: cannot be written: {problem}")
     if not args.test_path.is_file():
@@ -263,13 +284,22 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         device = problems.of(pick_device, args.device)
         if args.test_path.is_file():
             questions = problems.of(read_questions, args.test_path, args.data_dir)
-    longest = max({question.system for question in questions}, key=len)
+    systems = list({question.system for question in questions})
     for model in [candidate.directory for candidate in candidates if candidate.directory]:
         room = model.config.model_max_length
-        if len(model.tokenizer.text_to_ids(longest)) + args.max_new_tokens >= room - 1:
+        if max(map(len, model.tokenizer.text_to_ids(systems))) + args.max_new_tokens >= room - 1:
             raise UserError(
                 f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
             )
+    with Problems() as problems:  # of files that are there already
+        attacks = [] if args.answers_only or args.engine else read_attacks(args.attacks)
+        asked = attack_questions(attacks, role_personas(questions))
+        for candidate in candidates:
+            problems.of(answer_file, args, candidate, questions)
+            if asked:
+                problems.of(answer_file, args, attacked(candidate), asked)
+            if args.html and args.html.resolve() in (candidate.output.resolve(), attacked(candidate).output.resolve()):
+                problems.append(f"--html {args.html}: is a file of answers of this run: name another one")
     return device, questions, candidates
 
 
@@ -277,7 +307,7 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
 def main(argv=None):
     args = parse_args(argv)
     device, questions, candidates = read_inputs(args)
-    style, recall, remarks = read_training(args.train_path)
+    style, recall, remarks = read_training(args.train_path, [question.role for question in questions])
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
     loader, answers, measured, likelihoods = Loader(device, args.load_in_4bit), {}, {}, {}
@@ -293,8 +323,8 @@ def main(argv=None):
     sections += likelihood_sections(likelihoods, args.resamples, args.seed)
     kinds = {question.kind for question in questions}
     if "" in kinds:
-        remarks.append(f"{args.data_dir} has no RoleBench files that tell role-specific questions from general ones.")
-    if kinds & {"", "general"}:
+        remarks.append(f"No RoleBench file in {args.data_dir} has these questions, and tells what kind they are of.")
+    if "general" in kinds:
         remarks.append(CAVEAT)
     if args.engine:
         remarks.append("A server gives answers only: scores from likelihoods are left out.")

@@ -27,7 +27,7 @@ def answer_settings(args, candidate, questions: Sequence) -> dict:
         settings["load_in_4bit"] = True
     if candidate.adapter:
         settings["adapter"] = candidate.name
-        sources.append(digest(candidate.adapter))
+        sources += [digest(candidate.adapter), (candidate.adapter / "adapter_config.json").read_text(encoding="utf-8")]
     return {**settings, "digest": hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]}
 
 
@@ -36,18 +36,22 @@ class AnswerFile:
 
     They are written to `path`.part, which takes the name `path` once it holds all of them.
 
+    Args:
+        overwrite: answer anew, whatever the files hold. They go when the first new answer comes, so that a run without
+            this goes on from one that was interrupted.
+        forget: answer anew what was answered under other settings, instead of raising.
     Attributes:
         answers: {number of the question: its answer}, as far as they are known.
     Raises:
         UserError: the file is something else, or its answers were given under other settings.
     """
 
-    def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False):
+    def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False, forget: bool = False):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
         self.settings, self.total = settings, total
-        self.answers = {} if overwrite else read_answers(path, settings)
+        self.answers = {} if overwrite else read_answers(path, settings, forget)
         if not self.complete and not overwrite:
-            self.answers = read_answers(self.part, settings)
+            self.answers = read_answers(self.part, settings, forget)
 
     @property
     def complete(self) -> bool:
@@ -69,15 +73,18 @@ class AnswerFile:
                 file.flush()
 
             if not self.answers:
+                self.path.unlink(missing_ok=True)
                 file.write(json.dumps({"settings": self.settings}, ensure_ascii=False) + "\n")
             yield add
         put_on_disk(self.part)
         self.part.replace(self.path)
 
 
-def read_answers(path: Path, settings: dict) -> dict[int, Answer]:
+def read_answers(path: Path, settings: dict, forget: bool = False) -> dict[int, Answer]:
     """The answers of an interrupted run, by the number of the question. A last line that was cut off is removed.
 
+    Args:
+        forget: find none where the settings are others, instead of raising.
     Raises:
         UserError: the file is something else, or its answers were given under other settings.
     """
@@ -91,6 +98,8 @@ def read_answers(path: Path, settings: dict) -> dict[int, Answer]:
         answers = {line["question"]: Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is no file of answers: name another --output_path") from None
+    if found != settings and forget:
+        return {}
     if found != settings:
         names = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
         differing = ", ".join(f"{name} {found.get(name)}, now {settings.get(name)}" for name in names)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.intervals import compared
+from support.intervals import compared, numbered, opening
 from support.scores import COLUMNS, Scores, part_and_whole, share
 from support.tables import Section
 from support.voice import COPY, Nearest, Recall, Style
@@ -39,40 +39,44 @@ def answer_sections(
     """A table for each kind of question and each of the three: scores, style, recall. See the notes under them.
 
     Args:
-        questions: n, with role, kind and references.
+        questions: n, with role, kind, messages and references.
         models: each one's answers, by its name; the others are compared with the first one.
     """
     tables = [("", COLUMNS, SCORES, {name: own.scores.parts for name, own in models.items()})]
+    # There is nothing to compare the answers of other roles with.
+    known = np.array([[recall is None or question.role in recall.recorded] for question in questions])
     if style:
         limits = style_limits(questions, style)
         items = {name: np.column_stack((in_own_style(questions, own), limits)) for name, own in models.items()}
-        tables.append((": style", STYLE_COLUMNS, STYLE, parts_of(items)))
+        tables.append((": style", STYLE_COLUMNS, STYLE, parts_of(items, known)))
     if recall:
         expected = recorded_copies(questions, recall)
         items = {name: recall_items(questions, own, expected) for name, own in models.items()}
         columns = RECALL_COLUMNS if style else RECALL_COLUMNS[:5]
-        tables.append((": recall or voice", columns, RECALL, parts_of(items)))
+        tables.append((": recall or voice", columns, RECALL, parts_of(items, known)))
 
+    # The rounds of a conversation hang together.
+    clusters = numbered([(question.role, opening(question.messages)) for question in questions])
     sections = []
     for kind in dict.fromkeys(question.kind for question in questions):
         for title, columns, text, parts in tables:
             rows = [["role", "", "samples", *columns]]
             for label, taken in groups_of(questions, kind).items():
                 own = {name: parts_of_taken(taken) for name, parts_of_taken in parts.items()}
-                each, forms = np.arange(len(questions)), (".1f",) * len(columns)
-                rows += compared(own, {label: taken}, share, each, forms, resamples, seed)
+                forms, plain = (".1f",) * len(columns), [n for n, name in enumerate(columns) if name == "floor"]
+                rows += compared(own, {label: taken}, share, clusters, forms, resamples, seed, plain)
             rows = [row if row[2] else without_limits(columns, row) for row in rows]
             sections.append(Section(f"{kind.capitalize() or 'All'} questions{title}", rows, note(text, models)))
     return sections
 
 
-def parts_of(items: dict[str, np.ndarray]) -> dict:
+def parts_of(items: dict[str, np.ndarray], known: np.ndarray) -> dict:
     """Of each model a function of the questions taken, as `Scores.parts` is one; here they do not matter."""
 
     def constant(parts, taken):
         return parts
 
-    return {name: partial(constant, part_and_whole(own)) for name, own in items.items()}
+    return {name: partial(constant, part_and_whole(np.where(known, own, np.nan))) for name, own in items.items()}
 
 
 def without_limits(columns: Sequence[str], row: list[str]) -> list[str]:
@@ -159,7 +163,7 @@ SCORES = (
 STYLE = (
     "style: answers that a classifier of character n-grams, trained on the training answers, takes for their own role's; "
     "higher is better. ceiling: the same for the recorded test answers. floor: the same for the other roles' recorded "
-    "answers, which is where answers in a wrong voice end up."
+    "answers, which is where answers in a wrong voice end up; one number a role, without an interval."
 )
 RECALL = (
     "copied: the part of an answer that its longest common piece with a training answer of its role has. copies: answers of "

@@ -2,8 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable
+from queue import SimpleQueue
+from threading import Thread
 
 from baichuan.generation_utils import Answer
 from support.errors import UserError, first_line
@@ -32,8 +34,10 @@ class Engine:
             raise UserError("--engine needs the package openai: pip install openai -c constraints.txt") from None
         self.error = openai.OpenAIError
         try:
-            self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
-            models = [model.id for model in self.client.models.list()]
+            # A question may wait in the server's queue for longer than the 10 minutes of the client's own limit.
+            timeout, key = openai.Timeout(None, connect=10.0), os.environ.get("OPENAI_API_KEY", "none")
+            self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout)
+            models = [model.id for model in self.client.with_options(timeout=60.0).models.list()]
         except Exception as error:  # openai's, httpx's, or a page that is no list of models
             raise self.unusable(error) from error
         if self.model and self.model not in models:
@@ -48,10 +52,32 @@ class Engine:
             "and give its address up to /v1"
         )
 
-    def answer(self, conversations: Sequence[list[dict]], max_new_tokens: int) -> list[Answer]:
-        """The greedy answers, all asked for at once. Raises: UserError."""
-        with ThreadPoolExecutor(len(conversations)) as pool:
-            return list(pool.map(lambda messages: self._answer(messages, max_new_tokens), conversations))
+    def answers(self, asked: Iterable[tuple[int, list[dict]]], at_once: int, max_new_tokens: int):
+        """Yield (number, greedy Answer) of each (number, conversation) asked, as they come. Raises: UserError.
+
+        at_once: how many the server has before it. They may wait there as long as it takes.
+        """
+        waiting, found = deque(asked), SimpleQueue()
+        count = len(waiting)
+
+        def work():
+            while waiting:
+                try:
+                    number, messages = waiting.popleft()
+                    found.put((number, self._answer(messages, max_new_tokens)))
+                except IndexError:  # another one took the last
+                    return
+                except Exception as error:
+                    found.put(error)
+
+        for _ in range(min(at_once, count)):
+            Thread(target=work, daemon=True).start()  # a daemon: whoever stops the run need not wait for the server
+        for _ in range(count):
+            answer = found.get()
+            if isinstance(answer, Exception):
+                waiting.clear()
+                raise answer
+            yield answer
 
     def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
         messages = [{"role": turn["role"], "content": without_markers(turn["content"])} for turn in messages]

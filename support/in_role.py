@@ -24,8 +24,6 @@ from support.json_files import parse_object, read_text, text_problem
 from support.samples import as_sample
 from support.tables import Section
 
-ATTACKS = Path(__file__).parent.parent / "data/sample/attacks-zh.jsonl"
-
 # Beginnings of an answer that stays in the role, and of one that breaks it, of about the same length.
 STAYING = ("我是{role}", "我就是{role}", "我乃{role}")
 BREAKING = ("我是语言模型", "我是人工智能", "我是AI", "我是机器人", "作为语言模型")
@@ -86,7 +84,7 @@ class InRoleScores(NamedTuple):
     boundary_margin: np.ndarray  # (b,) nats a token by which not knowing is likelier than the modern explanation
 
 
-def read_attacks(path: Path = ATTACKS) -> list[dict]:
+def read_attacks(path: Path) -> list[dict]:
     """The attacks and boundary questions of a file, JSON lines. Raises: UserError with all that is wrong."""
     attacks = []
     with Problems() as problems:
@@ -107,8 +105,11 @@ def as_attack(line: str, path: Path, number: int) -> dict:
         messages = record.get("messages")
         ending = [{"role": "assistant", "content": "。"}]
         # The turns are those of a sample that lacks its last answer.
-        problems.of(as_sample, {"messages": messages + ending if isinstance(messages, list) else messages}, place)
-    return record
+        whole = {"messages": messages + ending if isinstance(messages, list) else messages}
+        sample = problems.of(as_sample, whole, place)
+        if sample and sample["system"]:
+            problems.append(f"{place}: has a system text: remove it, since each role brings its own")
+    return {**record, "messages": sample["messages"][:-1]}
 
 
 def crossed(attacks: list[dict], roles: Sequence[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -15,12 +15,13 @@ def compared(
     forms: Sequence[str],
     resamples: int,
     seed: int,
-    plain: int = 0,
+    plain: Sequence[int] = (),
 ) -> list[list[str]]:
     """Rows of a table: of each group one a model (label, model, items, k cells), then one a difference to the first.
 
     All models were measured on the same items, so each draw of the bootstrap takes the same ones of all of them (Efron &
-    Tibshirani 1993). What is drawn are clusters: two answers to one question are not two independent items.
+    Tibshirani 1993). What is drawn are clusters: two answers to one question, or two rounds of one conversation, are
+    not two independent items.
 
     Args:
         scores: of each model by its name, as `measure` takes them.
@@ -28,7 +29,7 @@ def compared(
         measure: (scores, (n,) integers, how often each item counts) → k numbers, nan where nothing can be measured.
         clusters: (n,) the number of each item's cluster.
         forms: k formats of a number, such as "+.2f", for a value; a difference always has its sign.
-        plain: columns, the first ones, that are shown without an interval.
+        plain: columns, by their numbers, that are shown without an interval.
     """
     rows, names = [], list(scores)
     signed = ["+" + form.lstrip("+") for form in forms]
@@ -53,13 +54,24 @@ def draw(scores: list, taken, measure, clusters, resamples: int, seed: int) -> t
     return measure_all(drawable.astype(int)), resample(measure_all, drawable, resamples, seed)
 
 
-def cells(values: np.ndarray, draws: np.ndarray, forms: Sequence[str], plain: int = 0) -> list[str]:
+def cells(values: np.ndarray, draws: np.ndarray, forms: Sequence[str], plain: Sequence[int] = ()) -> list[str]:
     """values (k,) with their draws (resamples, k) → "value [low, high]"; "–" where there is nothing to measure."""
     texts = []
     for column, (value, form) in enumerate(zip(values, forms)):
         text = "–" if np.isnan(value) else f"{value:{form}}"
-        if column >= plain and not np.isnan(value):
+        if column not in plain and not np.isnan(value):
             low, high = np.nanpercentile(draws[:, column], (2.5, 97.5))
             text += f" [{low:{form}}, {high:{form}}]"
         texts.append(text)
     return texts
+
+
+def numbered(keys: Sequence) -> np.ndarray:
+    """(n,) clusters: the same number for equal keys, from 0 in the order of their first places."""
+    numbers: dict = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
+
+
+def opening(messages: Sequence[dict]) -> str:
+    """The question that a conversation begins with; its rounds have it in common."""
+    return next(turn["content"] for turn in messages if turn["role"] == "user")

@@ -402,6 +402,13 @@ function keepingFocus(draw) {
 
 const render = () => keepingFocus(draw);
 
+// What would be drawn as it stands already stays, so that no button goes away between the finger's down and up.
+function put(element, ...children) {
+  const drawn = element.cloneNode();
+  drawn.append(...children.filter(Boolean));
+  if (!drawn.isEqualNode(element)) element.replaceChildren(...drawn.childNodes);
+}
+
 function draw() {
   const follow = atBottom() || !log.childElementCount;
   const top = log.scrollTop;
@@ -611,7 +618,7 @@ const legend = (words) => h("p", { class: "legend" },
 
 function renderHeader() {
   const ids = listed(), number = ids.indexOf(chat.id);
-  header.replaceChildren(...[
+  put(header,
     iconButton("menu", text("roles"), () => showRoles(!document.body.classList.contains("choosing")), { id: "menu" }),
     h("button", { type: "button", id: "who", onclick: () => showRoles(true) }, portrait(role), h("strong", {}, role)),
     ids.length > 1 ? h("div", { class: "pager", role: "group", "aria-label": text("chats") },
@@ -622,8 +629,7 @@ function renderHeader() {
       iconButton("bin", text("delete"), deleteChat)) : null,
     h("button", { type: "button", id: "fresh", title: text("fresh"), "aria-label": text("fresh"),
       onclick: () => chat.turns.length ? leftEditor() && addChat(newChat(role)) : composer.focus() }, icon("plus"), h("span", {}, text("fresh"))),
-    iconButton("settings", text("settings"), () => showSettings(), { id: "gear" }),
-  ].filter(Boolean));
+    iconButton("settings", text("settings"), () => showSettings(), { id: "gear" }));
 }
 
 function renderCards() {
@@ -633,7 +639,7 @@ function renderCards() {
     return h("button", { type: "button", class: "card", "aria-current": name === role ? "true" : null,
       onclick: () => choose(name) }, portrait(name), h("span", {}, h("strong", {}, name), h("span", {}, line)));
   });
-  cards.replaceChildren(
+  put(cards,
     h("div", { class: "title" }, h("h2", {}, text("roles")),
       iconButton("close", text("close"), () => showRoles(false), { id: "close_roles" })),
     h("nav", { "aria-label": text("roles") }, ...list,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.intervals import compared
+from support.intervals import compared, numbered, opening
 from support.likelihood import Likelihood
 from support.tables import Section
 
@@ -30,6 +30,7 @@ class PersonaScores(NamedTuple):
     kinds: list[str]  # (n,) "role-specific", "general", … or ""
     role: np.ndarray  # (n,) whose answer it is: index into roles
     question: np.ndarray  # (n,) answers to the same question have the same number
+    opening: np.ndarray  # (n,) and so have those of conversations that begin with the same question
     tokens: np.ndarray  # (n,) supervised tokens, eos included
     nats: np.ndarray  # (n, R) log-likelihood under each role's persona
     without: np.ndarray  # (n,) log-likelihood under no persona
@@ -41,6 +42,15 @@ class PersonaScores(NamedTuple):
     def others(self) -> np.ndarray:
         """(n, R − 1) log-likelihood under the personas of the other roles."""
         return self.nats[np.arange(len(self.roles)) != self.role[:, None]].reshape(len(self.role), -1)
+
+    def among(self, taken: np.ndarray) -> "PersonaScores":
+        """The same with those roles alone, and their personas, that have an answer among those taken, (n,) bool.
+
+        The answers of other roles stay, and are not to be looked at.
+        """
+        present = np.unique(self.role[taken])
+        roles, own = [self.roles[number] for number in present], np.searchsorted(present, self.role)
+        return self._replace(roles=roles, role=own.clip(max=len(present) - 1), nats=self.nats[:, present])
 
     def heard(self) -> np.ndarray:
         """(n, R) 1 for the role under whose persona the answer is the likeliest; equals share it."""
@@ -80,7 +90,7 @@ def measure_persona(
     Args:
         likelihood: see support/likelihood.py.
         samples: as support.samples.read_samples yields them.
-        kinds: of each sample, such as predict.py's `question_kinds(data_dir)(sample["role"], sample["prompt"])`.
+        kinds: of each sample, such as predict.py's `question_kinds`.
     """
     personas = personas_of(samples)
     roles = list(personas)
@@ -95,14 +105,14 @@ def measure_persona(
     (kept,) = np.nonzero(
         (tokens[:, 0] > 0) & (tokens == tokens[:, :1]).all(axis=1)
     )  # one that was cut compares nothing
-    items, questions = [items[number] for number in kept], {}
-    for sample, _ in items:
-        questions.setdefault(question_of(sample), len(questions))
+    items = [items[number] for number in kept]
+    questions = [tuple(turn["content"] for turn in sample["messages"][:-1]) for sample, _ in items]
     return PersonaScores(
         roles,
         [kind for _, kind in items],
         np.array([roles.index(sample["role"]) for sample, _ in items], dtype=int),
-        np.array([questions[question_of(sample)] for sample, _ in items], dtype=int),
+        numbered(questions),
+        numbered([opening(sample["messages"]) for sample, _ in items]),
         tokens[kept, 0],
         nats[kept, :-1],
         nats[kept, -1],
@@ -115,11 +125,6 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
     roles = dict.fromkeys(sample["role"] for sample in samples if sample["role"] in most)
     systems = {role: Counter(sample["system"] for sample in samples if sample["role"] == role) for role in roles}
     return {role: own.most_common(1)[0][0] for role, own in systems.items()}
-
-
-def question_of(sample: dict) -> tuple[str, ...]:
-    """What was said before the last answer."""
-    return tuple(turn["content"] for turn in sample["messages"][:-1])
 
 
 # ---------------------------------------------------------------- tables
@@ -165,12 +170,16 @@ def persona_sections(scores: dict[str, PersonaScores], resamples: int, seed: int
     if not len(first.role):
         return []
     sections, several = [], len(first.roles) > 1
-    said = {name: who_said_it(own) for name, own in scores.items()} if several else {}
-    for kind, taken in first.groups().items() if several else ():
-        groups = groups_by_role(first, taken)
-        measure = partial(mean_of_roles, first.role)
-        rows = compared(said, groups, measure, first.question, (".1f", "+.3f"), resamples, seed)
-        chance = f"{100 / len(first.roles):.1f}"
+    for kind, taken in first.groups().items():
+        present = {name: own.among(taken) for name, own in scores.items()}
+        here = next(iter(present.values()))
+        if len(here.roles) < 2:
+            continue
+        said = {name: who_said_it(own) for name, own in present.items()}
+        measure = partial(mean_of_roles, here.role)
+        groups = groups_by_role(here, taken)
+        rows = compared(said, groups, measure, here.opening, (".1f", "+.3f"), resamples, seed)
+        chance = f"{100 / len(here.roles):.1f}"
         rows = [[*row[:4], chance if row[2] else "", row[4]] for row in rows]
         header = ["role", "", "answers", "accuracy", "chance", "margin"]
         sections.append(Section(f"Who said it: {kind}", [header, *rows], WHO_SAID_IT))
@@ -179,7 +188,7 @@ def persona_sections(scores: dict[str, PersonaScores], resamples: int, seed: int
     groups = groups_by_role(first, np.ones(len(first.role), dtype=bool))
     forms = (".3f", ".3f", ".3f", "+.3f", "+.3f")
     worth = {name: likelihoods(own) for name, own in scores.items()}
-    rows = compared(worth, groups, persona_losses, first.question, forms, resamples, seed, plain=3)
+    rows = compared(worth, groups, persona_losses, first.opening, forms, resamples, seed, plain=range(3))
     header = ["role", "", "answers", "own", "another's", "none", "another's − own", "none − own"]
     return [*sections, Section("What the persona is worth", [header, *rows], WORTH)]
 
@@ -203,8 +212,8 @@ def confusion_section(scores: dict[str, PersonaScores]) -> Section:
 
 
 WHO_SAID_IT = (
-    "accuracy: answers, in percent, that are likeliest under the persona of the role they were recorded for; higher is "
-    "better, and chance is what a model reaches that pays no attention to the persona. margin: by how many nats a token "
+    "accuracy: answers, in percent, that are likeliest under the persona of the role they were recorded for, of the roles "
+    "in the table; higher is better, and chance is what a model reaches that pays no attention to the persona. margin: by how many nats a token "
     "they are likelier so than under the best other persona; above 0 is better. all: the mean of the roles. In brackets "
     "95 % intervals."
 )

@@ -44,9 +44,8 @@ def keep_record(args, identity: dict, config: dict, device: torch.device):
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "python": sys.version.split()[0],
-        "packages": {
-            found.name: found.version for found in sorted(distributions(), key=lambda found: found.name.lower())
-        },
+        # Without a name is what pip has left of a package that it could not remove.
+        "packages": dict(sorted((found.name, found.version) for found in distributions() if found.name)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "files, sha256": files,
         "identity": identity,

@@ -14,9 +14,14 @@ def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role
 
     conversation: data_helper's, (system, question) → messages. Leaves the model in evaluation mode.
     """
+    config, tokenizer = greedy(directory.generation_config, LONGEST), directory.tokenizer
+    room = directory.config.model_max_length - LONGEST
     asked: dict[str, dict[str, list[dict]]] = {}
     for sample in samples:
         if sample["role"] not in asked and len(asked) == MOST_ROLES:
+            continue
+        # A persona that fills the context leaves none for an answer. A character is four tokens at most, its bytes.
+        if 4 * len(sample["system"]) >= room and len(tokenizer.text_to_ids(sample["system"])) >= room:
             continue
         questions = asked.setdefault(sample["role"], {})
         question = next(turn["content"] for turn in sample["messages"] if turn["role"] == "user")
@@ -24,7 +29,8 @@ def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role
             questions[question] = conversation(sample["system"], question)
     model.eval()
     conversations = [messages for questions in asked.values() for messages in questions.values()]
-    config, tokenizer = greedy(directory.generation_config, LONGEST), directory.tokenizer
+    if not conversations:
+        return {}
 
     def answer(numbers):
         return answer_batch(model, tokenizer, [conversations[number] for number in numbers], config)

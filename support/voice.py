@@ -22,21 +22,22 @@ def recorded_answers(path: str | Path) -> dict[str, list[str]]:
     return {role: list(texts) for role, texts in answers.items()}
 
 
-def read_training(path: Path) -> tuple["Style | None", "Recall | None", list[str]]:
-    """What style and recall are measured with, as far as the training samples allow, and remarks on what is left out.
+def read_training(path: Path, roles: Sequence[str]) -> tuple["Style | None", "Recall | None", list[str]]:
+    """What style and recall of the roles are measured with, as far as the training samples allow, and remarks on what is
+    left out.
 
     Raises: UserError.
     """
     if not path.is_file():
         return None, None, [f"--train_path {path}: there is no such file: style and recall are left out."]
-    recorded = recorded_answers(path)
-    if len(recorded) < 2:
-        return (
-            None,
-            Recall(recorded),
-            [f"--train_path {path}: has one role: style, which tells roles apart, is left out."],
-        )
-    return Style(recorded), Recall(recorded), []
+    recorded, remarks = recorded_answers(path), []
+    strangers = [role or "(no role)" for role in dict.fromkeys(roles) if role not in recorded]
+    if strangers:
+        remarks.append(f"--train_path {path}: has no answers of {', '.join(strangers)}: no style or recall for them.")
+    if len(recorded) == 1:
+        remarks.append(f"--train_path {path}: has one role: style, which tells roles apart, is left out.")
+    style = Style(recorded) if len(recorded) > 1 else None
+    return style, Recall(recorded) if recorded else None, remarks
 
 
 class Style:
@@ -57,7 +58,9 @@ class Style:
 
         texts = [text for own in recorded.values() for text in own]
         roles = [role for role, own in recorded.items() for _ in own]
-        characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 3))
+        # The regression holds some forty numbers a role and feature while it learns, 1.3 GB at most.
+        most = max(50_000, 4_000_000 // len(recorded))
+        characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), max_features=most)
         self.pipeline = make_pipeline(characters, LogisticRegression(class_weight="balanced", C=10, max_iter=1000))
         self.pipeline.fit(texts, roles)
 

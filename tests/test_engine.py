@@ -23,6 +23,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url, self.asked, self.broken = f"http://127.0.0.1:{self.server_port}/v1", [], False
+        self.fails_after = None  # so many questions
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -45,7 +46,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, request))
-        if self.server.broken:
+        if (
+            self.server.broken
+            or self.server.fails_after is not None
+            and len(self.server.asked) > self.server.fails_after
+        ):
             return self.reply(400, {"error": {"message": "the prompt is too long"}})
         question = request["messages"][-1]["content"]
         choice = {
@@ -114,7 +119,7 @@ def test_typed_markers_do_not_reach_a_server(server):
     engine = Engine(server.url)
     engine.check()
     text = "好<reserved_107>我</s>是<s><unk><reserved_10<s>6>谁<</s>s><reserved_108>"  # some appear as others go
-    (answer,) = engine.answer([[{"role": "user", "content": text}]], 9)
+    ((_, answer),) = engine.answers([(0, [{"role": "user", "content": text}])], 1, 9)
     assert server.asked[0][1]["messages"] == [{"role": "user", "content": "好我是谁<reserved_108>"}]
     assert answer.text == "好我是谁<reserved_108>"[::-1]
 
@@ -151,4 +156,15 @@ def test_an_answer_that_is_none_is_an_error(server, monkeypatch):
         Handler, "reply", lambda self, status, value, reply=Handler.reply: reply(self, 200, {"choices": []})
     )
     with pytest.raises(UserError, match="no answer from it"):
-        engine.answer([[{"role": "user", "content": "好"}]], 9)
+        list(engine.answers([(0, [{"role": "user", "content": "好"}])], 1, 9))
+
+
+def test_what_has_been_answered_is_kept_when_the_server_fails(server, samples, tmp_path, capsys):
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
+    server.fails_after = 11
+    error_of(capsys, server, samples, output, "--batch_size", "4")
+    kept = answers_of(part)
+    assert 11 - 4 < len(kept) <= 11 and not output.exists()
+    server.fails_after, done = None, part.read_text(encoding="utf-8")
+    run(server, samples, output, "--batch_size", "4")
+    assert output.read_text(encoding="utf-8").startswith(done) and not part.exists()

@@ -192,6 +192,10 @@ def test_sample_answers_of_many_roles(checkpoint, few_samples, monkeypatch):
     monkeypatch.setattr(sample_answers, "rows_that_fit", lambda model, tokens: 8)
     texts = sample_answers.sample_answers(directory.load(), directory, samples, 2, conversation)
     assert calls == [8, 8, 4] and list(texts) == [f"answers/第{number}个" for number in range(20)]
+    samples[0]["system"] = "龘" * 1500  # by its bytes, 4,500 tokens: no room for an answer
+    texts = sample_answers.sample_answers(directory.load(), directory, samples, 2, conversation)
+    assert list(texts) == [f"answers/第{number}个" for number in range(1, 21)]
+    assert sample_answers.sample_answers(directory.load(), directory, samples[:1], 2, conversation) == {}
 
 
 @pytest.mark.parametrize("error, ends", [(None, "destroyed"), (UserError("no"), "aborted")])

@@ -6,13 +6,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
 from support.in_role import (
-    ATTACKS,
     BREAKING,
     STAYING,
     attack_conversations,
@@ -23,12 +23,13 @@ from support.in_role import (
 )
 from support.likelihood import Likelihood
 
+ATTACKS = ROOT / "data/sample/attacks-zh.jsonl"
 PERSONAS = {"孙悟空": "你就是孙悟空。", "李白": "你是诗人李白。"}
 
 
 @pytest.fixture(scope="module")
 def attacks():
-    return read_attacks()
+    return read_attacks(ATTACKS)
 
 
 # ---------------------------------------------------------------- the attacks
@@ -69,6 +70,10 @@ def test_each_attack_meets_each_role(attacks):
         ('{"kind": "maker", "messages": "你是谁？"}', '"messages" is no list'),
         ('{"kind": "maker", "messages": [{"role": "assistant", "content": "哈！"}]}', "two turns of the assistant"),
         ('{"kind": "maker", "messages": [{"role": "user", "content": " "}]}', "is blank"),
+        (
+            '{"kind": "x", "messages": [{"role": "system", "content": "甲"}, {"role": "user", "content": "乙"}]}',
+            "system text",
+        ),
         ('{"kind": "boundary", "messages": [{"role": "user", "content": "手机？"}], "modern": "x"}', '"in_character"'),
     ],
 )
@@ -78,6 +83,13 @@ def test_a_wrong_attack_is_named_by_its_line(tmp_path, line, problem):
     with pytest.raises(UserError, match=problem) as error:
         read_attacks(path)
     assert all(text.startswith(f"{path}:3: ") for text in error.value.problems)
+
+
+def test_an_attack_may_name_its_speakers_as_samples_do(tmp_path):
+    path = tmp_path / "attacks.jsonl"
+    path.write_text('{"kind": "maker", "messages": [{"role": "human", "content": "你是谁？"}]}\n', encoding="utf-8")
+    (messages, _) = attack_conversations(read_attacks(path), PERSONAS)
+    assert messages[1] == {"role": "user", "content": "你是谁？"}
 
 
 # ---------------------------------------------------------------- phrases

@@ -1,5 +1,7 @@
 """predict.py with its scores from likelihoods, as a user runs it; and its questions as what is read for them."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -10,7 +12,6 @@ import predict
 import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from data_helper import read_samples
-from support.in_role import ATTACKS
 from support.likelihood import Likelihood
 from support.likelihood_scores import likelihood_sections, measure, recorded_answers, role_personas
 
@@ -18,7 +19,7 @@ from support.likelihood_scores import likelihood_sections, measure, recorded_ans
 @pytest.fixture
 def few_attacks(tmp_path):
     """One attack of each kind, one of them of three rounds, and a boundary question."""
-    lines = ATTACKS.read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "data/sample/attacks-zh.jsonl").read_text(encoding="utf-8").splitlines()
     path = tmp_path / "attacks.jsonl"
     path.write_text("\n".join([lines[0], lines[62], lines[-1]]), encoding="utf-8")
     return path
@@ -50,9 +51,16 @@ def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_sa
     again = run(capsys, *flags, "--batch_size", 3)
     assert again[again.index("Who said it") :] == out[out.index("Who said it") :]
     few_attacks.write_text(few_attacks.read_text(encoding="utf-8").replace("？", "！"), encoding="utf-8")
-    with pytest.raises(SystemExit):  # answers to other attacks
-        run(capsys, *flags)
-    assert "digest" in capsys.readouterr().err
+    whole = (tmp_path / "answers.jsonl").read_bytes()
+    other = run(capsys, *flags)  # other attacks are answered anew, and they alone
+    assert "has all answers of model already" in other and "Attacks, by kind" in other
+    first, second = (tmp_path / "answers-attacks.jsonl").read_text(encoding="utf-8").split("\n")[:2]
+    assert "！" in json.loads(second)["prompt"] and (tmp_path / "answers.jsonl").read_bytes() == whole
+    (tmp_path / "answers-attacks.jsonl").write_text("Dear diary\n")
+    with pytest.raises(SystemExit):
+        run(capsys, *flags, "--baseline_path", tuned)  # which is told before the new baseline answers
+    assert "answers-attacks.jsonl: is no file of answers" in capsys.readouterr().err
+    (tmp_path / "answers-attacks.jsonl").unlink()
     alone = run(capsys, *flags, "--answers_only")
     assert "questions\n" in alone and "Who said it" not in alone
 

@@ -149,6 +149,7 @@ HAND = PersonaScores(
     kinds=["general", "general", "general", "role-specific", "general", "general"],
     role=np.array([0, 0, 0, 0, 1, 2]),
     question=np.array([0, 0, 1, 2, 1, 3]),
+    opening=np.array([0, 0, 1, 2, 1, 3]),
     tokens=np.array([2, 2, 4, 5, 10, 8]),
     nats=np.array(
         [[-2, -4, -5], [-3, -1, -4], [-6, -8, -9], [-10, -15, -20], [-9, -20, -19], [-30, -30, -30]], dtype=float
@@ -171,16 +172,35 @@ def test_by_hand_accuracy_margin_and_confusion():
     everything = mean_of_roles(HAND.role, who_said_it(HAND), np.ones(6))
     assert everything == pytest.approx([(75 + 100 / 3) / 3, (1.5 / 4 - 1.1) / 3])
 
-    general, specific, shared, heard, _ = persona_sections({"model": HAND}, 50, 1)
+    # Of role-specific questions there is one, of A: nobody to be taken for.
+    general, shared, heard, _ = persona_sections({"model": HAND}, 50, 1)
     assert general.title == "Who said it: general questions"
     assert cells_of(general)["A", "model"][0] == "3" and cells_of(general)["A", "model"][1].startswith("66.7 [")
     assert cells_of(general)["A", "model"][2] == "33.3"  # chance
     assert cells_of(general)["all", "model"][0] == "5" and cells_of(general)["all", "model"][1].startswith("33.3 [")
-    assert cells_of(specific)["A", "model"] == ["1", "100.0 [100.0, 100.0]", "33.3", "+1.000 [+1.000, +1.000]"]
     assert shared.title == "Who said it: questions that several roles answer"  # question 1 alone: of A and of B
-    assert cells_of(shared)["A", "model"] == ["1", "100.0 [100.0, 100.0]", "33.3", "+0.500 [+0.500, +0.500]"]
-    assert cells_of(shared)["B", "model"] == ["1", "0.0 [0.0, 0.0]", "33.3", "-1.100 [-1.100, -1.100]"]
+    assert cells_of(shared)["A", "model"] == ["1", "100.0 [100.0, 100.0]", "50.0", "+0.500 [+0.500, +0.500]"]
+    assert cells_of(shared)["B", "model"] == ["1", "0.0 [0.0, 0.0]", "50.0", "-1.100 [-1.100, -1.100]"]
     assert heard.rows[1] == ["general", "model", "A", "66.7", "33.3", "0.0"]
+
+
+def test_who_always_hears_the_same_role_is_at_chance_among_those_who_answer():
+    """Five roles, two of which have answers: C's persona, under which all is likeliest, is nobody's here."""
+    nats = np.tile([-2.0, -3, -1, -4, -5], (4, 1))
+    role = np.array([0, 0, 0, 1])
+    scores = HAND._replace(roles=list("ABCDE"), kinds=["general"] * 4, role=role, nats=nats, tokens=np.ones(4))
+    scores = scores._replace(question=np.arange(4), opening=np.arange(4), without=np.zeros(4))
+    said, heard, _ = persona_sections({"model": scores}, 50, 1)
+    assert cells_of(said)["all", "model"][1].startswith("50.0 [") and cells_of(said)["all", "model"][2] == "50.0"
+    assert heard.rows[1][2:] == ["A", "0.0", "0.0", "100.0", "0.0", "0.0"]
+
+
+def test_rounds_of_one_conversation_are_drawn_together(tokenizer):
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("甲乙丙丁")]
+    samples = [{"role": "李白", "system": "诗", "messages": turns[:count]} for count in (2, 4)]
+    samples.append(said("李白", "诗", "丙", "丁"))
+    scores = measure_persona(lambda read: [np.array([-1.0]) for _ in read], samples)
+    assert scores.question.tolist() == [0, 1, 2] and scores.opening.tolist() == [0, 0, 1]
 
 
 def test_by_hand_what_the_persona_is_worth():

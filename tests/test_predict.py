@@ -237,6 +237,26 @@ def test_answers_under_other_settings_are_not_mixed(checkpoint, samples, tmp_pat
     assert len(answers_of(output)) == before.count(b"\n") - 1
 
 
+def test_what_is_answered_anew_and_interrupted_goes_on_without_overwrite(checkpoint, samples, tmp_path, monkeypatch):
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
+    run(checkpoint, samples, output)
+    answer_batch = predict.answer_batch
+
+    def interrupted(*arguments):
+        if part.exists() and len(answers_of(part)) >= 16:
+            raise KeyboardInterrupt
+        return answer_batch(*arguments)
+
+    monkeypatch.setattr(predict, "answer_batch", interrupted)
+    with pytest.raises(SystemExit):
+        run(checkpoint, samples, output, "--max_new_tokens", 5, "--overwrite", "--batch_size", 16)
+    assert not output.exists() and len(answers_of(part)) == 16
+    done = part.read_text(encoding="utf-8")
+    monkeypatch.setattr(predict, "answer_batch", answer_batch)
+    run(checkpoint, samples, output, "--max_new_tokens", 5)
+    assert output.read_text(encoding="utf-8").startswith(done)
+
+
 def test_answers_of_a_model_that_has_changed_are_not_reused(checkpoint, samples, tmp_path, capsys):
     """Neither whole files of answers nor half ones: the directory has the same name, its files the same sizes."""
     model, output, part = tmp_path / "model", tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
@@ -269,7 +289,11 @@ def test_a_file_of_something_else_is_left_alone(checkpoint, samples, tmp_path, c
         diary.write_text(content)
         assert "is no file of answers" in failure(capsys, checkpoint, samples, diary)
         assert diary.read_text() == content
-    assert "is a file of samples" in failure(capsys, checkpoint, samples, samples[1])
+    assert "is another file of this run" in failure(capsys, checkpoint, samples, samples[1])
+    output = tmp_path / "answers.jsonl"
+    for path in (output, tmp_path / "answers-baseline.jsonl", samples[1], ROOT / "data/sample/attacks-zh.jsonl"):
+        told = failure(capsys, checkpoint, samples, output, "--baseline_path", checkpoint, "--html", path)
+        assert f"--html {path}: is " in told and not output.exists()
 
 
 def test_wrong_arguments_are_told_at_once(checkpoint, samples, tmp_path, capsys):
@@ -282,6 +306,17 @@ def test_wrong_arguments_are_told_at_once(checkpoint, samples, tmp_path, capsys)
     assert "exceed 4096 tokens" in failure(
         capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--max_new_tokens", 4090
     )
+    assert "--engine_model: belongs to --engine" in failure(
+        capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--engine_model", "role"
+    )
+    # The text of fewer characters has more tokens: the tokenizer spells 龘 by its bytes.
+    systems = ("你" * 1500, "龘" * 1000)
+    lines = [
+        {"role": name, "system": system, "prompt": "问", "response": "答"} for name, system in zip("甲乙", systems)
+    ]
+    (tmp_path / "long.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = failure(capsys, checkpoint, (None, tmp_path / "long.json"), tmp_path / "a.jsonl", "--max_new_tokens", 2000)
+    assert "a system text and --max_new_tokens 2000 exceed" in told
     assert not (tmp_path / "answers.jsonl").exists()
 
 
@@ -419,6 +454,9 @@ def test_questions_are_distinct_and_keep_their_references(tmp_path):
         ("张飞", "1 + 1 = ?", "general", ["二"]),
     ]
     assert {q.kind for q in predict.read_questions(tmp_path / "test.json", tmp_path / "elsewhere")} == {""}
+    own = {"role": "诸葛亮", "system": "", "prompt": "空城计？", "response": "亮一生谨慎。"}
+    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in [*samples, own]))
+    assert predict.read_questions(tmp_path / "test.json", tmp_path)[-1].kind == "other"
 
 
 def test_roles_without_a_system_text_keep_their_own_answers(tmp_path):

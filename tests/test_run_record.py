@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, adapter_weights
 
 import train
+from support import run_record
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,15 @@ def test_a_run_is_repeated_from_its_directory(recorded, tmp_path, capsys):
     assert ours[0] | {"output_dir": ""} == theirs[0] | {"output_dir": ""}
     when = {"started": "", "commit": ""}  # someone may commit meanwhile
     assert ours[1][0] | when == theirs[1][0] | when
+
+
+def test_what_pip_has_left_of_a_package_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    args = SimpleNamespace(output_dir=str(tmp_path), train_path=__file__, test_path=__file__, ds_file=__file__)
+    run_record.keep_record(args, {}, {}, torch.device("cpu"))
+    (start,) = json.loads((tmp_path / "run_record.json").read_text())
+    assert start["packages"]["torch"] == importlib.metadata.version("torch") and None not in start["packages"]
 
 
 def test_the_record_says_what_the_run_was(recorded, few_samples):

@@ -1,5 +1,6 @@
 """Style and recall: by hand, at their ceiling and floor, and in the tables."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 from baichuan.generation_utils import Answer
 from data_helper import read_samples
 from support.answer_scores import answer_sections, measure_answers, recall_items, style_limits
-from support.voice import Recall, Style, longest_piece, recorded_answers
+from support.voice import Recall, Style, longest_piece, read_training, recorded_answers
 
 
 def question(role: str, *references: str, kind="general", system=""):
-    return SimpleNamespace(role=role, system=system, prompt="？", kind=kind, references=list(references))
+    messages = [{"role": "user", "content": f"与“{references[0]}”相配的问题？"}]
+    return SimpleNamespace(role=role, system=system, messages=messages, kind=kind, references=list(references))
 
 
 def answered(*texts: str) -> list[Answer]:
@@ -58,6 +60,33 @@ def test_scores_are_split_into_copies_and_others():
         "50.0",
     ]  # one recorded answer is a copy
     assert "50 % or more" in table.note
+
+
+def test_a_role_without_training_answers_has_no_recall_and_no_style(tmp_path):
+    path = tmp_path / "train.json"
+    lines = [
+        {"role": role, "prompt": "问", "response": text} for role, text in (("李白", "举杯邀明月"), ("张飞", "哇呀呀"))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    style, recall, remarks = read_training(path, ["李白", "杜甫"])
+    assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or recall for them."]
+    questions = [question("李白", "举杯邀明月"), question("杜甫", "国破山河在")]
+    measured = measure_answers(questions, answered("举杯", "举杯"), style, recall)
+    for table in answer_sections(questions, {"model": measured}, style, recall, 20, 1)[1:]:
+        rows = {row[0]: row[3:] for row in table.rows[1:]}
+        assert rows["李白"][0].startswith("100.0 [") and set(rows["杜甫"]) == {"–"}
+        assert rows["all"][0] == rows["李白"][0]
+    path.write_text("")
+    assert read_training(path, ["李白"])[:2] == (None, None)
+
+
+def test_rounds_of_a_conversation_are_drawn_together():
+    """Eight rounds that are alike are no more certain than one."""
+    questions = [question("李白", text) for text in ("举杯", "明月", "金樽")] * 8
+    measured = measure_answers(questions, answered(*("举杯", "明月", "无") * 8), None, None)
+    (table,) = answer_sections(questions, {"model": measured}, None, None, 400, 1)
+    value, interval = table.rows[1][3].split(" ", 1)
+    assert value == "66.7" and interval == "[0.0, 100.0]"
 
 
 # ---------------------------------------------------------------- style
