@@ -265,7 +265,9 @@ def argument_problems(args) -> list[str]:
         if path and path.resolve() in taken:
             problems.append(f"--{flag} {path}: is another file of this run: name another one")
         taken |= {path.resolve()} if path else set()
-        if path and (problem := "it is a directory" if path.is_dir() else unwritable(path.parent)):
+        if path and (
+            problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent)
+        ):
             problems.append(f"--{flag} {path}: cannot be written: {problem}")
     if not args.test_path.is_file():
         problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")

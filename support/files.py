@@ -19,8 +19,13 @@ def whole_files(*paths):
     """Open UTF-8 text files for writing, one handle a path; they appear, by rename, only once all are on disk.
 
     When the body raises, nothing appears and what stood there before stays.
+
+    Raises:
+        UserError: something else than a file has one of the names, such as the device /dev/null.
     """
     paths = [Path(path).resolve() for path in paths]  # of a link, what it names is replaced
+    if others := [path for path in paths if path.exists() and not path.is_file()]:
+        raise UserError(*(f"{path}: is no regular file, and is not replaced: name another path" for path in others))
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     handles = []
     try:

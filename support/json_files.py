@@ -27,12 +27,14 @@ def read_text(path: str | Path, may_be_empty: bool = False) -> str:
         data = Path(path).read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: correct the path, or fetch the file with --download") from None
+        raise UserError(
+            f"{path}: {error.strerror}: correct the path, or fetch RoleBench with data_helper.py --download"
+        ) from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: {NOT_UTF8}") from None
     if not text.strip() and not may_be_empty:
-        raise UserError(f"{path}: is empty: fill it, or delete it and fetch it with --download")
+        raise UserError(f"{path}: is empty: fill it, or delete it and fetch RoleBench with data_helper.py --download")
     return text
 
 

@@ -675,7 +675,7 @@ def test_conversations_that_cannot_be_used(run):
     assert "is no regular file, an input" in run.errors("--conversations", str(path), "--train_path", str(path))[0]
     errors = run.errors("--conversations", str(path), "--desc_path", str(run.data / "none.json"), roles=["all"])
     assert errors == [
-        f"{run.data / 'none.json'}: No such file or directory: correct the path, or fetch the file with --download"
+        f"{run.data / 'none.json'}: No such file or directory: correct the path, or fetch RoleBench with data_helper.py --download"
     ]
     errors = run.errors("--conversations", str(path), "--test_conversations", str(path), roles=["all"])
     assert errors == [

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from support import errors, files
+from support.errors import UserError
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -72,6 +73,15 @@ def test_files_appear_together_or_not_at_all(tmp_path):
         b.write("后")
     assert first.read_text() == "after" and second.read_text(encoding="utf-8") == "后"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "deeper"]
+
+
+def test_only_files_are_replaced(tmp_path):
+    """Not a pipe, a directory or a device such as /dev/null, which root could replace."""
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(UserError, match="is no regular file"), files.whole_files(tmp_path / "a", tmp_path / name):
+            pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def test_files_whose_names_begin_alike_do_not_remove_each_other(tmp_path):
