@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -431,20 +430,23 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def done() -> list[subprocess.CompletedProcess]:
-    """Each of COMMANDS, run; two at a time, since most of their time goes into imports."""
-    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(lambda command: subprocess.run([sys.executable, *command], **options), COMMANDS))
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_wrong_commands(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, *arguments = [word for word in command if word != "-m"]
+    with pytest.raises(SystemExit) as ended:
+        SCRIPTS[script].main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and lines and all(line.startswith("error: ") for line in lines), lines
 
 
-@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number]))
-def test_real_commands(done, number):
-    ended = done[number]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_command_as_a_user_starts_it(script):
+    """The last of COMMANDS: each script in a process of its own, with its slow imports and all that they may print."""
+    command = [command for command in COMMANDS if script in command][-1]
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith("error: ") and "Traceback" not in ended.stderr
-    assert all(line.startswith("error: ") for line in ended.stderr.splitlines())
+    assert all(line.startswith("error: ") for line in ended.stderr.splitlines()) and ended.stderr
 
 
 class Code:

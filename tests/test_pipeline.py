@@ -146,7 +146,7 @@ def test_the_stand_in_has_the_published_layout(walk):
 if (SHARED / "rolebench").is_dir():
 
     def test_the_books_commands_on_the_real_files(tmp_path):
-        """RoleBench and the published tokenizer over a small random model: 40 steps, merge, an answer."""
+        """RoleBench and the published tokenizer over a small random model: 8 steps, merge, an answer."""
         model_dir, run_dir = tmp_path / "Baichuan2-7B-Chat", tmp_path / "output_dir"
         train_path, test_path = str(tmp_path / "train.json"), str(tmp_path / "test.json")
         torch.manual_seed(0)
@@ -173,25 +173,25 @@ if (SHARED / "rolebench").is_dir():
         run(f"{sys.executable} data_helper.py --data_dir {rolebench} {paths}")
         lines = Path(train_path).read_text(encoding="utf-8").splitlines(keepends=True)
         assert len(lines) == 8020
-        Path(train_path).write_text("".join(lines[::25][:320]), encoding="utf-8")
-        Path(test_path).write_text("".join(Path(test_path).read_text().splitlines(keepends=True)[:40]))
+        Path(train_path).write_text("".join(lines[::125][:64]), encoding="utf-8")
+        Path(test_path).write_text("".join(Path(test_path).read_text().splitlines(keepends=True)[:8]))
         out = run(
             f"{bin_dir}/deepspeed --master_port {free_port()} train.py {paths} --model_name_or_path {model_dir} "
             "--per_device_train_batch_size 2 --max_len 512 --max_src_len 256 --learning_rate 1e-4 --weight_decay 0.1 "
             "--num_train_epochs 1 --gradient_accumulation_steps 4 --warmup_ratio 0.03 --seed 1234 --show_loss_step 10 "
-            f"--lora_dim 16 --lora_alpha 64 --save_model_step 20 --lora_dropout 0.1 --output_dir {run_dir} "
+            f"--lora_dim 16 --lora_alpha 64 --save_model_step 4 --lora_dropout 0.1 --output_dir {run_dir} "
             "--gradient_checkpointing --ds_file ds_zero2_no_offload.json --is_skip",
             CUDA_VISIBLE_DEVICES="0",
             PATH=f"{bin_dir}:{os.environ['PATH']}",
         )
-        assert "40 steps of 8 samples" in out
-        assert [path.name for _, path in checkpoints(run_dir)] == ["epoch-1-step-20", "epoch-1-step-40"]
+        assert "8 steps of 8 samples" in out
+        assert [path.name for _, path in checkpoints(run_dir)] == ["epoch-1-step-4", "epoch-1-step-8"]
         run(
-            f"{sys.executable} merge_params.py --ori_model_dir {model_dir} --model_dir {run_dir}/epoch-1-step-40 "
-            f"--save_model_dir {run_dir}/epoch-1-step-40-merge"
+            f"{sys.executable} merge_params.py --ori_model_dir {model_dir} --model_dir {run_dir}/epoch-1-step-8 "
+            f"--save_model_dir {run_dir}/epoch-1-step-8-merge"
         )
         answer = run(
-            f"{sys.executable} web_demo.py --model_path {run_dir}/epoch-1-step-40-merge --device cpu "
+            f"{sys.executable} web_demo.py --model_path {run_dir}/epoch-1-step-8-merge --device cpu "
             f"--desc_path {rolebench}/profiles-zh_desc.json --ask 你是谁？ --role 孙悟空"
         )
         assert answer.strip()
