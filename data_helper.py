@@ -283,7 +283,7 @@ def from_conversations(args) -> dict[str, list[dict]]:
 def show(args):
     """Print samples as train.py lays them out, by its default limits. Raises: UserError."""
     if args.show < 1:
-        raise UserError(f"--show {args.show}: is less than 1: give at least 1")
+        raise UserError(f"--show {args.show}: give a number from 1")
     if not args.train_path.is_file():
         raise UserError(f"{args.train_path}: is not a file: first run without --show")
     import utils  # both here, since they import torch, which nothing else in this script needs

@@ -707,7 +707,7 @@ def test_every_role_keeps_a_sample_in_training(run):
 
 
 def test_show_needs_a_file(run):
-    assert run.errors("--show", "0") == ["--show 0: is less than 1: give at least 1"]
+    assert run.errors("--show", "0") == ["--show 0: give a number from 1"]
     (error,) = run.errors("--show", "1", "--train_path", str(run.data / "none.json"))
     assert error.endswith("none.json: is not a file: first run without --show")
 
