@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_helper import persona, read_samples, with_system
 from support.arguments import ArgumentParser
-from support.errors import Problems, UserError, entry_point, few, slow_imports
+from support.errors import Problems, UserError, entry_point, few, first_line, slow_imports
 from support.files import followed, free_bytes, trained_in_four_bits, whole_directory
 from support.four_bit import check_four_bit
 from support.samples import as_sample
@@ -92,7 +92,7 @@ def read_inputs(args):
     with Problems() as problems:
         problems += target_problems(args)
         device = problems.of(pick_device, args.device)
-        base = problems.of(open_base, args.ori_model_dir)
+        base = problems.of(ModelDirectory(args.ori_model_dir).check)
         updates = problems.of(read_adapter, args.model_dir)
         probes = problems.of(read_probes, args, base) if base else None
     with Problems() as problems:
@@ -117,13 +117,6 @@ def target_problems(args) -> list[str]:
     if not args.overwrite:
         return [f"{target}: holds a model already: name another directory, or replace it with --overwrite"]
     return []
-
-
-def open_base(path: Path) -> ModelDirectory:
-    base = ModelDirectory(path)
-    if (path / "config.json").is_file() and (kind := base.settings.get("model_type")) != "baichuan":
-        raise UserError(f"{path}: is a model of the type {kind}: name a Baichuan2 model")
-    return base.check()
 
 
 def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]:
@@ -202,14 +195,14 @@ def prove(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     found = logits_of(load_in_float32(merged, device), probes)
-    if trained_in_four_bits(args.model_dir):
-        compare_with_four_bits(base, args.model_dir, found, probes, device)
     dtype = merged.weights.dtype
     print_comparison(compare(expected, found), compare(expected, alone), dtype, sum(map(len, expected)), len(probes))
     result, (most, most_divergence) = compare(expected, found), BOUNDS[dtype]
     if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
         worst = questions[result.worst]
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
+    if trained_in_four_bits(args.model_dir):
+        compare_with_four_bits(base, args.model_dir, found, probes, device)
 
 
 def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[torch.Tensor], probes, device):
@@ -220,11 +213,11 @@ def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[tor
     """
     try:
         check_four_bit(base)
-    except UserError as error:
-        print(f"the adapter was trained on the base in 4 bits; not compared with that: {error}")
+        model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
+        found = compare(logits_of(model.get_base_model(), probes), merged)
+    except (UserError, RuntimeError) as error:  # bitsandbytes is not here, or the memory does not suffice
+        print(f"the adapter was trained on the base in 4 bits; not compared with that: {first_line(error)}")
         return
-    model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
-    found = compare(logits_of(model.get_base_model(), probes), merged)
     print(
         "merged, against base in 4 bits + adapter, as it was trained: it learned beside rounded weights, these are exact"
     )

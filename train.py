@@ -87,7 +87,7 @@ with slow_imports(parse_args, __name__):
     from support.persona_scores import who_said_it_now
     from support.resume import claim, find_state, load_state, save_state
     from support.run_record import broken, introduce, keep_record
-    from support.sample_answers import sample_answers
+    from support.sample_answers import sample_answers, uncompiled
     from support.trial import Trial
 
 
@@ -248,13 +248,12 @@ def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -
     return test_loss
 
 
-def save_and_show(args, engine, directory, log: Log, path: Path, step: int, test: list[dict], test_loss: float):
-    """Write the adapter of this step, then show who is heard and some answers. On the main process."""
-    utils.save_model(engine.module, directory.tokenizer, path, args.load_in_4bit)
-    tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
+def show(args, engine, directory, log: Log, step: int, test: list[dict]):
+    """Log who is heard, and some answers. On the main process: the others wait for it at the next step."""
     log.scalars(step, who_said_it_now(args, test, engine.module, directory.tokenizer, utils))
     if args.sample_answers:
-        log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers, conversation))
+        with uncompiled(args):
+            log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers, conversation))
         engine.train()  # it answered without dropout
 
 
@@ -287,7 +286,8 @@ def main(argv=None):
     model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
-        directory.refuse_to_fail_later(model)
+        with uncompiled(args):
+            directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
     if not args.dry_run:
@@ -327,11 +327,15 @@ def main(argv=None):
             if save:
                 best.add(steps.name(step), test_loss)
                 if rank == 0:
-                    save_and_show(args, engine, directory, log, output_dir / steps.name(step), step, test, test_loss)
+                    path = output_dir / steps.name(step)
+                    utils.save_model(engine.module, directory.tokenizer, path, args.load_in_4bit)
+                    tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
                     best.keep(args.save_total_limit)
             if save or stop:
                 now = {"losses": log.losses, "best": best.state()}
                 save_state(engine, output_dir / "state" / steps.name(step), run | now)
+            if save and rank == 0 and not stop:
+                show(args, engine, directory, log, step, test)
             if save and best.is_old(args.patience):
                 break
             if stop and step < len(steps):

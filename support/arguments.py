@@ -170,6 +170,9 @@ def read_deepspeed_config(path) -> dict:
     with Problems() as problems:
         if zero.get("stage") not in (1, 2):
             problems.append(f"{path}: zero_optimization.stage must be 2 (or 1): only adapters are trained here")
+        data_types = config.get("data_types", {})
+        if zero.get("stage") == 1 and isinstance(data_types, dict) and data_types.get("grad_accum_dtype"):
+            problems.append(f"{path}: data_types.grad_accum_dtype needs zero_optimization.stage 2 here")
         for key, section in (("bf16", bf16), ("fp16", fp16)):
             if not isinstance(section.get("enabled", False), bool):
                 problems.append(f"{path}: {key}.enabled must be true or false")

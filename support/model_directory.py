@@ -45,8 +45,11 @@ class ModelDirectory:
     def __init__(self, path):
         self.path = Path(path)
 
-    def check(self) -> "ModelDirectory":
-        """Open everything except the values of the weights. Raises: UserError with all that is missing or does not fit."""
+    def check(self, or_llama: bool = False) -> "ModelDirectory":
+        """Open everything except the values of the weights. Raises: UserError with all that is missing or does not fit.
+
+        or_llama: takes a LLaMA export as well, which other engines answer from and merge_params.py compares.
+        """
         if not self.path.is_dir():
             raise UserError(
                 f"{self.path}: there is no such directory; download the model to it, or make a small one: "
@@ -56,6 +59,11 @@ class ModelDirectory:
         with Problems() as problems:
             problems += [f"{self.path}: {name} is missing" for name in names if not (self.path / name).is_file()]
             weights = problems.of(lambda: self.weights)
+        if (kind := self.settings.get("model_type")) != "baichuan" and not (or_llama and kind == "llama"):
+            raise UserError(
+                f"{self.path}: is a model of the type {kind}: name a Baichuan2 model; other engines and predict.py "
+                "--engine take a LLaMA export"
+            )
         config, _ = self.config, self.tokenizer
         if config.num_hidden_layers > len(weights.tensors):  # even without values, many layers take memory
             raise UserError(
@@ -142,6 +150,8 @@ class ModelDirectory:
                 self.path, dtype=dtype, attn_implementation=attn_implementation, **four_bit
             )
         except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
+            if out_of_memory(error):
+                raise
             raise UserError(f"{self.path}: the model cannot be loaded: {error}") from error
         keep_as_loaded(model)
         model.generation_config = deepcopy(self.generation_config)
@@ -149,7 +159,7 @@ class ModelDirectory:
 
     def load_mapped(self):
         """The model as the mapped files themselves, which nothing copies: for a comparison, weight after weight."""
-        self.check()
+        self.check(or_llama=True)
         model = self._kind.from_pretrained(
             None, config=self.config, state_dict=dict(self.weights), dtype=self.weights.dtype
         )
@@ -199,6 +209,8 @@ def load_adapter(model, directory) -> PeftModel:
         if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ValueError(f"{lacking[0]} is missing")
     except Exception as error:  # a damaged file, or one for a model of another shape: PEFT has no class for it
+        if out_of_memory(error):
+            raise
         raise UserError(f"{directory}: the adapter cannot be loaded: {error}") from error
     return adapter
 

@@ -5,7 +5,9 @@ import glob
 import os
 import re
 import signal
+import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 
 import psutil
 import torch
@@ -70,7 +72,9 @@ def join_processes() -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        # The others wait while the main process shows answers, and would give up after ten minutes.
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
+        warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one, set above
         atexit.register(leave_processes)
     return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
 

@@ -1,10 +1,19 @@
 """What TensorBoard shows of a run beside its curves: answers to the same questions at every save."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
 
 from baichuan.generation_utils import answer_batch, greedy
 from support.candidates import in_batches, rows_that_fit
 from support.model_directory import ModelDirectory
+
+
+def uncompiled(args):
+    """Around answers: they run the layers as written. Their many shapes would leave the compiler none for training."""
+    return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
+
 
 LONGEST, MOST_ROLES = 128, 20  # tokens of an answer, and roles of a test set with hundreds of them
 

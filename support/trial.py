@@ -166,7 +166,8 @@ class Trial:
             if cuda:
                 torch.cuda.reset_peak_memory_stats(self.device)
             try:
-                for batch in (short, self.batch):  # the first pass of all loads kernels
+                # The first pass of all loads kernels; a row of another length may be compiled first.
+                for batch in (short, self.batch, *[self.batch] * self.args.compile):
                     start = time.perf_counter()
                     model(**model_inputs(batch), use_cache=False, num_items_in_batch=1).loss.backward()
                     if cuda:

@@ -14,6 +14,8 @@ from test_merge import make_adapter
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import merge_params
+import predict
+import web_demo
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.generation_utils import messages_to_ids
 
@@ -85,6 +87,18 @@ def adapter(checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def llama(checkpoint, adapter, tmp_path_factory) -> Path:
     return merge(checkpoint, adapter, tmp_path_factory.mktemp("merged") / "llama", "llama")
+
+
+def test_an_export_is_for_other_engines(llama, samples, tmp_path, capsys):
+    for script, flags in (
+        (predict, ["--test_path", samples[1], "--output_path", tmp_path / "answers.jsonl"]),
+        (web_demo, []),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            script.main([str(flag) for flag in ["--model_path", llama, "--device", "cpu", *flags]])
+        assert (
+            ended.value.code == 2 and "is a model of the type llama: name a Baichuan2 model" in capsys.readouterr().err
+        )
 
 
 def merge(base, adapter, target, format) -> Path:

@@ -360,6 +360,10 @@ def test_wrong_arguments(train_arguments, tmp_path, capsys, change, message):
         ({"optimizer": {}}, "optimizer.type is missing"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**30}}, "is too large"),
         ({"gradient_clipping": "1"}, "gradient_clipping must be a number"),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "data_types.grad_accum_dtype needs zero_optimization.stage 2",
+        ),
     ],
 )
 def test_wrong_deepspeed_files(train_arguments, tmp_path, capsys, change, message):
@@ -377,6 +381,37 @@ def test_weights_that_do_not_fit_are_named(train_arguments, checkpoint, tmp_path
     assert "has shape" in first and "(2000, 128)" in "".join([first, *others])
     assert len(others) == 5 and "more problems like these" in others[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_answers_leaves_the_compiler_to_training(train_arguments, tmp_path, monkeypatch):
+    graphs, module_compile = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):  # as the graph stands, since a machine may have no compiler
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    def compile_layer(layer, dynamic):
+        assert dynamic
+        module_compile(layer, dynamic=dynamic, backend=backend)
+
+    def answering(answer):
+        def watched(*arguments):
+            before = len(graphs)
+            answers = answer(*arguments)
+            assert len(graphs) == before  # of eight that a function may have, else training would find none left
+            return answers
+
+        return watched
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+    monkeypatch.setattr(ModelDirectory, "refuse_to_fail_later", answering(ModelDirectory.refuse_to_fail_later))
+    monkeypatch.setattr(train, "sample_answers", answering(train.sample_answers))
+    train.main(train_arguments(tmp_path / "compiled", "--compile"))
+    assert True in graphs
+    monkeypatch.undo()
+    train.main(train_arguments(tmp_path / "as written"))
+    ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("compiled", "as written"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
 
 
 def test_the_launcher_prints_each_problem_once(train_arguments, tmp_path):
