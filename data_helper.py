@@ -10,7 +10,6 @@ A sample is {"role", "system", "prompt", "response"}: a role's persona text, a q
 or {"role", "system", "messages"}, a conversation. data/README.md describes the files.
 """
 
-import argparse
 import json
 import os
 import random
@@ -50,55 +49,26 @@ HUB_FILES = {  # name in --data_dir: name in the dataset
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Turn recorded dialogues into the samples that train.py reads.")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="directory of the RoleBench files")
-    parser.add_argument(
-        "--desc_path",
-        type=Path,
-        default=argparse.SUPPRESS,  # it depends on --data_dir
-        help="JSON file of the profiles, {role: profile} (default: profiles-zh_desc.json in --data_dir)",
-    )
-    parser.add_argument(
-        "--conversations", nargs="+", type=Path, default=[], help="files of your own, read instead of RoleBench's"
-    )
-    test_files = "files of conversations for the test; without them --test_share of the others"
-    parser.add_argument("--test_conversations", nargs="+", type=Path, default=[], help=test_files)
-    parser.add_argument(
-        "--merge_turns", action="store_true", help="join turns of the same speaker that follow each other"
-    )
-    share = "part of the samples, between 0 and 1, that is set aside for the test where there is no test file"
-    parser.add_argument("--test_share", type=float, default=0.1, help=share)
-    parser.add_argument(
-        "--train_path", type=Path, default=Path("data/train.json"), help="file for the training samples, replaced"
-    )
-    parser.add_argument(
-        "--test_path", type=Path, default=Path("data/test.json"), help="file for the test samples, replaced"
-    )
-    parser.add_argument(
-        "--roles",
-        nargs="+",
-        default=argparse.SUPPRESS,
-        help="names of the roles to keep, or all (default: 孙悟空 李白 张飞; of --conversations all)",
-    )
-    answers = "number of recorded answers drawn for a question of RoleBench's files, at most"
-    parser.add_argument("--max_responses", type=int, default=2, help=answers)
-    seed = "integer that decides which answers are drawn, and which questions are set aside for the test"
-    parser.add_argument("--seed", type=int, default=1234, help=seed)
-    parser.add_argument(
-        "--download",
-        action="store_true",
-        help=f"first fetch the files that --data_dir lacks from {HUB_DATASET} on the Hugging Face hub; the environment "
-        "variable HF_ENDPOINT names a mirror. Nothing else here uses the network",
-    )
-    seen = "write nothing, but print the first N samples of --train_path as the model will see them"
-    parser.add_argument("--show", type=int, metavar="N", help=seen)
-    tokenizer = "directory of the model whose tokenizer --show uses"
-    parser.add_argument("--model_name_or_path", default="Baichuan2-7B-Chat/", help=tokenizer)
+    add = parser.add_argument
+    add("--data_dir", type=Path, default=Path("data"), help="directory of the RoleBench files")
+    add("--desc_path", type=Path, help="JSON file of the profiles (default: profiles-zh_desc.json in --data_dir)")
+    add("--conversations", nargs="+", type=Path, default=[], help="files of your own, read instead of RoleBench's")
+    add("--test_conversations", nargs="+", type=Path, default=[], help="the same for the test, instead of --test_share")
+    add("--merge_turns", action="store_true", help="join turns of the same speaker that follow each other")
+    add("--test_share", type=float, default=0.1, help="part of the samples, 0 to 1, set aside without a test file")
+    add("--train_path", type=Path, default=Path("data/train.json"), help="file for the training samples, replaced")
+    add("--test_path", type=Path, default=Path("data/test.json"), help="file for the test samples, replaced")
+    add("--roles", nargs="+", help="roles to keep, or all (default: 孙悟空 李白 张飞; of --conversations all)")
+    add("--max_responses", type=int, default=2, help="recorded answers drawn for a question of RoleBench's, at most")
+    add("--seed", type=int, default=1234, help="decides which answers are drawn, and what is set aside for the test")
+    mirror = "HF_ENDPOINT in the environment names a mirror. Nothing else uses the network"
+    add("--download", action="store_true", help=f"first fetch what --data_dir lacks from {HUB_DATASET}; {mirror}")
+    add("--show", type=int, metavar="N", help="only print N samples of --train_path, as the model will see them")
+    add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the model whose tokenizer --show uses")
     args = parser.parse_args(argv)
-    args.desc_given = "desc_path" in args
-    if not args.desc_given:
-        args.desc_path = args.data_dir / "profiles-zh_desc.json"
-    if "roles" not in args:
-        args.roles = ["all"] if args.conversations else ["孙悟空", "李白", "张飞"]
+    args.desc_given = args.desc_path is not None
+    args.desc_path = args.desc_path or args.data_dir / "profiles-zh_desc.json"
+    args.roles = args.roles or (["all"] if args.conversations else ["孙悟空", "李白", "张飞"])
     return args
 
 

@@ -30,19 +30,11 @@ def parse_args(argv=None):
     add("--ori_model_dir", type=Path, required=True, help="directory of the base model that the adapter was trained on")
     add("--model_dir", type=followed, required=True, help="directory of the adapter, such as output_dir/best")
     add("--save_model_dir", type=Path, required=True, help="directory for the merged model")
-    add(
-        "--format",
-        choices=("baichuan", "llama"),
-        default="baichuan",
-        help="llama: a plain LlamaForCausalLM with a tokenizer.json, which runs without the code of this project",
-    )
+    formats = "llama: a plain LlamaForCausalLM with a tokenizer.json, which runs without the code of this project"
+    add("--format", choices=("baichuan", "llama"), default="baichuan", help=formats)
     add("--device", default="cpu", help="where to compute: cpu (or -1), auto, or the number of a GPU")
     add("--overwrite", action="store_true", help="replace the model that --save_model_dir holds")
-    add(
-        "--check_only",
-        action="store_true",
-        help="write nothing: compare the model in --save_model_dir, of either format, with base and adapter",
-    )
+    add("--check_only", action="store_true", help="write nothing: compare --save_model_dir, in either format")
     add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
     add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
@@ -56,7 +48,7 @@ with slow_imports(parse_args, __name__):
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
     from support.adapter import Update, digest, misfits, read_adapter, refuse_second_merge
-    from support.comparison import Agreement, compare, compute_in_float32, logits_of
+    from support.comparison import compare, compute_in_float32, logits_of
     from support.model_directory import (
         ModelDirectory,
         Weights,
@@ -195,9 +187,17 @@ def prove(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     found = logits_of(load_in_float32(merged, device), probes)
-    dtype = merged.weights.dtype
-    print_comparison(compare(expected, found), compare(expected, alone), dtype, sum(map(len, expected)), len(probes))
-    result, (most, most_divergence) = compare(expected, found), BOUNDS[dtype]
+    result, base_alone, dtype = compare(expected, found), compare(expected, alone), merged.weights.dtype
+    most, most_divergence = BOUNDS[dtype]
+    print(f"logits at {sum(map(len, expected))} positions of {len(probes)} probes, against those of base + adapter")
+    print(f"(standard deviation {result.spread:.3g}; computed in float32 from weights in {dtype})")
+    print("                                      merged    at most   base alone")
+    for name, number, bound, other in (
+        ("largest difference       ", result.largest, most * result.spread, base_alone.largest),
+        ("mean KL divergence (nats)", result.divergence, most_divergence, base_alone.divergence),
+    ):
+        print(f"{name}           {number:8.1e}   {bound:8.1e}   {other:8.1e}")
+    print(f"equal argmax tokens                 {result.same_argmax:8.2%}              {base_alone.same_argmax:8.2%}")
     if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
         worst = questions[result.worst]
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
@@ -225,20 +225,6 @@ def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[tor
         f"largest difference {found.largest:.1e}, mean KL divergence {found.divergence:.1e} nats, equal argmax tokens "
         f"{found.same_argmax:.2%}\n"
     )
-
-
-def print_comparison(merged: Agreement, base: Agreement, dtype: torch.dtype, positions: int, probes: int):
-    most, most_divergence = BOUNDS[dtype]
-    print(f"logits at {positions} positions of {probes} probes, against those of base + adapter")
-    print(f"(standard deviation {merged.spread:.3g}; computed in float32 from weights in {dtype})")
-    print("                                      merged    at most   base alone")
-    print(
-        f"largest difference                  {merged.largest:8.1e}   {most * merged.spread:8.1e}   {base.largest:8.1e}"
-    )
-    print(
-        f"mean KL divergence (nats)           {merged.divergence:8.1e}   {most_divergence:8.1e}   {base.divergence:8.1e}"
-    )
-    print(f"equal argmax tokens                 {merged.same_argmax:8.2%}              {base.same_argmax:8.2%}")
 
 
 @entry_point

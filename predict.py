@@ -41,53 +41,27 @@ def parse_args(argv=None):
     parser = ArgumentParser(description="Answer a test set and score the answers, role by role.")
     add = parser.add_argument
     add("--model_path", type=Path, help="directory of the model, such as merge_params.py writes")
-    add(
-        "--adapter_path",
-        type=followed,
-        nargs="+",
-        metavar="DIR",
-        help="adapters over --model_path, each scored without merging; the base is loaded once",
-    )
+    adapters = "adapters over --model_path, each scored without merging; the base is loaded once"
+    add("--adapter_path", type=followed, nargs="+", metavar="DIR", help=adapters)
     add("--test_path", type=Path, default=Path("data/test.json"), help="samples, from data_helper.py")
-    add(
-        "--baseline_path",
-        type=Path,
-        help="directory of a model to compare with, such as the base model; with --adapter_path it may be --model_path",
-    )
-    add(
-        "--output_path",
-        type=Path,
-        default=Path("output_dir/answers.jsonl"),
-        help="JSON lines for the answers; the baseline's go beside it, to …-baseline.jsonl, an adapter's to …-NAME.jsonl. "
-        "A run that was interrupted goes on where these files end",
-    )
-    anew = (
-        "answer everything anew, whatever the files of answers hold; where that is interrupted, go on without this flag"
-    )
-    add("--overwrite", action="store_true", help=anew)
+    baseline = "directory of a model to compare with, such as the base; with --adapter_path it may be --model_path"
+    add("--baseline_path", type=Path, help=baseline)
+    output = "JSON lines for the answers; others go beside it, to …-baseline.jsonl, …-NAME.jsonl. A stopped run goes on there"
+    add("--output_path", type=Path, default=Path("output_dir/answers.jsonl"), help=output)
+    add("--overwrite", action="store_true", help="answer all anew; where that is interrupted, go on without this flag")
     add("--html", type=Path, metavar="FILE", help="write a report too: tables, and answers side by side, in one file")
     add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
     add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and recall")
-    attacks = "JSON lines of what tries to make a role break, see docs/scores.md"
-    add("--attacks", type=Path, default=SAMPLE / "attacks-zh.jsonl", help=attacks)
-    plain_text = "text of no role, for the perplexity that training costs"
-    add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help=plain_text)
+    add("--attacks", type=Path, default=SAMPLE / "attacks-zh.jsonl", help="JSON lines that try to break a role")
+    add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help="text of no role, for its perplexity")
     add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
-    add(
-        "--batch_size",
-        type=int,
-        help="questions answered side by side; by default as many as the memory holds, up to 128 on a GPU or with "
-        "--engine and 64 on a CPU; 16 with --sample",
-    )
+    size = "questions answered side by side; by default what the memory holds, up to 128 (CPU: 64); 16 with --sample"
+    add("--batch_size", type=int, help=size)
     add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
     add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
-    add(
-        "--engine",
-        metavar="URL",
-        help="have an OpenAI-compatible server answer, in place of --model_path; needs openai",
-    )
+    add("--engine", metavar="URL", help="an OpenAI-compatible server answers, in place of --model_path; needs openai")
     add("--engine_model", metavar="NAME", help="the model's name on that server; by default the first one there")
     add("--seed", type=int, default=1234, help="integer that decides the draws of --sample, and of the bootstrap")
     add("--resamples", type=int, default=1000, help="of the bootstrap, for the intervals")
@@ -105,7 +79,7 @@ with slow_imports(parse_args, __name__):
     from support import report
     from support.answer_file import AnswerFile, answer_settings
     from support.answer_scores import answer_sections, measure_answers
-    from support.candidates import Candidate, Loader, check_candidates, in_batches, name_candidates, rows_that_fit
+    from support.candidates import Candidate, Loader, in_batches, name_candidates, rows_that_fit
     from support.forgetting import read_plain_text
     from support.in_role import attack_conversations, read_attacks
     from support.likelihood import Likelihood
@@ -261,14 +235,13 @@ def argument_problems(args) -> list[str]:
     if args.engine_model and not args.engine:
         problems.append("--engine_model: belongs to --engine: add it, or leave this out")
     taken = {path.resolve() for path in (args.test_path, args.train_path, args.attacks, args.plain_text)}
-    for flag, path in (("output_path", args.output_path), ("html", args.html)):
-        if path and path.resolve() in taken:
-            problems.append(f"--{flag} {path}: is another file of this run: name another one")
-        taken |= {path.resolve()} if path else set()
-        if path and (
-            problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent)
-        ):
-            problems.append(f"--{flag} {path}: cannot be written: {problem}")
+    outputs = {"--output_path": args.output_path} | ({"--html": args.html} if args.html else {})
+    for flag, path in outputs.items():
+        if path.resolve() in taken:
+            problems.append(f"{flag} {path}: is another file of this run: name another one")
+        taken.add(path.resolve())
+        if problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent):
+            problems.append(f"{flag} {path}: cannot be written: {problem}")
     if not args.test_path.is_file():
         problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
     return problems
@@ -282,7 +255,8 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
         candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
-        problems.of(check_candidates, candidates or [], args.load_in_4bit)
+        for candidate in candidates or []:
+            problems.of(candidate.check, args.load_in_4bit)
         device = problems.of(pick_device, args.device)
         if args.test_path.is_file():
             questions = problems.of(read_questions, args.test_path, args.data_dir)

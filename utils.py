@@ -330,12 +330,11 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     """Mean loss in nats over all supervised tokens of `batches` on all processes; perplexity is its exponential."""
     training = model.training
     model.eval()
-    loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, supervised tokens
     for batch in tqdm(batches, desc="evaluating", unit="row", leave=False, delay=2, disable=not show_progress):
         inputs = model_inputs(batch, device, implementation)
-        loss += model(**inputs, use_cache=False, num_items_in_batch=1).loss
-        tokens += len(batch["loss_positions"])
-    total = torch.stack((loss, torch.tensor(tokens, dtype=torch.float64, device=device)))
+        total[0] += model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        total[1] += len(batch["loss_positions"])
     if dist.is_initialized():
         dist.all_reduce(total)
     model.train(training)

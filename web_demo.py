@@ -21,7 +21,6 @@ from data_helper import conversation, example_questions, persona
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed
-from support.four_bit import check_four_bit
 from support.json_files import text_problem
 from support.profiles import read_characters
 
@@ -34,21 +33,18 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_path", default="output_dir/epoch-1-step-1002-merge", help="directory of a whole model")
     add = parser.add_argument
+    add("--model_path", type=Path, default="output_dir/epoch-1-step-1002-merge", help="directory of a whole model")
     add("--adapter_path", type=followed, help="directory of a PEFT adapter over --model_path, served without merging")
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
-    parser.add_argument("--desc_path", default="data/profiles-zh_desc.json", help="JSON file {role: description}")
-    parser.add_argument("--device", default="auto", help="a GPU's number; cpu (or -1); auto: a GPU where there is one")
-    parser.add_argument(
-        "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, see --allowed_hosts"
-    )
-    parser.add_argument("--port", type=int, default=9090, help="TCP port of the page")
-    parser.add_argument("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
-    auth = "file with USER:PASSWORD, which visitors sign in with; or the environment variable WEB_DEMO_AUTH holds it"
-    parser.add_argument("--auth_file", help=auth)
-    parser.add_argument("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")
-    parser.add_argument("--role", help="the role that --ask asks (default: the first of --desc_path)")
+    add("--desc_path", type=Path, default="data/profiles-zh_desc.json", help="JSON file {role: description}")
+    add("--device", default="auto", help="a GPU's number; cpu (or -1); auto: a GPU where there is one")
+    add("--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, see --allowed_hosts")
+    add("--port", type=int, default=9090, help="TCP port of the page")
+    add("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
+    add("--auth_file", type=Path, help="file with USER:PASSWORD, to sign in with; or WEB_DEMO_AUTH in the environment")
+    add("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")
+    add("--role", help="the role that --ask asks (default: the first of --desc_path)")
     return parser.parse_args(argv)
 
 
@@ -70,23 +66,14 @@ def check(args) -> tuple[torch.device, dict[str, dict], str | None]:
     """The device, the characters, and USER:PASSWORD if there is one. Raises: UserError with all that is wrong."""
     account = os.environ.get("WEB_DEMO_AUTH")
     with Problems() as problems:
-        if (Path(args.model_path) / "adapter_config.json").is_file() and not Path(
-            args.model_path, "config.json"
-        ).exists():
-            problems.append(
-                f"--model_path {args.model_path}: is an adapter: give it as --adapter_path, and its base model here"
-            )
-        else:
-            directory = problems.of(ModelDirectory(args.model_path).check)
-            if directory and args.load_in_4bit:
-                problems.of(check_four_bit, directory)
+        problems.of(ModelDirectory(args.model_path).check, args.load_in_4bit)
         device = problems.of(pick_device, args.device)
-        characters = problems.of(read_characters, Path(args.desc_path)) or {}
+        characters = problems.of(read_characters, args.desc_path) or {}
         for role, character in characters.items():
-            image = Path(args.desc_path).parent / character["portrait"]
+            image = args.desc_path.parent / character["portrait"]
             if character["portrait"] and not (image.is_file() and image.suffix.lower() in IMAGES):
                 problems.append(f"{image}: the portrait of {role} must be a file {', '.join(IMAGES)}")
-        if args.adapter_path and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+        if args.adapter_path and not (args.adapter_path / "adapter_config.json").is_file():
             problems.append(
                 f"{args.adapter_path}: has no adapter_config.json: give a directory that train.py has written"
             )
@@ -94,7 +81,7 @@ def check(args) -> tuple[torch.device, dict[str, dict], str | None]:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         if args.auth_file:
             try:
-                account = Path(args.auth_file).read_text(encoding="utf-8").strip()
+                account = args.auth_file.read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"--auth_file {args.auth_file}: cannot be read: {error}")
         if account is not None and not re.fullmatch("[^:\n]+:[^\n]+", account):
@@ -115,11 +102,8 @@ class Page:
 
     def __init__(self, speaker: Speaker, characters: dict[str, dict], desc_path: Path, door: guard.Door):
         self.speaker, self.characters, self.door = speaker, characters, door
-        self.portraits = {
-            role: desc_path.parent / character["portrait"]
-            for role, character in characters.items()
-            if character["portrait"]
-        }
+        images = enumerate(character["portrait"] for character in characters.values())
+        self.portraits = {number: desc_path.parent / image for number, image in images if image}
         self.line = guard.Line()
         self.ends: set[asyncio.Task] = set()  # answers that are being ended; asyncio itself would forget them
 
@@ -132,12 +116,7 @@ class Page:
             settings[name] = min(max(kind(UNSET[name] if value is None else value), low), high)
         return {
             "characters": {
-                role: {
-                    "description": character["description"],
-                    "greeting": character["greeting"],
-                    "questions": character["questions"],
-                    "portrait": f"/portrait/{number}" if role in self.portraits else "",
-                }
+                role: character | {"portrait": f"/portrait/{number}" if number in self.portraits else ""}
                 for number, (role, character) in enumerate(self.characters.items())
             },
             "persona": persona("{role}", "{description}"),
@@ -172,8 +151,7 @@ class Page:
         return FileResponse(SUPPORT / request.url.path.strip("/"))
 
     async def portrait(self, request):
-        role = list(self.characters)[request.path_params["number"]]
-        return FileResponse(self.portraits[role])
+        return FileResponse(self.portraits[request.path_params["number"]])
 
     # ---------------------------------------------------------------- an answer
 
@@ -292,13 +270,10 @@ class Page:
         routes = [Route("/", self.index), Route("/portrait/{number:int}", self.portrait), *files]
         routes += [Route(f"/{name}", call, methods=["POST"]) for name, call in calls.items()]
 
-        async def refuse(request, refusal):
-            return guard.refused(request, refusal)
-
         async def not_found(request, error):
             return guard.refused(request, Refusal("no_path", getattr(error, "status_code", 404)))
 
-        handlers = {Refusal: refuse, 404: not_found, 405: not_found, IndexError: not_found, KeyError: not_found}
+        handlers = {Refusal: guard.refused, 404: not_found, 405: not_found, KeyError: not_found}
         server = gr.Server(openapi_url=None)
         server.router.routes[:] = routes  # the page's own; gradio's would be closed by the gate
         for kind, handler in handlers.items():
@@ -330,7 +305,7 @@ def main(argv=None):
     if account is None and not guard.is_loopback(args.server_name):
         print(f"warning: whoever reaches {args.server_name} can use the page; --auth_file lets only some in")
     door = guard.Door(guard.allowed_hosts(args.server_name, args.allowed_hosts), account, args.port)
-    page = Page(speaker, characters, Path(args.desc_path), door)
+    page = Page(speaker, characters, args.desc_path, door)
     guard.serve(
         page.app(), args.server_name, args.port, lambda url: print(f"{args.model_path} answers on {url}", flush=True)
     )

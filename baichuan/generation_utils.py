@@ -4,12 +4,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 ROLES = ("system", "user", "assistant")
@@ -73,14 +73,12 @@ def turn_markers(holder) -> dict[str, int]:
     Raises:
         ValueError: it does not know them.
     """
-    markers = {}
-    for role in ("user", "assistant"):
-        marker = getattr(holder, f"{role}_token_id", None)
+    markers = {role: getattr(holder, f"{role}_token_id", None) for role in ("user", "assistant")}
+    for role, marker in markers.items():
         if not isinstance(marker, int):
             raise ValueError(
                 f"{role}_token_id is not known: take generation_config.json from the published model into its directory"
             )
-        markers[role] = marker
     return markers
 
 
@@ -238,26 +236,6 @@ def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> Generati
 # ---------------------------------------------------------------- one conversation, as it is written
 
 
-class TokenQueue(BaseStreamer):
-    """What `generate` makes, for a reader in another thread: an iterator over lists of new tokens."""
-
-    def __init__(self):
-        self._queue = SimpleQueue()
-        self._prompt_is_next = True  # generate() begins with the prompt
-
-    def put(self, value: torch.Tensor):
-        if not self._prompt_is_next:
-            self._queue.put(value.tolist())
-        self._prompt_is_next = False
-
-    def end(self):
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while (tokens := self._queue.get()) is not None:
-            yield tokens
-
-
 class ChatMixin:
     """Adds `chat()`, the published model's entry point, to a model with transformers' `generate`."""
 
@@ -281,24 +259,20 @@ class ChatMixin:
         config = generation_config or self.generation_config
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("the last message must be the user's")
-        prompt = self.chat_prompt(tokenizer, messages, config)
+        room = self.config.model_max_length - (config.max_new_tokens or 0)
+        prompt = torch.tensor([messages_to_ids(tokenizer, messages, room)], device=self.device)
         if stream:
             return self.stream_answer(tokenizer, prompt, config)
         output = self.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-
-    def chat_prompt(self, tokenizer, messages, generation_config: GenerationConfig) -> torch.LongTensor:
-        """messages → (1, l) ids on the model's device, leaving room for max_new_tokens."""
-        room = self.config.model_max_length - (generation_config.max_new_tokens or 0)
-        ids = messages_to_ids(tokenizer, messages, room)
-        return torch.tensor([ids], device=self.device)
 
     def stream_answer(self, tokenizer, prompt: torch.LongTensor, generation_config, **generate_kwargs) -> Iterator[str]:
         """Yield the answer so far while `generate` runs in a thread. prompt: (1, l) ids. Returns its last token.
 
         An exception in the thread (out of memory, say) is raised here; closing the generator stops the thread.
         """
-        tokens = TokenQueue()
+        queue = SimpleQueue()  # of lists of new tokens; None at the end
+        streamer = SimpleNamespace(put=lambda ids: queue.put(ids.tolist()), end=lambda: queue.put(None))
         stopped = threading.Event()
         failure = []
 
@@ -311,13 +285,13 @@ class ChatMixin:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=deepcopy(generation_config),
-                    streamer=tokens,
+                    streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stop]),
                     **generate_kwargs,
                 )
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
                 failure.append(error)
-                tokens.end()
+                streamer.end()
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
@@ -325,6 +299,8 @@ class ChatMixin:
             answer, settled = "", ""  # settled: text that no further token changes
             pending: list[int] = []  # the tokens after it
             last = None
+            tokens = iter(queue.get, None)
+            next(tokens, None)  # generate() begins with the prompt
             for new in tokens:
                 pending += new
                 last = new[-1]

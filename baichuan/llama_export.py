@@ -49,24 +49,14 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
 
 
 def llama_config(config: BaichuanConfig) -> LlamaConfig:
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    same += ("max_position_embeddings", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
     return LlamaConfig(
+        **{name: getattr(config, name) for name in (*same, "dtype", "merged_adapter")},
         architectures=["LlamaForCausalLM"],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_attention_heads,
-        hidden_act=config.hidden_act,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
         tie_word_embeddings=False,
-        dtype=config.dtype,
-        merged_adapter=config.merged_adapter,
     )
 
 

@@ -36,18 +36,6 @@ for function in (torch.cos, torch.sin, torch.sqrt):
     function(torch.ones(1, device="cpu"))
 
 
-class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rotary_cos_sin(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles of the rotary position embedding (Su et al. 2021, arXiv 2104.09864), base 10,000.
 
@@ -133,12 +121,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
+    """Each half behind an RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), which torch computes in float32."""
+
     def __init__(self, config: BaichuanConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states, attention_mask, cos, sin, cache=None, **kwargs) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, cos, sin, cache, **kwargs)
@@ -225,7 +215,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -85,17 +85,6 @@ class BaichuanTokenizer(PreTrainedTokenizer):
                 piece.type = piece.CONTROL
         self._encoder = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-    # SentencePiece processors do not pickle by themselves; DataLoader workers and copies need it, without the file.
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        del state["_encoder"]
-        state["sp_model"] = self.sp_model.serialized_model_proto()
-        return state
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._load(state["sp_model"])
-
     @property
     def vocab_size(self) -> int:
         return self.sp_model.get_piece_size()

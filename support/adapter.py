@@ -10,7 +10,8 @@ from peft.utils.other import get_pattern_key
 
 from support.errors import UserError, few
 from support.files import file_digest
-from support.model_directory import ModelDirectory, Weights, load_shard, read_json
+from support.json_files import read_object
+from support.model_directory import ModelDirectory, Weights, load_shard
 
 
 class Update(NamedTuple):
@@ -35,7 +36,7 @@ def read_adapter(directory: Path) -> dict[str, Update]:
     Raises:
         UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing.
     """
-    settings = read_json(directory / "adapter_config.json")
+    settings = read_object(directory / "adapter_config.json")
     defaults = LoraConfig().to_dict() | {"peft_type": "LORA"}
     problems = []
     for name, value in settings.items():
@@ -109,7 +110,7 @@ def refuse_second_merge(base: ModelDirectory, adapter: Path):
     That an adapter was trained on a merged model shows in its settings, which name the base.
     """
     if merge := base.settings.get("merged_adapter"):
-        trained_on = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
+        trained_on = read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
         if merge["sha256"] == digest(adapter):
             raise UserError(f"{base.path}: has this adapter merged into it already: name the base, {merge['base']}")
         if Path(trained_on).name != base.path.resolve().name:

@@ -1,7 +1,6 @@
 """The answers of several models to the same questions, in tables: what they say, whose voice it is, what is recalled."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -73,10 +72,8 @@ def answer_sections(
 def parts_of(items: dict[str, np.ndarray], known: np.ndarray) -> dict:
     """Of each model a function of the questions taken, as `Scores.parts` is one; here they do not matter."""
 
-    def constant(parts, taken):
-        return parts
-
-    return {name: partial(constant, part_and_whole(np.where(known, own, np.nan))) for name, own in items.items()}
+    wholes = {name: part_and_whole(np.where(known, own, np.nan)) for name, own in items.items()}
+    return {name: lambda taken, parts=parts: parts for name, parts in wholes.items()}
 
 
 def without_limits(columns: Sequence[str], row: list[str]) -> list[str]:

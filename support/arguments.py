@@ -1,7 +1,6 @@
 """The scripts' arguments, and train.py's DeepSpeed file: all that is wrong with them is reported at once."""
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from support.costs import MOST_TOKENS
 from support.errors import Problems, UserError
 from support.files import checkpoints, newest_state, unwritable
-from support.four_bit import check_four_bit
+from support.json_files import read_object
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -67,11 +66,10 @@ def with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> list
 
 def number_problems(args, least: dict[str, int]) -> list[str]:
     """Which of the integer flags are below their least value, or beyond what 32 bits hold."""
-    values = {name: (getattr(args, name), low) for name, low in least.items() if getattr(args, name) is not None}
     return [
         f"--{name} {value}: must be from {low} to 2³²−1"
-        for name, (value, low) in values.items()
-        if not low <= value < 2**32
+        for name, low in least.items()
+        if (value := getattr(args, name)) is not None and not low <= value < 2**32
     ]
 
 
@@ -80,8 +78,6 @@ def refuse_wrong_arguments(args, model_directory):
     with Problems() as problems:
         problems += argument_problems(args)
         problems += problems.of(model_problems, args, model_directory) or []
-        if args.load_in_4bit and not problems:
-            problems.of(check_four_bit, model_directory)
         problems += [
             f"{path}: there is no such file" for path in (args.train_path, args.test_path) if not Path(path).is_file()
         ]
@@ -126,7 +122,7 @@ def argument_problems(args) -> list[str]:
 
 def model_problems(args, model_directory) -> list[str]:
     """Where the model does not go with the flags. Raises: UserError with what its directory lacks."""
-    model_directory.check()
+    model_directory.check(args.load_in_4bit)
     return [
         f"--{name} {getattr(args, name)} exceeds the model's {limit}, {getattr(model_directory.config, limit)}"
         for name, limit in (("max_len", "model_max_length"), ("lora_dim", "hidden_size"))
@@ -134,29 +130,9 @@ def model_problems(args, model_directory) -> list[str]:
     ]
 
 
-def read_object(path, name) -> dict:
-    """The JSON object in a file, which errors call `name`. Raises: UserError."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=machine_integer)
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: must be one JSON object")
-    return value
-
-
-def machine_integer(digits: str) -> int:
-    """An integer of at most 64 bits; on a longer one DeepSpeed fails only in the middle of a step. Raises: ValueError."""
-    if abs(number := int(digits)) >= 2**63:
-        raise ValueError(f"the number {digits} is too large")
-    return number
-
-
 def read_deepspeed_config(path) -> dict:
     """Read the DeepSpeed file and check what this project relies on; DeepSpeed checks the rest. Raises: UserError."""
-    config = read_object(path, path)
+    config = read_object(path)
     sections = {key: config.get(key, {}) for key in ("zero_optimization", "optimizer", "bf16", "fp16")}
     with Problems() as problems:
         for key in ("scheduler", "train_batch_size", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from support.adapter import misfits, read_adapter, refuse_second_merge
 from support.engine import Engine
-from support.errors import Problems, UserError, few, out_of_memory
-from support.four_bit import check_four_bit
+from support.errors import UserError, few, out_of_memory
 from support.model_directory import ModelDirectory, load_adapter
 
 MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
@@ -27,25 +26,15 @@ class Candidate(NamedTuple):
     adapter: Path | None = None
     engine: Engine | None = None
 
-    def check(self, four_bit: bool) -> "Candidate":
+    def check(self, four_bit: bool):
         """Raises: UserError with all that is wrong, before anything slow."""
         if self.engine:
-            self.engine.check()
-            return self
-        path = self.directory.path
-        if (path / "adapter_config.json").exists():
-            raise UserError(
-                f"{path}: is an adapter: merge it into its base with merge_params.py first, or give it as "
-                "--adapter_path and its base as --model_path"
-            )
-        self.directory.check()
-        if four_bit:
-            check_four_bit(self.directory)
+            return self.engine.check()
+        self.directory.check(four_bit)
         if self.adapter:
             refuse_second_merge(self.directory, self.adapter)
             if problems := misfits(self.directory.weights, read_adapter(self.adapter)):
                 raise UserError(*few([f"{self.adapter}: {problem}" for problem in problems]))
-        return self
 
 
 def name_candidates(args) -> list[Candidate]:
@@ -70,15 +59,6 @@ def name_candidates(args) -> list[Candidate]:
     base = ModelDirectory(args.model_path)
     adapters = zip(names, args.adapter_path)
     return [*candidates, *(Candidate(name, beside(name), base, path) for name, path in adapters)]
-
-
-def check_candidates(candidates: Sequence[Candidate], four_bit: bool):
-    """Raises: UserError with all that is wrong, each problem once."""
-    found = Problems()
-    for candidate in candidates:
-        found.of(candidate.check, four_bit)
-    if problems := list(dict.fromkeys(found)):
-        raise UserError(*problems)
 
 
 class Loader:
@@ -135,19 +115,17 @@ def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Ite
 
     A batch that the memory does not hold is halved, and so are those after it.
     """
-    batches = [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
-    while batches:
-        batch = batches.pop(0)
-        if all(number in done for number in batch):
-            continue
-        try:
-            found = answer(batch)
-        except Exception as error:
-            if not out_of_memory(error) or len(batch) == 1:
-                raise
-            size = (len(batch) + 1) // 2
-            tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")
-            left = batch + [number for later in batches for number in later]
-            batches = [left[start : start + size] for start in range(0, len(left), size)]
-            continue
-        yield batch, found
+    start = 0
+    while start < len(numbers):
+        batch = list(numbers[start : start + size])
+        if not all(number in done for number in batch):
+            try:
+                found = answer(batch)
+            except Exception as error:
+                if not out_of_memory(error) or len(batch) == 1:
+                    raise
+                size = (len(batch) + 1) // 2
+                tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")
+                continue
+            yield batch, found
+        start += len(batch)

@@ -2,10 +2,8 @@
 
 import os
 import re
-from collections import deque
-from collections.abc import Iterable
-from queue import SimpleQueue
-from threading import Thread
+from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 
 from baichuan.generation_utils import Answer
 from support.errors import UserError, first_line
@@ -52,32 +50,20 @@ class Engine:
             "and give its address up to /v1"
         )
 
-    def answers(self, asked: Iterable[tuple[int, list[dict]]], at_once: int, max_new_tokens: int):
+    def answers(
+        self, asked: Sequence[tuple[int, list[dict]]], at_once: int, max_new_tokens: int
+    ) -> Iterator[tuple[int, Answer]]:
         """Yield (number, greedy Answer) of each (number, conversation) asked, as they come. Raises: UserError.
 
         at_once: how many the server has before it. They may wait there as long as it takes.
         """
-        waiting, found = deque(asked), SimpleQueue()
-        count = len(waiting)
 
-        def work():
-            while waiting:
-                try:
-                    number, messages = waiting.popleft()
-                    found.put((number, self._answer(messages, max_new_tokens)))
-                except IndexError:  # another one took the last
-                    return
-                except Exception as error:
-                    found.put(error)
+        def answer(question):
+            number, messages = question
+            return number, self._answer(messages, max_new_tokens)
 
-        for _ in range(min(at_once, count)):
-            Thread(target=work, daemon=True).start()  # a daemon: whoever stops the run need not wait for the server
-        for _ in range(count):
-            answer = found.get()
-            if isinstance(answer, Exception):
-                waiting.clear()
-                raise answer
-            yield answer
+        with ThreadPool(min(at_once, len(asked))) as pool:  # of daemons: whoever stops the run need not wait for them
+            yield from pool.imap_unordered(answer, asked)
 
     def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
         messages = [{"role": turn["role"], "content": without_markers(turn["content"])} for turn in messages]

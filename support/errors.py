@@ -41,9 +41,10 @@ class Problems(list):
         return self
 
     def __exit__(self, kind, *_):
-        if self and kind is None:
-            more = len(self) - MOST_PROBLEMS
-            raise UserError(*self[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
+        found = list(dict.fromkeys(self))  # each once: two models may lack the same
+        if found and kind is None:
+            more = len(found) - MOST_PROBLEMS
+            raise UserError(*found[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
 
 
 def entry_point(main):

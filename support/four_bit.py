@@ -11,7 +11,7 @@ computed in float32 here whatever they are held in, and the rest would only take
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.errors import Problems, UserError
+from support.errors import UserError
 
 BLOCK = 64  # weights that share a scale
 
@@ -22,14 +22,10 @@ def check_four_bit(model_directory):
         raise UserError(
             "--load_in_4bit: needs bitsandbytes, which is not installed: pip install -r requirements-4bit.txt -c constraints.txt"
         )
-    config = model_directory.config
-    with Problems() as problems:
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(config, name) % BLOCK:
-                path = Path(model_directory.path) / "config.json"
-                problems.append(
-                    f"{path}: {name} {getattr(config, name)} is no multiple of {BLOCK}: --load_in_4bit needs it"
-                )
+    config, path = model_directory.config, Path(model_directory.path) / "config.json"
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+    if odd := [f"{name} {size}" for name, size in sizes.items() if size % BLOCK]:
+        raise UserError(*(f"{path}: {size} is no multiple of {BLOCK}: --load_in_4bit needs it" for size in odd))
 
 
 def loading(dtype, device) -> dict:

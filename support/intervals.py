@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from support.scores import resample
-
 
 def compared(
     scores: dict,
@@ -46,12 +44,14 @@ def compared(
 
 def draw(scores: list, taken, measure, clusters, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """What `measure` gives for the items taken, and for draws of them: (models, k) and (resamples, models, k)."""
-    drawable = np.bincount(clusters[taken], minlength=clusters.max(initial=-1) + 1) > 0
+    generator, drawable = np.random.default_rng(seed), np.unique(clusters[taken])
 
-    def measure_all(cluster_counts):
-        return np.array([measure(own, cluster_counts[clusters] * taken) for own in scores])
+    def measure_all(drawn):
+        counts = np.bincount(drawn, minlength=clusters.max(initial=-1) + 1)[clusters] * taken
+        return np.array([measure(own, counts) for own in scores])
 
-    return measure_all(drawable.astype(int)), resample(measure_all, drawable, resamples, seed)
+    draws = (generator.choice(drawable, len(drawable)) for _ in range(resamples))
+    return measure_all(drawable), np.array([measure_all(drawn) for drawn in draws])
 
 
 def cells(values: np.ndarray, draws: np.ndarray, forms: Sequence[str], plain: Sequence[int] = ()) -> list[str]:

@@ -62,3 +62,24 @@ def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
             line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
         raise UserError(f'{path}:{line}: is not a JSON object {{"…": …}}: {reason}: correct or remove it') from None
     return value
+
+
+def read_object(path: str | Path, name: str | None = None) -> dict:
+    """The JSON object in a file of settings, which errors call `name`, or by its path. Raises: UserError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=machine_integer)
+        if isinstance(value, dict):
+            return value
+        reason = "must be one JSON object: write or fetch it again"
+    except OSError as error:
+        reason = f"is missing or cannot be read ({error.strerror}): correct the path, or fetch the file"
+    except (ValueError, RecursionError) as error:  # not UTF-8, too
+        reason = f"is not JSON ({error}): write or fetch it again"
+    raise UserError(f"{name or path}: {reason}")
+
+
+def machine_integer(digits: str) -> int:
+    """An integer of at most 64 bits; on a longer one DeepSpeed fails only in the middle of a step. Raises: ValueError."""
+    if abs(number := int(digits)) >= 2**63:
+        raise ValueError(f"the number {digits} is too large")
+    return number

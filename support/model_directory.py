@@ -22,7 +22,8 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
 from support.comparison import cache_error
 from support.errors import Problems, UserError, few, out_of_memory
-from support.four_bit import keep_as_loaded, loading
+from support.four_bit import check_four_bit, keep_as_loaded, loading
+from support.json_files import read_object
 from support.processes import refuse_unusable_gpu, set_up_cuda
 
 WEIGHT_FILES = (
@@ -45,7 +46,7 @@ class ModelDirectory:
     def __init__(self, path):
         self.path = Path(path)
 
-    def check(self, or_llama: bool = False) -> "ModelDirectory":
+    def check(self, four_bit: bool = False, or_llama: bool = False) -> "ModelDirectory":
         """Open everything except the values of the weights. Raises: UserError with all that is missing or does not fit.
 
         or_llama: takes a LLaMA export as well, which other engines answer from and merge_params.py compares.
@@ -55,6 +56,9 @@ class ModelDirectory:
                 f"{self.path}: there is no such directory; download the model to it, or make a small one: "
                 "python3 -m support.stand_in"
             )
+        if (self.path / "adapter_config.json").exists():
+            remedy = "merge it into its base with merge_params.py first, or name the base here and it as --adapter_path"
+            raise UserError(f"{self.path}: is an adapter: {remedy}")
         names = ("config.json", "generation_config.json", "tokenizer.model")
         with Problems() as problems:
             problems += [f"{self.path}: {name} is missing" for name in names if not (self.path / name).is_file()]
@@ -76,12 +80,14 @@ class ModelDirectory:
             raise UserError(f"{self.path}/config.json: no model can be built from it: {error}") from error
         if misfits := weights.problems(model):
             raise UserError(*few([f"{self.path}: {problem}" for problem in misfits]))
+        if four_bit:
+            check_four_bit(self)
         return self
 
     @cached_property
     def settings(self) -> dict:
         """config.json as it stands."""
-        return read_json(self.path / "config.json")
+        return read_object(self.path / "config.json")
 
     @property
     def _kind(self):
@@ -248,23 +254,16 @@ class Weights:
             raise UserError(f"{directory}: has no weights: there is no {', no '.join(WEIGHT_FILES)}")
         self.files = [first]
         if first.suffix == ".json":
-            weight_map = read_json(first).get("weight_map")
+            weight_map = read_object(first).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise UserError(f"{first}: is no index of weight files: fetch it again")
             self.files = [directory / name for name in sorted(set(weight_map.values()))]
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        problems = []
-        for file in self.files:
-            try:
-                shard = load_shard(file)
-            except UserError as error:
-                problems += error.problems
-                continue
-            for name, tensor in shard.items():
-                if not name.endswith("rotary_emb.inv_freq"):  # a table in some older exports, which the model computes
-                    self.tensors[name] = (tuple(tensor.shape), tensor.dtype)
-        if problems:
-            raise UserError(*problems)
+        with Problems() as problems:
+            for file in self.files:
+                for name, tensor in (problems.of(load_shard, file) or {}).items():
+                    if not name.endswith("rotary_emb.inv_freq"):  # a table in older exports, which the model computes
+                        self.tensors[name] = (tuple(tensor.shape), tensor.dtype)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self.files:
@@ -322,20 +321,6 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
         reason = "is damaged or incomplete: fetch or write it again"
         if "unsupported global" in str(error).lower():  # torch's word for a function or class the pickle names
             reason = "is a pickle that asks for more than tensors, and may run code: get the weights as safetensors"
-    raise UserError(f"{path}: {reason}")
-
-
-def read_json(path: Path) -> dict:
-    """Raises: UserError: no such file, or no JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        reason = "is not a JSON object: fetch or write it again"
-    except FileNotFoundError:
-        reason = "is missing: name another directory, or fetch the file"
-    except ValueError as error:  # not UTF-8, too
-        reason = f"is not JSON ({error}): fetch or write it again"
     raise UserError(f"{path}: {reason}")
 
 

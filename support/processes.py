@@ -58,12 +58,9 @@ def join_processes() -> torch.device:
 
     if torch.cuda.is_available() and re.search("GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
         raise UserError("CUDA_VISIBLE_DEVICES: DeepSpeed knows GPUs by number alone: name 0, 1, … (nvidia-smi -L)")
-    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:  # some clusters set the one alone, a process a host
-        os.environ["LOCAL_RANK"] = "0"
-    if "RANK" not in os.environ:
-        # Port 0 is whichever is free when it is taken.
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(alone)
+    if "RANK" not in os.environ:  # port 0 is whichever is free when it is taken
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.setdefault("LOCAL_RANK", "0")  # some clusters set RANK alone, a process a host
     # On the CPU DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":  # on a GPU the mere look would probe every operation's compiler

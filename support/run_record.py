@@ -71,15 +71,11 @@ def commit() -> str | None:
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=, and changes since"]
     try:
-        head = git(root, "rev-parse", "HEAD")
-        return head + (", and changes since" if git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def broken(args, steps, step: int, what: str) -> UserError:

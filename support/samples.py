@@ -13,7 +13,7 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.errors import UserError
+from support.errors import Problems, UserError
 from support.json_files import parse_object, read_text, text_problem
 
 FORMS = (  # key of the turns, of a turn's speaker and of its text
@@ -205,17 +205,15 @@ def read_rows(path: str | Path, characters: dict[str, dict] | None) -> list[dict
 
     Raises: UserError with every problem of every line.
     """
-    rows, problems, strangers = [], [], set()
+    rows, problems, strangers = [], Problems(), set()
     text = read_text(path, may_be_empty=True)
     if text.lstrip().startswith("["):
         raise UserError(f"{path}: is a JSON array: write one object a line")
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028
         if not line.strip():
             continue
-        try:
-            row = parse_object(line, path, number)
-        except UserError as error:
-            problems += error.problems
+        row = problems.of(parse_object, line, path, number)
+        if row is None:
             continue
         wrong, role = row_problems(row), row.get("role")
         if not wrong and characters is not None and role not in characters and role not in strangers:

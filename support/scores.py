@@ -1,8 +1,8 @@
-"""Scores of the answers to role-play questions, one model beside another, and the bootstrap."""
+"""Scores of the answers to role-play questions."""
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jieba
 import numpy as np
@@ -36,18 +36,13 @@ class Scores:
 
     def __init__(self, questions: Sequence, answers: Sequence):
         """`questions` have a system text and references, `answers` a text and whether it stopped by itself."""
-        phrases = [catchwords(question.system) for question in questions]
-        self.means = np.array(  # (n, 3); nan where a persona has no catchwords
-            [
-                (
-                    np.mean([rouge_l(answer.text, reference) for reference in question.references]),
-                    any(phrase in answer.text for phrase in own) if own else np.nan,
-                    answer.stopped,
-                )
-                for question, answer, own in zip(questions, answers, phrases)
-            ],
-            dtype=float,
-        )
+        rows = []
+        for question, answer in zip(questions, answers):
+            rouge = np.mean([rouge_l(answer.text, reference) for reference in question.references])
+            phrases = catchwords(question.system)
+            used = any(phrase in answer.text for phrase in phrases) if phrases else np.nan
+            rows.append((rouge, used, answer.stopped))
+        self.means = np.array(rows, dtype=float)  # (n, 3); nan where a persona has no catchwords
         known: dict[tuple[str, str], int] = {}
         pairs = [
             [known.setdefault(pair, len(known)) for pair in zip(w, w[1:])] for w in (words(a.text) for a in answers)
@@ -70,10 +65,6 @@ class Scores:
         pairs = np.stack((distinct, np.bincount(self.owner, minlength=len(taken))))
         return np.insert(parts, COLUMNS.index("distinct-2"), pairs, axis=2)
 
-    def measure(self, taken: np.ndarray) -> np.ndarray:
-        """The four columns, in percent, for the questions taken, (n,) bool; nan where there is nothing to measure."""
-        return share(self.parts(taken), taken)
-
 
 def part_and_whole(items: np.ndarray) -> np.ndarray:
     """Items (n, k) whose means are wanted, nan left out, as `share` takes them: (2, n, k)."""
@@ -85,16 +76,3 @@ def share(parts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         part, whole = counts @ parts
         return 100 * part / whole
-
-
-def resample(measure: Callable, rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """measure(counts) of bootstrap draws: (resamples, k), of which percentiles 2.5 and 97.5 are an interval.
-
-    Args:
-        measure: (n,) integers → k numbers, where item i counts counts[i] times.
-        rows: (n,), not zero where an item may be drawn.
-    """
-    generator = np.random.default_rng(seed)
-    (drawable,) = np.nonzero(rows)
-    draws = (generator.choice(drawable, len(drawable)) for _ in range(resamples))
-    return np.array([measure(np.bincount(draw, minlength=len(rows))) for draw in draws])

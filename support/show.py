@@ -28,16 +28,16 @@ def wants_colour(stream) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def sample_text(tokenizer, ids: Sequence[int], supervised: Sequence[bool], colour: bool) -> str:
+def sample_text(tokenizer, tokens: Sequence[tuple[int, bool]], colour: bool) -> str:
     """The text of one sample.
 
     Args:
-        ids: the whole sample, persona included. supervised: for each of them, whether it carries loss.
+        tokens: of the whole sample, persona included, each one's id and whether it carries loss.
         colour: supervised tokens green, other control tokens grey.
     """
     controls = {tokenizer.user_token_id, tokenizer.assistant_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     parts = []
-    for (learned, control), run in groupby(zip(ids, supervised), key=lambda pair: (pair[1], pair[0] in controls)):
+    for (learned, control), run in groupby(tokens, key=lambda pair: (pair[1], pair[0] in controls)):
         run_ids = [id for id, _ in run]
         if control:
             text = "".join(f"[{id} {tokenizer.convert_ids_to_tokens(id)}]" for id in run_ids)
@@ -54,14 +54,12 @@ def print_samples(data, tokenizer, path: Path):
     for index, number in enumerate(data.numbers):
         row, pairs = data.sample(index)
         learned = {(place + 1, token) for place, token in pairs.tolist()}
-        ids, supervised = [], []
+        tokens = []
         for place, id in enumerate([*row.tolist(), None]):
             if (place, data.eos) in learned:  # ends an answer, and has no place in the row
-                ids.append(data.eos)
-                supervised.append(True)
+                tokens.append((data.eos, True))
             if id is not None:
-                ids.append(id)
-                supervised.append((place, id) in learned)
-        print(f"{path}, sample {number}: {len(ids)} tokens, {len(pairs)} of them supervised")
-        print(sample_text(tokenizer, ids, supervised, colour) + "\n")
+                tokens.append((id, (place, id) in learned))
+        print(f"{path}, sample {number}: {len(tokens)} tokens, {len(pairs)} of them supervised")
+        print(sample_text(tokenizer, tokens, colour) + "\n")
     print(", ".join(f"{count} {name}" for name, count in data.counts.items() if count))

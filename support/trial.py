@@ -3,7 +3,6 @@
 One row, the largest that the run will meet, passes forward and backward through the model. It leaves nothing behind.
 """
 
-import resource
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from support.costs import (
 )
 from support.errors import UserError, out_of_memory
 from support.files import free_bytes
+from support.log import peak_memory_gb
 from support.processes import place
 
 LOOKED_AT = 32  # steps that are laid out to find the largest row, and again for the mean
@@ -186,9 +186,7 @@ class Trial:
     def _peak(self, engine) -> float:
         """Bytes: the most so far, and the optimizer's moments, which its first step makes."""
         moments = 0 if engine.optimizer.optimizer.state else 8 * adapter_parameters(self.config, self.args.lora_dim)
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) + moments / self.way.processes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + moments / self.way.processes
+        return 1e9 * peak_memory_gb() + moments / self.way.processes
 
     def _passes_left(self) -> float:
         """How many times the cost of the row the steps that are left will take."""

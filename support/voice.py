@@ -1,11 +1,8 @@
 """Whose voice is it, and is it more than memory? Answers beside the recorded ones that a model was trained on."""
 
-from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from support.samples import read_samples
 
@@ -85,24 +82,17 @@ class Recall:
     def __init__(self, recorded: dict[str, list[str]]):
         self.recorded = recorded
         self.joined = {role: "\0".join(texts) for role, texts in recorded.items()}
-        self.starts = {
-            role: np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1].tolist() for role, texts in recorded.items()
-        }
 
     def nearest(self, role: str, answer: str) -> Nearest:
-        length, place = longest_piece(answer, self.joined.get(role, ""))
-        if not length:
-            return Nearest(0.0, "")
-        return Nearest(length / len(answer), self.recorded[role][bisect(self.starts[role], place) - 1])
+        piece = longest_piece(answer, self.joined.get(role, ""))
+        texts = self.recorded.get(role, []) if piece else []
+        return Nearest(len(piece) / max(1, len(answer)), next((text for text in texts if piece in text), ""))
 
 
-def longest_piece(answer: str, text: str) -> tuple[int, int]:
-    """Length of the longest piece of `answer` that `text` has too, and where it is there."""
-    length = place = 0
+def longest_piece(answer: str, text: str) -> str:
+    """The longest piece of `answer` that `text` has too; of several the first."""
+    piece = ""
     for start in range(len(answer)):
-        while start + length < len(answer):
-            found = text.find(answer[start : start + length + 1])
-            if found < 0:
-                break
-            length, place = length + 1, found
-    return length, place
+        while start + len(piece) < len(answer) and answer[start : start + len(piece) + 1] in text:
+            piece = answer[start : start + len(piece) + 1]
+    return piece

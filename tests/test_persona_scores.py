@@ -114,7 +114,9 @@ def test_the_llama_export_finds_the_same(checkpoint, tokenizer, tmp_path):
     for kind in ("baichuan", "llama"):
         flags = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", tmp_path / kind]
         merge_params.main([*map(str, flags), "--format", kind, "--probes", "1"])
-        found[kind] = Likelihood(ModelDirectory(tmp_path / kind).load(), tokenizer, utils)([*SAMPLES, *CONVERSATIONS])
+        found[kind] = Likelihood(ModelDirectory(tmp_path / kind).load_mapped(), tokenizer, utils)(
+            [*SAMPLES, *CONVERSATIONS]
+        )
     assert np.concatenate(found["llama"]) == pytest.approx(np.concatenate(found["baichuan"]), abs=1e-4)
 
 

@@ -550,10 +550,14 @@ def test_measures_by_hand():
     ones = np.ones(4, dtype=bool)
     twice, once = 2 * len(list(pairwise(words[0]))), len(list(pairwise(words[1])))
     expected = [(0.5 + 1 + 0 + 1) / 4, len(first | second) / (twice + once), 2 / 3, 3 / 4]
-    assert scores.measure(ones) == pytest.approx(np.array(expected) * 100, abs=1e-4)
-    assert np.isnan(scores.measure(ones == [2, 2, 2, 1])[2])
-    assert np.isnan(scores.measure(ones == [2, 2, 1, 2])[1])
-    assert scores.measure(ones == [2, 1, 2, 2])[1] == pytest.approx(100 * len(first) / (twice / 2))
+
+    def measured(taken):
+        return share(scores.parts(taken), taken)
+
+    assert measured(ones) == pytest.approx(np.array(expected) * 100, abs=1e-4)
+    assert np.isnan(measured(ones == [2, 2, 2, 1])[2])
+    assert np.isnan(measured(ones == [2, 2, 1, 2])[1])
+    assert measured(ones == [2, 1, 2, 2])[1] == pytest.approx(100 * len(first) / (twice / 2))
     # A question drawn three times says nothing else than once; nor does one whose pairs another has too.
     for counts in ([0, 3, 0, 0], [2, 2, 0, 0], [1, 3, 0, 0]):
         taken = np.array([True, True, False, False])
@@ -593,7 +597,7 @@ def test_intervals():
         for column in (0, 1, 3):
             value, low, high = ends_of(cells[column])
             assert low <= value <= high
-    assert ends_of(two[4])[0] == pytest.approx(tuned.measure(everything)[1], abs=1e-3)
+    assert ends_of(two[4])[0] == pytest.approx(share(tuned.parts(everything), everything)[1], abs=1e-3)
     assert table({"model": tuned}, everything, 50, 1) == table({"model": tuned}, everything, 50, 1)
     same = table({"a": tuned, "b": tuned}, everything, 50)[2]
     assert [same[column] for column in (3, 4, 6)] == ["+0.000 [+0.000, +0.000]"] * 3

@@ -154,7 +154,7 @@ def test_listening_to_others_without_a_password_is_warned_about(run, checkpoint,
 
 def test_an_adapter_as_model_is_recognised(run, adapter):
     line = run("--model_path", adapter, "--desc_path", DESC_PATH, "--port", free_port()).err
-    assert line == f"error: --model_path {adapter}: is an adapter: give it as --adapter_path, and its base model here\n"
+    assert line.startswith(f"error: {adapter}: is an adapter: ") and line.endswith("as --adapter_path\n")
 
 
 def test_a_portrait_that_is_not_there(run, checkpoint, tmp_path):
