@@ -278,7 +278,7 @@ def main(argv=None):
     for split, lines in written.items():
         if not lines:
             source = ", ".join(map(str, args.conversations or [args.data_dir]))
-            where = "training" if split == "train" else "the test, which holds none that is in training, too"
+            where = "training" if split == "train" else "the test that are not in training, too"
             raise UserError(f"{source}: no samples for {where}: add some, or choose other --roles")
 
     with whole_files(args.train_path, args.test_path) as handles:

@@ -21,7 +21,7 @@ from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, few, first_line, slow_imports
 from support.files import followed, free_bytes, trained_in_four_bits, whole_directory
 from support.four_bit import check_four_bit
-from support.samples import as_sample
+from support.samples import as_sample, first_question
 
 
 def parse_args(argv=None):
@@ -121,7 +121,7 @@ def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]
     samples = samples[:: -(-len(samples) // args.probes)]
     conversations = [with_system(sample["system"], sample["messages"]) for sample in samples]
     ids = [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
-    return ids, [sample["messages"][0]["content"] for sample in samples]
+    return ids, [first_question(sample["messages"]) for sample in samples]
 
 
 # ---------------------------------------------------------------- merging

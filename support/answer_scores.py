@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.intervals import compared, numbered, opening
+from support.intervals import compared, numbered
+from support.samples import first_question
 from support.scores import COLUMNS, Scores, part_and_whole, share
 from support.tables import Section
 from support.voice import COPY, Nearest, Recall, Style
@@ -55,7 +56,7 @@ def answer_sections(
         tables.append((": recall or voice", columns, RECALL, parts_of(items, known)))
 
     # The rounds of a conversation hang together.
-    clusters = numbered([(question.role, opening(question.messages)) for question in questions])
+    clusters = numbered([(question.role, first_question(question.messages)) for question in questions])
     sections = []
     for kind in dict.fromkeys(question.kind for question in questions):
         for title, columns, text, parts in tables:

@@ -70,8 +70,3 @@ def numbered(keys: Sequence) -> np.ndarray:
     """(n,) clusters: the same number for equal keys, from 0 in the order of their first places."""
     numbers: dict = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
-
-
-def opening(messages: Sequence[dict]) -> str:
-    """The question that a conversation begins with; its rounds have it in common."""
-    return next(turn["content"] for turn in messages if turn["role"] == "user")

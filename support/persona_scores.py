@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.intervals import compared, numbered, opening
+from support.intervals import compared, numbered
 from support.likelihood import Likelihood
+from support.samples import first_question
 from support.tables import Section
 
 MOST_ROLES = 12  # whose answers are read: each answer is read under all of them
@@ -112,7 +113,7 @@ def measure_persona(
         [kind for _, kind in items],
         np.array([roles.index(sample["role"]) for sample, _ in items], dtype=int),
         numbered(questions),
-        numbered([opening(sample["messages"]) for sample, _ in items]),
+        numbered([first_question(sample["messages"]) for sample, _ in items]),
         tokens[kept, 0],
         nats[kept, :-1],
         nats[kept, -1],
@@ -213,9 +214,9 @@ def confusion_section(scores: dict[str, PersonaScores]) -> Section:
 
 WHO_SAID_IT = (
     "accuracy: answers, in percent, that are likeliest under the persona of the role they were recorded for, of the roles "
-    "in the table; higher is better, and chance is what a model reaches that pays no attention to the persona. margin: by how many nats a token "
-    "they are likelier so than under the best other persona; above 0 is better. all: the mean of the roles. In brackets "
-    "95 % intervals."
+    "in the table; higher is better, and chance is what a model reaches that pays no attention to the persona. margin: "
+    "by how many nats a token they are likelier so than under the best other persona; above 0 is better. all: the mean "
+    "of the roles. In brackets 95 % intervals."
 )
 HEARD = (
     "Of a role's recorded answers, in percent, those that are likeliest under the persona of each role; where a role is "

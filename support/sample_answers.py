@@ -8,6 +8,7 @@ import torch
 from baichuan.generation_utils import answer_batch, greedy
 from support.candidates import in_batches, rows_that_fit
 from support.model_directory import ModelDirectory
+from support.samples import first_question
 
 
 def uncompiled(args):
@@ -33,7 +34,7 @@ def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role
         if 4 * len(sample["system"]) >= room and len(tokenizer.text_to_ids(sample["system"])) >= room:
             continue
         questions = asked.setdefault(sample["role"], {})
-        question = next(turn["content"] for turn in sample["messages"] if turn["role"] == "user")
+        question = first_question(sample["messages"])
         if len(questions) < per_role:
             questions[question] = conversation(sample["system"], question)
     model.eval()

@@ -163,13 +163,18 @@ def check_turns(turns: list[dict], place: str):
         raise UserError(f'{place}: nothing is to be trained: every answer has "train": false: remove the sample')
 
 
+def first_question(messages: list[dict]) -> str:
+    """What a conversation begins with, whatever greeting stands before it; its rounds and endings have it in common."""
+    return next(turn["content"] for turn in messages if turn["role"] == "user")
+
+
 def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
     """Part samples into those for training and those for the test, drawn with `seed`.
 
     Samples that open with the same question stay together. At least one question is split off, and of each role at
     least one sample stays in training. Raises: UserError where that cannot be.
     """
-    openings = [s.get("prompt") or next(m["content"] for m in s["messages"] if m["role"] == "user") for s in samples]
+    openings = [sample.get("prompt") or first_question(sample["messages"]) for sample in samples]
     groups = defaultdict(Counter)  # question → its samples, by role
     for sample, question in zip(samples, openings):
         groups[question][sample["role"]] += 1

@@ -679,7 +679,7 @@ def test_conversations_that_cannot_be_used(run):
     ]
     errors = run.errors("--conversations", str(path), "--test_conversations", str(path), roles=["all"])
     assert errors == [
-        f"{path}: no samples for the test, which holds none that is in training, too: add some, or choose other --roles"
+        f"{path}: no samples for the test that are not in training, too: add some, or choose other --roles"
     ]
     path.write_bytes(json.dumps({"messages": TWO_ROUNDS}, ensure_ascii=False).encode("gbk"))
     errors = run.errors("--conversations", str(run.data / "none"), str(path), roles=["all"])
