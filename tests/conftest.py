@@ -27,7 +27,11 @@ NO_CHROMIUM = "no Chromium"
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The last line: which tests were not run, and how to get them."""
+    """The last lines: which tests were not run, and how to get them."""
+    if not ROOT_USER:
+        terminalreporter.write_line(
+            "not run: tests of full disks and of two hosts; they need root, and its right to unshare"
+        )
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_CHROMIUM in str(report.longrepr)]
     if skipped:
         terminalreporter.write_line(
