@@ -20,10 +20,12 @@ from itertools import islice
 from pathlib import Path
 
 from support.arguments import ArgumentParser
+from support.cards import card_conversations, read_card
 from support.errors import Problems, UserError, entry_point
 from support.files import whole_files
+from support.json_files import composed
 from support.profiles import read_characters
-from support.samples import read_rows, read_samples, split_off
+from support.samples import as_sample, read_rows, read_samples, split_off
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.
@@ -35,7 +37,7 @@ PERSONA = (
 
 # The titles that may follow a role's name: 张将军, 李白先生, 齐天大圣孙悟空.
 TITLES = ["先生", "将军", "大圣", "娘娘", "殿下", "陛下", "大人", "阁下", "老师", "诗人", "大哥", "兄"]
-
+ALL_IS_A_ROLE = "--roles all: a role has that name: rename it, or name the roles that you want"
 
 HUB_DATASET = "ZenMoore/RoleBench"
 HUB_FILES = {  # name in --data_dir: name in the dataset
@@ -67,8 +69,9 @@ def parse_args(argv=None):
     add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the model whose tokenizer --show uses")
     args = parser.parse_args(argv)
     args.desc_given = args.desc_path is not None
-    args.desc_path = args.desc_path or args.data_dir / "profiles-zh_desc.json"
-    args.roles = args.roles or (["all"] if args.conversations else ["孙悟空", "李白", "张飞"])
+    args.desc_path = args.desc_path or rolebench_file(args.data_dir, "profiles-zh_desc.json")
+    args.all_named = "all" in (args.roles or [])
+    args.roles = list(map(composed, args.roles or (["all"] if args.conversations else ["孙悟空", "李白", "张飞"])))
     return args
 
 
@@ -124,7 +127,9 @@ def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[s
     """A few short questions for each role, from the training file beside its description if there is one."""
     try:
         characters = read_characters(desc_path)
-        rows = read_rows(Path(desc_path).parent / "rolebench-zh_role_specific_train.jsonl", None)
+        in_clone = Path(desc_path).parts[-2:] == ("profiles-zh", "desc.json")
+        data_dir = Path(desc_path).parents[1 if in_clone else 0]
+        rows = read_rows(rolebench_file(data_dir, "rolebench-zh_role_specific_train.jsonl"), None)
     except UserError:  # the page can do without
         characters, rows = {}, []
     examples = {role: [] for role in roles}
@@ -146,8 +151,8 @@ def download(data_dir: Path) -> None:
     logging.set_verbosity_error()  # it would tell of every retry; a failure is told below
     missing = dict(HUB_FILES)
     for name in HUB_FILES:
-        if (data_dir / name).exists():
-            print(f"{data_dir / name} is there already and stays: delete it to fetch it again")
+        if (path := rolebench_file(data_dir, name)).exists():
+            print(f"{path} is there already and stays: delete it to fetch it again")
             del missing[name]
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as arrivals:
@@ -186,8 +191,14 @@ def flag_problems(args) -> list[str]:
     return problems
 
 
+def rolebench_file(data_dir: Path, name: str) -> Path:
+    """Where a file of RoleBench is: under its name here or, in a clone of the hub's dataset, under its name there."""
+    path, in_clone = data_dir / name, data_dir / HUB_FILES[name]
+    return in_clone if in_clone.exists() and not path.exists() else path
+
+
 def rolebench_paths(args) -> dict[str, Path]:
-    return {name: args.data_dir / name for name in HUB_FILES if name.startswith("rolebench")}
+    return {name: rolebench_file(args.data_dir, name) for name in HUB_FILES if name.startswith("rolebench")}
 
 
 def from_rolebench(args) -> dict[str, list[dict]]:
@@ -199,6 +210,8 @@ def from_rolebench(args) -> dict[str, list[dict]]:
         problems += [
             f"--roles {role}: {advice}" for role in args.roles if characters and role not in {*characters, "all"}
         ]
+        if args.all_named and "all" in characters:
+            problems.append(ALL_IS_A_ROLE)
         paths = {name: path for name, path in rolebench_paths(args).items() if path.exists()}
         rows = {name: problems.of(read_rows, path, characters or None) for name, path in paths.items()}
         if not paths:
@@ -223,7 +236,9 @@ def from_conversations(args) -> dict[str, list[dict]]:
         files = [("train", path) for path in args.conversations] + [("test", path) for path in args.test_conversations]
         problems += [f"{path}: there is no such file: correct the path" for _, path in files if not path.is_file()]
         for split, path in [file for file in files if file[1].is_file()]:
-            for sample in read_samples(path, merged if args.merge_turns else None, problems):
+            for sample in (
+                problems.of(samples_of_file, path, merged if args.merge_turns else None, problems, characters) or []
+            ):
                 role, system = sample["role"], sample["system"]
                 found[role] += 1
                 if role not in args.roles and "all" not in args.roles:
@@ -239,6 +254,8 @@ def from_conversations(args) -> dict[str, list[dict]]:
                 text = json.dumps(sample)
                 written[split] += [sample] * (text not in seen)
                 seen.add(text)
+        if args.all_named and "all" in found:
+            problems.append(ALL_IS_A_ROLE)
         names = ", ".join(filter(None, found))
         absent = [role for role in args.roles if found and role not in {*found, "all"}]
         problems += [f"--roles {role}: no conversation is of that role: choose from {names}, all" for role in absent]
@@ -248,6 +265,20 @@ def from_conversations(args) -> dict[str, list[dict]]:
     if args.merge_turns:
         print(f"{merged['turns']:,} turns joined with the turn of the same speaker before them")
     return written
+
+
+def samples_of_file(path: Path, merged: Counter | None, problems: list[str], characters: dict[str, dict]):
+    """The samples of a file, or the examples in a character card, whose role then joins `characters`. Raises: UserError."""
+    if (card := read_card(path)) is None:
+        return read_samples(path, merged, problems)
+    for role, character in read_characters(path).items():
+        characters.setdefault(role, character)
+    examples = [as_sample(example, f"{path}: its examples", Counter()) for example in card_conversations(card)]
+    if not examples:
+        raise UserError(
+            f"{path}: the character card has no example of a question and its answer: write some (data/README.md)"
+        )
+    return examples
 
 
 def show(args):

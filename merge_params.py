@@ -18,8 +18,8 @@ from pathlib import Path
 
 from data_helper import persona, read_samples, with_system
 from support.arguments import ArgumentParser
-from support.errors import Problems, UserError, entry_point, few, first_line, slow_imports
-from support.files import followed, free_bytes, trained_in_four_bits, whole_directory
+from support.errors import Problems, UserError, entry_point, first_line, slow_imports
+from support.files import followed, free_bytes, training_record, whole_directory
 from support.four_bit import check_four_bit
 from support.samples import as_sample, first_question
 
@@ -43,11 +43,13 @@ def parse_args(argv=None):
 # After the arguments, since these take seconds.
 with slow_imports(parse_args, __name__):
     import torch
+    from transformers import AutoTokenizer
     from transformers.dynamic_module_utils import custom_object_save
 
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
-    from support.adapter import Update, digest, misfits, read_adapter, refuse_second_merge
+    from baichuan.tokenization_baichuan import RESERVED
+    from support.adapter import Update, digest, read_adapter, refuse_misfit
     from support.comparison import compare, compute_in_float32, logits_of
     from support.model_directory import (
         ModelDirectory,
@@ -88,10 +90,9 @@ def read_inputs(args):
         updates = problems.of(read_adapter, args.model_dir)
         probes = problems.of(read_probes, args, base) if base else None
     with Problems() as problems:
-        problems += few([f"{args.model_dir}: {problem}" for problem in misfits(base.weights, updates)])
+        problems.of(refuse_misfit, base, args.model_dir, updates)
         if not args.check_only and free_bytes(target) < base.weights.bytes:
             problems.append(f"{target}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free: make room")
-        problems.of(refuse_second_merge, base, args.model_dir)
     return device, base, updates, probes
 
 
@@ -111,8 +112,8 @@ def target_problems(args) -> list[str]:
     return []
 
 
-def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]:
-    """Samples to compare on: their ids, laid out as in training, and their first questions. Raises: UserError."""
+def read_probes(args, base: ModelDirectory) -> tuple[list[list[dict]], list[list[int]]]:
+    """Conversations to compare on, and their ids, laid out as in training. Raises: UserError."""
     if args.probe_path and not args.probe_path.is_file():
         raise UserError(f"--probe_path {args.probe_path}: there is no such file: data_helper.py writes such files")
     samples = list(read_samples(args.probe_path)) if args.probe_path else [as_sample(probe, "") for probe in PROBES]
@@ -120,8 +121,7 @@ def read_probes(args, base: ModelDirectory) -> tuple[list[list[int]], list[str]]
         raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")
     samples = samples[:: -(-len(samples) // args.probes)]
     conversations = [with_system(sample["system"], sample["messages"]) for sample in samples]
-    ids = [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
-    return ids, [first_question(sample["messages"]) for sample in samples]
+    return conversations, [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
 
 
 # ---------------------------------------------------------------- merging
@@ -169,19 +169,43 @@ def adapter_logits(
         return with_adapter, logits_of(model.get_base_model(), probes)
 
 
+def prove_layout(merged: ModelDirectory, conversations: list[list[dict]], probes: list[list[int]]):
+    """What other programs make of a conversation, with the template and the tokenizer as written, is what was trained.
+
+    Raises:
+        UserError: it is not.
+    """
+    template = merged.path / "chat_template.jinja"
+    if not template.is_file():
+        raise UserError(f"{merged.path}: has no chat_template.jinja: merge anew")
+    is_llama = merged.settings.get("model_type") == "llama"
+    tokenizer = AutoTokenizer.from_pretrained(merged.path) if is_llama else merged.tokenizer
+    for messages, ids in zip(conversations, probes):
+        rendered = tokenizer.apply_chat_template(messages, chat_template=template.read_text("utf-8"), tokenize=False)
+        # As such programs cut it: the markers that the template wrote are found in the text.
+        found = tokenizer.encode(rendered) if is_llama else tokenizer.sp_model.encode(rendered)
+        spelled = any(RESERVED.search(message["content"]) for message in messages)  # by a text, which is no marker here
+        if found[:PROBE_LENGTH] != ids and not spelled:
+            raise UserError(
+                f"{merged.path}: its chat template does not lay a conversation out as it was trained: merge anew; the "
+                f"probe is {first_question(messages)!r}"
+            )
+
+
 def prove(
     args,
     base: ModelDirectory,
     merged: ModelDirectory,
+    conversations: list[list[dict]],
     probes: list[list[int]],
-    questions: list[str],
     device: torch.device,
 ):
     """Compare the merged model with base and adapter, of which one is in memory at a time, and print how it did.
 
     Raises:
-        UserError: the two differ by more than the bound of the dtype.
+        UserError: the two differ by more than the bound of the dtype, or lay a conversation out in different ways.
     """
+    prove_layout(merged, conversations, probes)
     expected, alone = adapter_logits(base, args.model_dir, probes, device)
     gc.collect()  # a GPU may hold one of the models, not both
     if device.type == "cuda":
@@ -199,9 +223,9 @@ def prove(
         print(f"{name}           {number:8.1e}   {bound:8.1e}   {other:8.1e}")
     print(f"equal argmax tokens                 {result.same_argmax:8.2%}              {base_alone.same_argmax:8.2%}")
     if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
-        worst = questions[result.worst]
+        worst = first_question(conversations[result.worst])
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
-    if trained_in_four_bits(args.model_dir):
+    if training_record(args.model_dir).get("load_in_4bit") is True:
         compare_with_four_bits(base, args.model_dir, found, probes, device)
 
 
@@ -215,7 +239,7 @@ def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[tor
         check_four_bit(base)
         model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
         found = compare(logits_of(model.get_base_model(), probes), merged)
-    except (UserError, RuntimeError) as error:  # bitsandbytes is not here, or the memory does not suffice
+    except (UserError, MemoryError, RuntimeError) as error:  # bitsandbytes is not here, or the memory does not suffice
         print(f"the adapter was trained on the base in 4 bits; not compared with that: {first_line(error)}")
         return
     print(
@@ -230,7 +254,7 @@ def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[tor
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, base, updates, (probes, questions) = read_inputs(args)
+    device, base, updates, (conversations, probes) = read_inputs(args)
     weights, config = base.weights, deepcopy(base.config)
     ranks = " and ".join(map(str, sorted({len(update.a) for update in updates.values()})))
     print(
@@ -238,7 +262,7 @@ def main(argv=None):
     )
     print(f"adapter  {args.model_dir}: rank {ranks}, changes {len(updates)} of the tensors")
     if args.check_only:
-        prove(args, base, ModelDirectory(args.save_model_dir), probes, questions, device)
+        prove(args, base, ModelDirectory(args.save_model_dir), conversations, probes, device)
         return
 
     config.dtype = weights.dtype
@@ -250,16 +274,13 @@ def main(argv=None):
     tensors = merged_tensors(weights, updates, device)
     with whole_directory(args.save_model_dir, args.overwrite) as directory:
         if args.format == "llama":
-            try:
-                llama_export.save_llama(directory, config, base.tokenizer)
-            except ValueError as error:
-                raise UserError(f"{args.ori_model_dir}: {error}") from error
+            llama_export.save_llama(directory, config, base.tokenizer)
             tensors = llama_export.llama_tensors(tensors)
         else:
             save_baichuan(directory, config, base.tokenizer)
         shutil.copy(args.ori_model_dir / "generation_config.json", directory)  # as it is, turn markers and all
         write_weights(directory, tensors)
-        prove(args, base, ModelDirectory(directory), probes, questions, device)
+        prove(args, base, ModelDirectory(directory), conversations, probes, device)
     print(f"{args.save_model_dir}: complete, {args.format} format")
 
 

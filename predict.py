@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data_helper import read_rows, read_samples, rounds
+from data_helper import HUB_FILES, read_rows, read_samples, rolebench_file, rounds
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed, unwritable
@@ -132,8 +132,13 @@ def question_kinds(data_dir: Path):
     A prompt is the end of its question, since data_helper.py cuts the address off that a question may open with.
     """
     specific, general = (
-        [row for path in sorted(data_dir.glob(f"rolebench-zh_{name}_*.jsonl")) for row in read_rows(path, None)]
-        for name in ("role_specific", "general")
+        [
+            row
+            for name in HUB_FILES
+            if kind in name and (path := rolebench_file(data_dir, name)).exists()
+            for row in read_rows(path, None)
+        ]
+        for kind in ("zh_role_specific", "zh_general")
     )
     starts = range(64)  # an address is shorter; every end of a page-long question would take gigabytes
     kinds = {(row["role"], row["question"]): "general" for row in general}

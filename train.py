@@ -9,7 +9,6 @@
 `python3 train.py …` runs a single process without the launcher. Without a CUDA GPU everything runs on the CPU.
 """
 
-import functools
 import math
 import signal
 from pathlib import Path
@@ -24,7 +23,7 @@ from support.arguments import (
     with_config,
 )
 from support.costs import row_cost
-from support.errors import Problems, UserError, entry_point, first_line, slow_imports
+from support.errors import Problems, UserError, entry_point, slow_imports
 
 
 def parse_args(argv=None):
@@ -116,6 +115,8 @@ def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDat
     data = utils.RoleDataset(samples, tokenizer, args.max_len, args.max_src_len, args.is_skip)
     if main_process:
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
+        if lost := [role for role, number in data.kept_of.items() if role and not number]:
+            print(f"warning: {path}: no sample is left of {', '.join(lost)}: allow more tokens")
     if len(data) < needed:
         raise UserError(
             f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
@@ -190,12 +191,9 @@ def start_engine(model, config: dict, args, total_steps: int):
     # A step's backward passes are summed by hand (their number varies), so to DeepSpeed every step is one micro-batch.
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     config["gradient_accumulation_steps"] = 1
-    start = functools.partial(deepspeed.initialize, model=model, config=config, lr_scheduler=schedule)
-    try:
-        return one_parameter.initialize(model, lambda adapters: start(model_parameters=[adapters])[0])
-    # DeepSpeed has no class for its own errors.
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
+    start = {"model": model, "config": config, "lr_scheduler": schedule}
+    with processes.blaming_configuration(args.ds_file):
+        return one_parameter.initialize(model, lambda flat: deepspeed.initialize(model_parameters=[flat], **start)[0])
 
 
 # ---------------------------------------------------------------- training
@@ -238,12 +236,12 @@ def update(engine, dtype: torch.dtype) -> float:
     return norm if handled or 0 <= norm < math.inf else math.nan
 
 
-def evaluate(args, engine, test_rows, log: Log, steps: utils.Steps, step: int) -> float:
+def evaluate(args, engine, test_rows, log: Log, step: int) -> float:
     """The mean loss on the test set after a step, logged with its perplexity. Raises: UserError if it is no number."""
     main_process = processes.place()[0] == 0
     test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, main_process)
     if not math.isfinite(test_loss):
-        raise broken(args, steps, step, f"the loss on {args.test_path} after step {step} is {test_loss}")
+        raise broken(args, f"{args.test_path}: the loss after step {step} is {test_loss}")
     log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
     return test_loss
 
@@ -272,7 +270,7 @@ def main(argv=None):
     # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = processes.join_processes()
     dtype = processes.precision(config)
-    done, state, run = find_state(args, train_data, dtype)
+    done, state, run = find_state(args, directory.fingerprint, train_data, dtype)
     rank, world_size = processes.place()
     output_dir, best = Path(args.output_dir), Best(args.output_dir, run["best"])
     if best.is_old(args.patience):
@@ -313,22 +311,22 @@ def main(argv=None):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
             loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(stop_request))
             if not math.isfinite(loss):
-                raise broken(args, steps, step, f"the loss of step {step} is {loss}")
+                raise broken(args, f"{args.train_path}: the loss of step {step} is {loss}", steps, step)
             learning_rate = engine.get_lr()[0]
             grad_norm = update(engine, dtype)
             if math.isnan(grad_norm):
-                raise broken(args, steps, step, f"the gradient of step {step} is not finite")
+                raise broken(args, f"{args.train_path}: the gradient of step {step} is not finite", steps, step)
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.show(step, learning_rate, grad_norm)
             save = step % steps.steps_per_epoch == 0 or is_due(args.save_model_step, step)
             if save or is_due(args.eval_steps, step):
-                test_loss = evaluate(args, engine, test_rows, log, steps, step)
+                test_loss = evaluate(args, engine, test_rows, log, step)
             if save:
                 best.add(steps.name(step), test_loss)
                 if rank == 0:
                     path = output_dir / steps.name(step)
-                    utils.save_model(engine.module, directory.tokenizer, path, args.load_in_4bit)
+                    utils.save_model(engine.module, directory.tokenizer, path, directory.fingerprint, args.load_in_4bit)
                     tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
                     best.keep(args.save_total_limit)
             if save or stop:

@@ -37,6 +37,7 @@ class RoleDataset:
 
     def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
         self.counts = Counter()  # what became of the samples
+        self.kept_of: dict[str, int] = Counter()  # samples that are kept, by role
         self.personas: list[list[int]] = []
         self.eos = tokenizer.eos_token_id
         self._tokenizer = tokenizer
@@ -54,6 +55,7 @@ class RoleDataset:
                     self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
                 messages = [{**turn, "content": next(texts)} for turn in sample["messages"]]
                 sample_ids, spans = self._fit(len(self.personas[known[system]]), messages)
+                self.kept_of[sample.get("role", "")] += bool(spans)
                 if spans:
                     ids.extend(sample_ids)
                     starts.append(len(ids))
@@ -321,8 +323,9 @@ def model_inputs(batch: dict[str, torch.Tensor], device, implementation: str) ->
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
     """Names of the decoder's linear layers: all but the head, which is no part of `model.model`."""
-    layers = model.model.named_modules()
-    return sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
+    return sorted(
+        {name.rpartition(".")[2] for name, part in model.model.named_modules() if isinstance(part, nn.Linear)}
+    )
 
 
 @torch.no_grad()
@@ -341,9 +344,9 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     return (total[0] / total[1]).item()
 
 
-def save_model(model, tokenizer, directory: Path, load_in_4bit: bool = False):
-    """Write a plain PEFT adapter with the tokenizer it was trained under, and how the base was held meanwhile."""
+def save_model(model, tokenizer, directory: Path, base: str, load_in_4bit: bool = False):
+    """Write a plain PEFT adapter, the tokenizer it was trained under, and on what base: its fingerprint and how it was held."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
-        write_training(new, load_in_4bit)
+        write_training(new, base, load_in_4bit)

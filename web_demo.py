@@ -21,8 +21,8 @@ from data_helper import conversation, example_questions, persona
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed
-from support.json_files import text_problem
-from support.profiles import read_characters
+from support.json_files import read_object, text_problem
+from support.profiles import MAX_DESCRIPTION, MAX_NAME, read_characters
 
 SUPPORT = Path(__file__).parent / "support"
 PERIOD = 0.05  # seconds between two updates of a growing answer
@@ -57,6 +57,7 @@ with slow_imports(parse_args, __name__):
     from starlette.routing import Route
 
     from support import page_guard as guard
+    from support.adapter import refuse_other_base
     from support.model_directory import ModelDirectory, pick_device
     from support.page_guard import Refusal
     from support.speaker import Speaker, TooLong
@@ -66,22 +67,30 @@ def check(args) -> tuple[torch.device, dict[str, dict], str | None]:
     """The device, the characters, and USER:PASSWORD if there is one. Raises: UserError with all that is wrong."""
     account = os.environ.get("WEB_DEMO_AUTH")
     with Problems() as problems:
-        problems.of(ModelDirectory(args.model_path).check, args.load_in_4bit)
+        model = problems.of(ModelDirectory(args.model_path).check, args.load_in_4bit)
         device = problems.of(pick_device, args.device)
         characters = problems.of(read_characters, args.desc_path) or {}
         for role, character in characters.items():
             image = args.desc_path.parent / character["portrait"]
             if character["portrait"] and not (image.is_file() and image.suffix.lower() in IMAGES):
                 problems.append(f"{image}: the portrait of {role} must be a file {', '.join(IMAGES)}")
-        if args.adapter_path and not (args.adapter_path / "adapter_config.json").is_file():
-            problems.append(
-                f"{args.adapter_path}: has no adapter_config.json: give a directory that train.py has written"
-            )
+        if args.adapter_path:
+            problems.of(read_object, args.adapter_path / "adapter_config.json")
+        if args.adapter_path and model:
+            problems.of(refuse_other_base, model, args.adapter_path)
+        if model:
+            context = model.config.model_max_length
+            for role, character in characters.items():
+                length = len(model.tokenizer.text_to_ids(persona(role, character["description"])))
+                if length > context // 2:
+                    problems.append(
+                        f"{args.desc_path}: the profile of {role} takes {length:,} of {context:,} tokens: shorten it"
+                    )
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         if args.auth_file:
             try:
-                account = args.auth_file.read_text(encoding="utf-8").strip()
+                account = args.auth_file.read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"--auth_file {args.auth_file}: cannot be read: {error}")
         if account is not None and not re.fullmatch("[^:\n]+:[^\n]+", account):
@@ -123,7 +132,7 @@ class Page:
             "texts": guard.TEXTS[guard.language(request)],
             "settings": settings,
             "ranges": {name: range[1:] for name, range in guard.SETTINGS.items()} | {"strength": guard.STRENGTH[1:]},
-            "limits": {"role": guard.MAX_NAME, "description": guard.MAX_DESCRIPTION, "question": guard.MAX_QUESTION},
+            "limits": {"role": MAX_NAME, "description": MAX_DESCRIPTION, "question": guard.MAX_QUESTION},
             "tuned": self.speaker.adapter is not None,
             "stand_in": hasattr(self.speaker.model.config, "stand_in"),
             "sign_out": self.door.account is not None,
@@ -239,8 +248,8 @@ class Page:
 
     def checked(self, body: dict) -> dict:
         """The arguments of `Speaker.answer`, from what page.js sends."""
-        role = guard.checked_text("role", body.get("role"), guard.MAX_NAME)
-        description = guard.checked_text("description", body.get("description"), guard.MAX_DESCRIPTION)
+        role = guard.checked_text("role", body.get("role"), MAX_NAME)
+        description = guard.checked_text("description", body.get("description"), MAX_DESCRIPTION)
         messages = guard.checked_messages(body.get("messages"))
         asked = {
             "messages": [{"role": "system", "content": persona(role, description)}, *messages],

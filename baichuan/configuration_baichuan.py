@@ -45,14 +45,14 @@ class BaichuanConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     model_max_length: int = 4096  # tokens of conversation and reply together; history is cut to fit
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
-    z_loss_weight: float = 0.0
+    z_loss_weight: float | int = 0.0
 
     @property
     def head_dim(self) -> int:

@@ -77,7 +77,7 @@ def turn_markers(holder) -> dict[str, int]:
     for role, marker in markers.items():
         if not isinstance(marker, int):
             raise ValueError(
-                f"{role}_token_id is not known: take generation_config.json from the published model into its directory"
+                f"{role}_token_id is not known: take generation_config.json of Baichuan2-7B-Chat into its directory"
             )
     return markers
 

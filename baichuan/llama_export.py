@@ -50,11 +50,12 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
 
 def llama_config(config: BaichuanConfig) -> LlamaConfig:
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    same += ("max_position_embeddings", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
+    same += ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
     return LlamaConfig(
         **{name: getattr(config, name) for name in (*same, "dtype", "merged_adapter")},
         architectures=["LlamaForCausalLM"],
         num_key_value_heads=config.num_attention_heads,
+        rms_norm_eps=float(config.rms_norm_eps),  # of which it takes no integer
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
     )
@@ -84,9 +85,6 @@ def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-    if model.normalizer_spec.name != "identity" or model.normalizer_spec.add_dummy_prefix:
-        raise ValueError(f"{tokenizer.vocab_file}: changes the text before it cuts it: name a Baichuan2 model")
-
     fast = Tokenizer(
         BPE(
             vocab={piece: id for id, (piece, _, _) in enumerate(pieces)},

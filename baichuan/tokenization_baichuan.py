@@ -73,13 +73,17 @@ class BaichuanTokenizer(PreTrainedTokenizer):
             split_special_tokens=split_special_tokens,
             **kwargs,
         )
-        if self.chat_template is None and user_token_id is not None:
+        if user_token_id is not None:  # whatever template the files hold, this is the layout that the model knows
             self.chat_template = chat_template(*self.convert_ids_to_tokens([user_token_id, assistant_token_id]))
 
     def _load(self, model: bytes):
         """Two processors over one model: the published one decodes; its copy, which encodes, matches no control piece."""
         self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model)
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        if proto.normalizer_spec.name != "identity" or proto.normalizer_spec.add_dummy_prefix:
+            raise ValueError(
+                f"{self.vocab_file} changes the text before it cuts it, as Baichuan 1's does: take Baichuan2's"
+            )
         for piece in proto.pieces:
             if RESERVED.fullmatch(piece.piece):
                 piece.type = piece.CONTROL

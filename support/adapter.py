@@ -9,9 +9,9 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from support.errors import UserError, few
-from support.files import file_digest
+from support.files import file_digest, training_record
 from support.json_files import read_object
-from support.model_directory import ModelDirectory, Weights, load_shard
+from support.model_directory import ModelDirectory, load_shard
 
 
 class Update(NamedTuple):
@@ -58,6 +58,9 @@ def read_adapter(directory: Path) -> dict[str, Update]:
         module, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
         if factor not in ("A.weight", "B.weight") or tensor.ndim != 2:
             problems.append(f"{path}: {key} is no lora_A or lora_B of a linear layer: merge this adapter with PEFT")
+        elif not tensor.numel():
+            remedy = "save it again with its parts gathered (stage3_gather_16bit_weights_on_model_save)"
+            problems.append(f"{path}: {key} is empty, as ZeRO-3 leaves it without gathering: {remedy}")
         elif not tensor.isfinite().all():
             problems.append(f"{path}: {key} holds infinite numbers or NaN: take an adapter saved earlier")
         factors.setdefault(module, {})[factor[:1]] = tensor
@@ -93,27 +96,36 @@ def digest(directory: Path) -> str:
     return file_digest(adapter_file(directory))
 
 
-def misfits(weights: Weights, updates: dict[str, Update]) -> list[str]:
-    """Why the adapter does not fit this base."""
-    problems = []
+def refuse_misfit(base: ModelDirectory, adapter: Path, updates: dict[str, Update]):
+    """Raise UserError if what the adapter holds does not fit this base, or was trained on another one."""
+    weights, problems = base.weights, []
     for name, (a, b, _) in updates.items():
         if name not in weights.tensors:
-            problems.append(f"changes {name}, which the base does not have")
+            problems.append(f"{adapter}: changes {name}, which the base does not have")
         elif (shape := (b.shape[0], a.shape[1])) != weights.tensors[name][0]:
-            problems.append(f"changes {name} as a matrix of {shape}, the base has {weights.tensors[name][0]}")
-    return problems
-
-
-def refuse_second_merge(base: ModelDirectory, adapter: Path):
-    """Raise UserError if `base` is the result of a merge, unless the adapter was trained on it.
-
-    That an adapter was trained on a merged model shows in its settings, which name the base.
-    """
-    if merge := base.settings.get("merged_adapter"):
-        trained_on = read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "another model"
-        if merge["sha256"] == digest(adapter):
-            raise UserError(f"{base.path}: has this adapter merged into it already: name the base, {merge['base']}")
-        if Path(trained_on).name != base.path.resolve().name:
-            raise UserError(
-                f"{base.path}: is itself merged; name the base that the adapter was trained on, {trained_on}"
+            problems.append(
+                f"{adapter}: changes {name} as a matrix of {shape}, the base has {weights.tensors[name][0]}"
             )
+    if problems:
+        raise UserError(*few(problems))
+    refuse_other_base(base, adapter)
+
+
+def refuse_other_base(base: ModelDirectory, adapter: Path):
+    """Raise UserError if the adapter was trained on other weights than those of `base`, or is merged into them already.
+
+    Adapters of other programs do not record their base's weights. Where its name differs, a line says so.
+    """
+    name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path"))
+    merge, trained_on = base.settings.get("merged_adapter"), training_record(adapter).get("base")
+    remedy = f"name the base that it was trained on, called {name} then"
+    if isinstance(merge, dict) and merge.get("sha256") == digest(adapter):
+        raise UserError(f"{base.path}: has this adapter merged into it already: {remedy}")
+    if trained_on not in (None, base.fingerprint):
+        raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")
+    if trained_on is None and Path(name).name != base.path.resolve().name:
+        if merge:
+            raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
+        print(
+            f"warning: {adapter}: names {name} as its base; nothing in it tells whether {base.path} has the same weights"
+        )

@@ -9,9 +9,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from support.adapter import misfits, read_adapter, refuse_second_merge
+from support.adapter import read_adapter, refuse_misfit
 from support.engine import Engine
-from support.errors import UserError, few, out_of_memory
+from support.errors import UserError, out_of_memory
 from support.model_directory import ModelDirectory, load_adapter
 
 MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
@@ -32,9 +32,7 @@ class Candidate(NamedTuple):
             return self.engine.check()
         self.directory.check(four_bit)
         if self.adapter:
-            refuse_second_merge(self.directory, self.adapter)
-            if problems := misfits(self.directory.weights, read_adapter(self.adapter)):
-                raise UserError(*few([f"{self.adapter}: {problem}" for problem in problems]))
+            refuse_misfit(self.directory, self.adapter, read_adapter(self.adapter))
 
 
 def name_candidates(args) -> list[Candidate]:

@@ -64,20 +64,39 @@ def entry_point(main):
             speaks |= isinstance(error, OneProcessError)
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # as shells report Ctrl-C
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            problems, speaks = [f"too little memory is free: {first_line(error)}"], True
         except ImportError as error:
             problems = [import_problem(error)]
-        except OSError as error:  # disk full, permission, a directory where a file should be, …
-            where = f"{error.filename}: " if error.filename else ""
-            problems = [f"{where}{error.strerror or error}"]
+        except Exception as error:
+            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+            if out_of_memory(error):
+                problems, speaks = [f"too little memory is free: {where}{first_line(error)}"], True
+            elif isinstance(error, OSError):  # disk full, permission, a directory where a file should be, …
+                problems = [f"{where}{error.strerror or error}"]
+            else:
+                raise
         for problem in problems if speaks else []:
             print("error:", " ".join(problem.split("\n")), file=sys.stderr)
         raise SystemExit(2)
 
     return wrapper
+
+
+@contextmanager
+def blaming(what: str):
+    """Around what libraries do with a user's file: any error they raise becomes the UserError "{what}: {reason}".
+
+    They share no narrower class: a damaged file fails anywhere in json, torch, pickle, safetensors or transformers.
+
+    Raises: UserError; MemoryError for want of memory, for which no file is to blame.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise MemoryError(f"{what}: {first_line(error)}") from error
+        raise UserError(f"{what}: {error.__cause__ or error}") from error
 
 
 @contextmanager
@@ -108,7 +127,7 @@ def import_problem(error: ImportError) -> str:
 def out_of_memory(error: Exception) -> bool:
     """On a GPU torch has a class for it, told by its name since torch may not be imported; on the CPU only a text."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
+    return named or bool(re.search("out of memory|allocate memory|ALLOC_FAILED|bad_alloc", str(error)))
 
 
 def first_line(error: Exception) -> str:

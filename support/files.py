@@ -9,7 +9,8 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.errors import OneProcessError, UserError, first_line
+from support.errors import OneProcessError, UserError, first_line, out_of_memory
+from support.json_files import read_object
 
 CHECKPOINT = r"epoch-\d+-step-(\d+)"  # the name of an adapter, and of a state
 
@@ -57,7 +58,11 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OneProcessError(f"{path}: cannot be written: {first_line(error)}") from error
+        if out_of_memory(error):
+            raise MemoryError(f"{path} cannot be written: {first_line(error)}") from error
+        full = "No space left" in str(error) or free_bytes(Path(path)) < 1 << 20  # torch says only that it failed
+        reason = "the disk is full" if full else first_line(error)
+        raise OneProcessError(f"{path}: cannot be written: {reason}") from error
 
 
 def unwritable(directory) -> str | None:
@@ -180,17 +185,18 @@ def newest_state(output_dir) -> tuple[int, Path | None]:
     return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
 
 
-TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such field
+TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such fields
 
 
-def write_training(adapter: Path, load_in_4bit: bool):
-    """Record how the base was held while an adapter was trained."""
-    (adapter / TRAINING).write_text(json.dumps({"load_in_4bit": load_in_4bit}), encoding="utf-8")
+def write_training(adapter: Path, base: str, load_in_4bit: bool):
+    """Record on what an adapter was trained: the base's fingerprint, and whether it was held in four bits."""
+    (adapter / TRAINING).write_text(json.dumps({"base": base, "load_in_4bit": load_in_4bit}), encoding="utf-8")
 
 
-def trained_in_four_bits(adapter: Path) -> bool:
-    """Whether `write_training` has recorded so. Adapters of other programs have no such file."""
-    try:
-        return json.loads((adapter / TRAINING).read_text(encoding="utf-8"))["load_in_4bit"] is True
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+def training_record(adapter: Path) -> dict:
+    """What `write_training` has recorded; {} for the adapters of other programs, which have no such file.
+
+    Raises: UserError.
+    """
+    path = adapter / TRAINING
+    return read_object(path) if path.exists() else {}

@@ -20,7 +20,7 @@ import numpy as np
 
 from support.errors import Problems
 from support.intervals import compared
-from support.json_files import parse_object, read_text, text_problem
+from support.json_files import read_records, text_problem
 from support.samples import as_sample
 from support.tables import Section
 
@@ -85,20 +85,16 @@ class InRoleScores(NamedTuple):
 
 
 def read_attacks(path: Path) -> list[dict]:
-    """The attacks and boundary questions of a file, JSON lines. Raises: UserError with all that is wrong."""
+    """The attacks and boundary questions of a file. Raises: UserError with all that is wrong."""
     attacks = []
     with Problems() as problems:
-        lines = (problems.of(read_text, path) or "").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                attacks.append(problems.of(as_attack, line, path, number))
+        for place, record in read_records(path, problems):
+            attacks.append(problems.of(as_attack, record, place))
     return attacks
 
 
-def as_attack(line: str, path: Path, number: int) -> dict:
+def as_attack(record: dict, place: str) -> dict:
     """Raises: UserError."""
-    place = f"{path}:{number}"
-    record = parse_object(line, path, number)
     with Problems() as problems:
         texts = ["kind", "in_character", "modern"] if record.get("kind") == "boundary" else ["kind"]
         problems += [f'{place}: "{text}" {problem}' for text in texts if (problem := text_problem(record.get(text)))]

@@ -2,12 +2,36 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.errors import UserError
 
 NOT_UTF8 = "is not UTF-8: save the file in that encoding"
+RECORD_KEYS = {"messages", "conversations", "prompt", "response", "instruction", "output", "question", "generated"}
+LFS_POINTER = "is a Git-LFS pointer, not the file itself: fetch it with git lfs pull"
+PNG = "is a PNG image, where a text is needed"
+KINDS = {  # how a file begins → what it is
+    b"version https://git-lfs": LFS_POINTER,
+    b"\x89PNG": PNG,
+    b"\xff\xd8\xff": "is a JPEG image, where a text is needed",
+    b"%PDF": "is a PDF document: save its text as UTF-8",
+    b"PAR1": "is a Parquet file: write its rows as JSON lines, with pandas, say",
+    b"\x1f\x8b": "is compressed by gzip: unpack it with gunzip",
+    b"PK\x03\x04": "is a zip archive, as .xlsx and .docx are: save what is in it as text in UTF-8",
+    b"\xd0\xcf\x11\xe0": "is an old Office file, such as .xls: save what is in it as text in UTF-8",
+    b"\xff\xfe": "is UTF-16: save the file as UTF-8",
+    b"\xfe\xff": "is UTF-16: save the file as UTF-8",
+}
+
+
+def kind_of_file(path: str | Path) -> str | None:
+    """What a file is that was taken for a text, or for a tokenizer or weights, as far as its first bytes tell."""
+    with open(path, "rb") as file:
+        beginning = file.read(32)
+    return next((kind for magic, kind in KINDS.items() if beginning.startswith(magic)), None)
 
 
 def text_problem(value) -> str | None:
@@ -21,21 +45,108 @@ def text_problem(value) -> str | None:
     return None
 
 
+def filled(record: dict) -> dict:
+    """A record without the keys that hold nothing: null, "" and [] count as absent."""
+    return {key: value for key, value in record.items() if value not in (None, "", [])}
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path}: {error.strerror}: correct the path, or fetch RoleBench with data_helper.py --download")
+
+
+def composed(name: str) -> str:
+    """A role's name with each letter and its accents as one character: as two, it looks the same and is another string."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_text(path: str | Path, may_be_empty: bool = False) -> str:
-    """Read a UTF-8 file. Raises: UserError, where it is empty too unless it may be."""
+    """Read a UTF-8 file, with or without a byte-order mark. Raises: UserError, where it is empty too unless it may be."""
     try:
+        if kind := kind_of_file(path):
+            raise UserError(f"{path}: {kind}")
         data = Path(path).read_bytes()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}: correct the path, or fetch RoleBench with data_helper.py --download"
-        ) from None
+        raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: {NOT_UTF8}") from None
     if not text.strip() and not may_be_empty:
         raise UserError(f"{path}: is empty: fill it, or delete it and fetch RoleBench with data_helper.py --download")
     return text
+
+
+def read_records(path: str | Path, problems: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield (place, object) of a file of JSON lines, read as they come, or of one JSON array, which has to fit into memory.
+
+    Args:
+        problems: takes what is wrong with records, which are then left out.
+    Raises:
+        UserError: the file is something else; without `problems`, at the first record that is no object.
+    """
+    try:
+        file = open(path, encoding="utf-8-sig", errors="surrogateescape")  # a wrong byte is found in its line
+    except OSError as error:
+        raise unreadable(path, error) from None
+    with file:
+        beginning = next((line for line in file if line.strip()), "").strip()
+        is_array = beginning.startswith("[")
+        if not is_array and not is_record(beginning):
+            refuse_other_shape(path)
+        file.seek(0)
+        records = file
+        if is_array:
+            try:
+                records = parse_object('{"records": ' + file.read() + "}", path)["records"]
+            except UserError:
+                refuse_other_shape(path)
+                raise
+        for number, record in enumerate(records, start=1):
+            place = f"{path}: sample {number}" if is_array else f"{path}:{number}"
+            try:
+                if not is_array and record.strip():
+                    yield place, parse_object(record.rstrip("\n"), path, number)
+                elif isinstance(record, dict):
+                    yield place, record
+                elif is_array:
+                    raise UserError(f'{place}: is not a JSON object {{"…": …}}: correct or remove it')
+            except UserError as error:
+                if problems is None:
+                    raise
+                problems += error.problems
+
+
+def is_record(line: str) -> bool:
+    """False where a line is no JSON object, or one that holds the records in a list of its own."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(RECORD_KEYS & value.keys() or not any(map(is_table, value.values())))
+
+
+def is_table(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def refuse_other_shape(path: str | Path):
+    """Raise UserError if the file is no text, or holds JSON neither one object a line nor in one array."""
+    if kind := kind_of_file(path):
+        raise UserError(f"{path}: {kind}")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace").lstrip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return  # told in the line where it is wrong
+    more, shape = text[end:].strip(), None
+    if isinstance(value, list) and more:
+        shape = "has several arrays"
+    elif isinstance(value, dict) and "\n" in text[:end]:
+        shape = "has an object over several lines"
+    elif isinstance(value, dict) and not more:
+        shape = "has its records within an object"
+    if shape:
+        raise UserError(f"{path}: {shape}: write one object a line, or one array of objects")
 
 
 def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
@@ -50,10 +161,11 @@ def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
     if wrong := re.search("[\udc80-\udcff]", text):  # a byte that is not UTF-8, as errors="surrogateescape" reads it
         raise UserError(f"{path}:{line + text.count(chr(10), 0, wrong.start())}: {NOT_UTF8}")
     try:
-        if text.startswith("\ufeff"):
-            raise ValueError("the file begins with a byte-order mark; save it as UTF-8 without BOM")
-        # Numbers are of no use here, and as floats they may have any number of digits.
-        value = json.loads(text, parse_int=float, object_pairs_hook=unique)
+        # Numbers are of no use here, and as floats they may have any number of digits. NaN is how pandas marks what is
+        # absent; a byte-order mark stands within a file where two were joined.
+        value = json.loads(
+            text.removeprefix("\ufeff"), parse_int=float, parse_constant=lambda _: None, object_pairs_hook=unique
+        )
         if not isinstance(value, dict):
             raise ValueError("it is another JSON value")
     except (ValueError, RecursionError) as error:
@@ -67,14 +179,14 @@ def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
 def read_object(path: str | Path, name: str | None = None) -> dict:
     """The JSON object in a file of settings, which errors call `name`, or by its path. Raises: UserError."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=machine_integer)
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_int=machine_integer)
         if isinstance(value, dict):
             return value
         reason = "must be one JSON object: write or fetch it again"
     except OSError as error:
         reason = f"is missing or cannot be read ({error.strerror}): correct the path, or fetch the file"
     except (ValueError, RecursionError) as error:  # not UTF-8, too
-        reason = f"is not JSON ({error}): write or fetch it again"
+        reason = kind_of_file(path) or f"is not JSON ({error}): write or fetch it again"
     raise UserError(f"{name or path}: {reason}")
 
 

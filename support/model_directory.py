@@ -3,6 +3,7 @@
 Reading and writing weights holds one shard at a time in memory.
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -21,9 +22,10 @@ from transformers.utils import logging
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
 from support.comparison import cache_error
-from support.errors import Problems, UserError, few, out_of_memory
+from support.errors import Problems, UserError, blaming, few, first_line, out_of_memory
+from support.files import writing
 from support.four_bit import check_four_bit, keep_as_loaded, loading
-from support.json_files import read_object
+from support.json_files import LFS_POINTER, kind_of_file, read_object
 from support.processes import refuse_unusable_gpu, set_up_cuda
 
 WEIGHT_FILES = (
@@ -32,6 +34,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+NEEDED = {  # and where to get it
+    "config.json": "",
+    "generation_config.json": ": take the one of Baichuan2-7B-Chat, which says which tokens open a turn: "
+    '"user_token_id": 195, "assistant_token_id": 196',
+    "tokenizer.model": "",
+}
+ROTARY = {  # settings of other models of this type → the only value that is computed here, besides null
+    "rope_theta": 10_000,
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000},
+    "position_embedding": None,
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
@@ -59,30 +73,47 @@ class ModelDirectory:
         if (self.path / "adapter_config.json").exists():
             remedy = "merge it into its base with merge_params.py first, or name the base here and it as --adapter_path"
             raise UserError(f"{self.path}: is an adapter: {remedy}")
-        names = ("config.json", "generation_config.json", "tokenizer.model")
         with Problems() as problems:
-            problems += [f"{self.path}: {name} is missing" for name in names if not (self.path / name).is_file()]
+            if (self.path / "config.json").is_file():
+                problems.of(self.refuse_other_models, or_llama)
+        with Problems() as problems:
+            for name, remedy in NEEDED.items():
+                if not (self.path / name).is_file():
+                    problems.append(f"{self.path}: {name} is missing{remedy}")
             weights = problems.of(lambda: self.weights)
-        if (kind := self.settings.get("model_type")) != "baichuan" and not (or_llama and kind == "llama"):
-            raise UserError(
-                f"{self.path}: is a model of the type {kind}: name a Baichuan2 model; other engines and predict.py "
-                "--engine take a LLaMA export"
-            )
         config, _ = self.config, self.tokenizer
         if config.num_hidden_layers > len(weights.tensors):  # even without values, many layers take memory
             raise UserError(
                 f"{self.path}/config.json: asks for {config.num_hidden_layers} layers, the weights have fewer"
             )
-        try:
-            with torch.device("meta"):  # shapes without values: a damaged file may ask for more than the memory holds
-                model = self._kind(config)
-        except Exception as error:  # sizes that do not go together fail anywhere in torch and transformers
-            raise UserError(f"{self.path}/config.json: no model can be built from it: {error}") from error
+        # Shapes without values: a damaged file may ask for more than the memory holds.
+        with blaming(f"{self.path}/config.json: no model can be built from it"), torch.device("meta"):
+            model = self._kind(config)
         if misfits := weights.problems(model):
             raise UserError(*few([f"{self.path}: {problem}" for problem in misfits]))
         if four_bit:
             check_four_bit(self)
         return self
+
+    def refuse_other_models(self, or_llama: bool = False):
+        """Raise UserError where config.json is of a model that would be computed wrongly, though its tensors may fit."""
+        settings, published = self.settings, "take Baichuan2-7B-Chat, as it was published"
+        sizes = [settings.get(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+        if (kind := settings.get("model_type")) == "llama" and or_llama:
+            return
+        if kind != "baichuan":
+            problem = f"is a model of the type {kind}: name a Baichuan2 model; other engines and predict.py --engine take a LLaMA export"
+        elif settings.get("quantization_config"):
+            problem = f"is quantised: {published}; --load_in_4bit quantises it here"
+        elif settings.get("vocab_size") == 64_000 or settings.get("architectures") == ["BaiChuanForCausalLM"]:
+            problem = f"is Baichuan 1, which has another tokenizer and another head: {published}"
+        elif sizes == [5120, 40, 40] or "max_position_embeddings" not in settings:
+            problem = f"is Baichuan 13B, whose attention has ALiBi in place of rotary positions: {published}"
+        elif other := [name for name in ROTARY if settings.get(name) not in (None, ROTARY[name])]:
+            problem = f"has {other[0]} {settings[other[0]]}, which is not computed here: {published}"
+        else:
+            return
+        raise UserError(f"{self.path}: {problem}")
 
     @cached_property
     def settings(self) -> dict:
@@ -95,21 +126,22 @@ class ModelDirectory:
 
     @cached_property
     def config(self) -> BaichuanConfig | LlamaConfig:
+        self.refuse_other_models(or_llama=True)
         kind = self._kind.config_class
-        try:
+        with blaming(f"{self.path}/config.json: is no {kind.__name__}"):
             return kind.from_pretrained(self.path)
-        except Exception as error:  # json, transformers and its checks of types each have their own
-            reason = error.__cause__ or error
-            raise UserError(f"{self.path}/config.json: is no {kind.__name__}: {reason}") from error
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
         path = self.path / "generation_config.json"
-        try:
+        with blaming(str(path)):
             config = GenerationConfig.from_pretrained(self.path)
             turn_markers(config)
-        except Exception as error:  # json's, transformers' or ours
-            raise UserError(f"{path}: {error}") from error
+        if config.temperature == 0:  # how other programs say greedy; transformers divides by it
+            config.update(do_sample=False, temperature=1.0)
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if isinstance(value := getattr(config, name), int):  # transformers would refuse a 2
+                setattr(config, name, float(value))
         for name, value in vars(config).items():
             if name.endswith("_token_id") and value is not None:
                 ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
@@ -120,7 +152,9 @@ class ModelDirectory:
     @cached_property
     def tokenizer(self) -> BaichuanTokenizer:
         markers, vocab_size = turn_markers(self.generation_config), self.config.vocab_size
-        try:
+        if (kind := kind_of_file(self.path / "tokenizer.model")) == LFS_POINTER:
+            raise UserError(f"{self.path}/tokenizer.model: {kind}")
+        with blaming(f"{self.path}: the tokenizer cannot be loaded"):
             tokenizer = BaichuanTokenizer.from_pretrained(self.path)
             if not tokenizer.text_to_ids("。") or not isinstance(tokenizer.init_kwargs.get("auto_map", {}), dict):
                 raise ValueError("a file is damaged")
@@ -129,13 +163,28 @@ class ModelDirectory:
                 raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
             if len(tokenizer) != vocab_size:
                 raise ValueError(f"it has {len(tokenizer)} tokens, config.json says {vocab_size}")
-        except Exception as error:  # SentencePiece, protobuf, json and transformers each have their own
-            raise UserError(f"{self.path}: the tokenizer cannot be loaded: {error}") from error
         return tokenizer
 
     @cached_property
     def weights(self) -> "Weights":
         return Weights(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what the model computes: the settings that no tensor shows, and some values of every tensor, megabytes in all.
+
+        It is the same wherever the directory lies, and in however many files, in whichever layout its weights are.
+        """
+        config, found = self.config, hashlib.sha256()
+        found.update(f"{config.num_attention_heads} {config.hidden_act} {float(config.rms_norm_eps)}".encode())
+        values = {}
+        for name, tensor in self.weights:
+            runs = tensor.flatten().unfold(0, min(32, tensor.numel()), 1)  # a view: all runs of so many neighbours
+            some = runs[torch.linspace(0, len(runs) - 1, 8).long()]
+            values[name] = f"{name} {tuple(tensor.shape)}".encode() + some.float().numpy().tobytes()
+        for name in sorted(values):
+            found.update(values[name])
+        return found.hexdigest()[:16]
 
     def load(
         self,
@@ -151,14 +200,10 @@ class ModelDirectory:
         logging.set_verbosity_error()  # it would print a table of tensors that do not fit; the check has named them
         dtype = dtype or self.weights.dtype
         four_bit = loading(dtype, four_bit_on) if four_bit_on else {}
-        try:
+        with blaming(f"{self.path}: the model cannot be loaded"):
             model = self._kind.from_pretrained(
                 self.path, dtype=dtype, attn_implementation=attn_implementation, **four_bit
             )
-        except Exception as error:  # a broken file fails in torch, safetensors, pickle, json or transformers
-            if out_of_memory(error):
-                raise
-            raise UserError(f"{self.path}: the model cannot be loaded: {error}") from error
         keep_as_loaded(model)
         model.generation_config = deepcopy(self.generation_config)
         return model
@@ -190,12 +235,9 @@ class ModelDirectory:
         training = model.training
         model.eval()
         try:
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            error = cache_error(model, prompts, self.tokenizer.pad_token_id)
-        except Exception as failure:  # any, as deep as the setting is used
-            if out_of_memory(failure):
-                raise
-            raise UserError(f"{path}: no answer can be generated with its weights and settings: {failure}") from failure
+            with blaming(f"{path}: no answer can be generated with its weights and settings"):
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+                error = cache_error(model, prompts, self.tokenizer.pad_token_id)
         finally:
             model.train(training)
         if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 4e-6 and 0.03; 1.5 without a cache
@@ -208,16 +250,12 @@ class ModelDirectory:
 
 def load_adapter(model, directory) -> PeftModel:
     """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
-    try:
+    with blaming(f"{directory}: the adapter cannot be loaded"):
         # Only layers whose values are in the file take memory, not those that a damaged setting asks for.
         # PEFT would first put them on the first GPU, wherever the model is.
         adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True, torch_device=str(model.device))
         if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ValueError(f"{lacking[0]} is missing")
-    except Exception as error:  # a damaged file, or one for a model of another shape: PEFT has no class for it
-        if out_of_memory(error):
-            raise
-        raise UserError(f"{directory}: the adapter cannot be loaded: {error}") from error
     return adapter
 
 
@@ -285,16 +323,17 @@ class Weights:
 
     def problems(self, model: torch.nn.Module) -> list[str]:
         """How the tensors differ from those of `model`, which may be on the meta device."""
+        odd = [(name, dtype) for name, (_, dtype) in self.tensors.items() if dtype not in DTYPES]
+        if odd:  # of quantised weights all names and shapes are others, too
+            return [f"{odd[0][0]} is {odd[0][1]}: take weights in float32, float16 or bfloat16, not quantised ones"]
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         problems = [f"the weights lack {name}" for name in expected if name not in self.tensors]
         problems += [
             f"the weights hold {name}, which the model has not" for name in self.tensors if name not in expected
         ]
-        for name, (shape, dtype) in self.tensors.items():
+        for name, (shape, _) in self.tensors.items():
             if shape != expected.get(name, shape):
                 problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
-            elif dtype not in DTYPES:
-                problems.append(f"{name} is {dtype}: take weights in float32, float16 or bfloat16, not quantised ones")
         return problems
 
 
@@ -304,6 +343,8 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is missing or damaged, or a pickle that asks for more than tensors, and so may run code.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: is missing: fetch it with the other files of the directory")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -313,14 +354,16 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(tensors, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             return tensors
         reason = "holds other things than named tensors: get the weights as safetensors"
-    except FileNotFoundError:
-        reason = "is missing: fetch it with the other files of the directory"
     except OSError:
         raise
     except Exception as error:  # what a damaged file does to torch, pickle and safetensors has no common class
+        if out_of_memory(error):
+            raise MemoryError(f"{path}: {first_line(error)}") from error
         reason = "is damaged or incomplete: fetch or write it again"
         if "unsupported global" in str(error).lower():  # torch's word for a function or class the pickle names
             reason = "is a pickle that asks for more than tensors, and may run code: get the weights as safetensors"
+        if (kind := kind_of_file(path)) == LFS_POINTER:
+            reason = kind
     raise UserError(f"{path}: {reason}")
 
 
@@ -335,10 +378,8 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
 
     def write_shard():
         file = directory / f"shard-{len(files)}"
-        try:
+        with writing(directory.parent):
             save_file(shard, file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"{directory.parent}: cannot write {size / 1e9:.3g} GB of weights: {error}") from None
         files.append((file, list(shard)))
 
     for name, tensor in tensors:

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse
 from support.errors import UserError
 
 TEXTS = json.loads(Path(__file__).with_name("page_texts.json").read_text(encoding="utf-8"))  # language → key → text
-MAX_NAME, MAX_DESCRIPTION, MAX_QUESTION, MAX_ANSWER = 40, 2000, 8000, 20_000  # characters
+MAX_QUESTION, MAX_ANSWER = 8000, 20_000  # characters
 MAX_MESSAGES = 400  # of a conversation; the model reads as many of the last as fit its context
 MAX_BODY = 1 << 20  # bytes of a request
 BODY_SECONDS, SEND_SECONDS = 15, 30  # that a browser may take to send a request, and to take a piece of an answer

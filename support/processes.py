@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import signal
+import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from support.errors import OneProcessError, UserError, out_of_memory
+from support.errors import OneProcessError, UserError, first_line, out_of_memory
 
 
 def place() -> tuple[int, int]:
@@ -32,11 +33,14 @@ def refuse_unusable_gpu():
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the GPU is hidden on purpose
         return
+    remedy = "to compute on the CPU, set DS_ACCELERATOR=cpu in the environment"  # of which the launcher has no opinion
     if torch.version.cuda is None:
-        raise UserError("there is an NVIDIA GPU, and this torch was built without CUDA: install torch with CUDA")
+        raise UserError(
+            f"there is an NVIDIA GPU, and this torch was built without CUDA: install torch with CUDA; {remedy}"
+        )
     raise UserError(
         f"there is an NVIDIA GPU, and CUDA {torch.version.cuda} of this torch cannot use it: update the driver (580 or "
-        "newer for CUDA 13) or look at CUDA_VISIBLE_DEVICES; CUDA_VISIBLE_DEVICES=-1 computes on the CPU"
+        f"newer for CUDA 13) or look at CUDA_VISIBLE_DEVICES; {remedy}"
     )
 
 
@@ -111,6 +115,28 @@ def precision(config: dict) -> torch.dtype:
     if config.get("bf16", {}).get("enabled"):
         return torch.bfloat16
     return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
+
+
+@contextmanager
+def blaming_configuration(ds_file):
+    """Around DeepSpeed's start: what it raises over its configuration becomes a UserError; a defect stays what it is.
+
+    DeepSpeed has no class for the former. They come from where it reads the file and makes the optimizer that the file
+    names; and an assertion of its own is how it refuses a combination.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        asserted = isinstance(error, AssertionError) and "deepspeed" in frames[-1].filename
+        configuring = any(
+            re.search(r"deepspeed/.*config[^/]*\.py$", frame.filename)
+            or frame.name in ("_configure_basic_optimizer", "_do_sanity_check")
+            for frame in frames
+        )
+        if not (asserted or configuring):
+            raise
+        raise UserError(f"{ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 
 
 def refuse_differences(identity: dict):

@@ -2,12 +2,15 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
+from support.cards import card_fields, card_profile, read_card
 from support.errors import UserError
-from support.json_files import parse_object, read_text, text_problem
+from support.json_files import PNG, composed, filled, kind_of_file, parse_object, read_text, text_problem
 
 SAMPLE = Path(__file__).parent.parent / "data/sample/profiles-zh_desc.json"
+MAX_NAME, MAX_DESCRIPTION = 100, 8000  # characters, for training and for the chat page alike
 
 
 def read_characters(path: str | Path) -> dict[str, dict]:
@@ -16,33 +19,63 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     In the file a profile is its description, or an object with "description" and any of the other fields: the first
     words of the role, questions to begin with, an image beside the file, other names that people call the role.
     Those not given are "", [], "" and []. A role that is its description alone, as in RoleBench's file, goes by the
-    other names that the sample's file has for it. Raises: UserError with every problem of the file.
+    other names that the sample's file has for it. A profile may also be a character card, and so may the whole file.
+
+    Raises: UserError with every problem of the file.
     """
-    text = read_text(path)
-    profiles = parse_object(text, path)
+    card = read_card(path)
+    text = "" if card else read_text(path)
+    profiles = {card["name"]: card} if card else parse_object(text, path)
     problems = [] if profiles else [f'{path}:1: holds no role: write {{"role": "profile"}}']
     known = json.loads(SAMPLE.read_text(encoding="utf-8"))
     characters = {}
-    for role, profile in profiles.items():
-        key = re.search(re.escape(json.dumps(role, ensure_ascii=False)) + r"\s*:", text)
-        line = text.count("\n", 0, key.start()) + 1 if key else 1
-        given = profile
-        if not isinstance(profile, dict):
-            given = {"description": profile, "names": known.get(role, {}).get("names", [])}
-        characters[role] = {"description": None, "greeting": "", "questions": [], "portrait": "", "names": []} | given
-        found = {"the role": text_problem(role)}
+    for key, profile in profiles.items():
+        place = re.search(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
+        line = text.count("\n", 0, place.start()) + 1 if place else 1
+        role = composed(key)
+        given = {"description": profile, "names": known.get(role, {}).get("names", [])}
+        if isinstance(profile, dict):
+            fields = card_fields(profile)
+            given = card_profile(fields, role) if fields else filled(profile)
+        given = {field: with_plain_line_ends(value) for field, value in given.items()}
+        found = {"the role": text_problem(role) or length_problem(role, MAX_NAME)}
+        if role in characters:
+            found["the role"] = "occurs twice, in two forms of Unicode: remove one"
         for field, value in given.items() if "description" in given else [("description", None)]:
             what = "the profile of" if field == "description" else f"{field} in the profile of"
             found[what] = field_problem(field, value)
         problems += [f"{path}:{line}: {what} {role[:20]!r} {problem}" for what, problem in found.items() if problem]
+        portrait = Path(path).name if card and kind_of_file(path) == PNG else ""  # the image that carries the card
+        characters[role] = {
+            "description": None,
+            "greeting": "",
+            "questions": [],
+            "portrait": portrait,
+            "names": [],
+        } | given
     if problems:
         raise UserError(*problems)
     return characters
 
 
+def with_plain_line_ends(value):
+    r"""Line ends as a browser sends them, \n, of whatever kind they are: else a role is asked in other words than trained."""
+    if isinstance(value, list):
+        return [with_plain_line_ends(part) for part in value]
+    return re.sub("\r\n|[\r\v\f\x85\u2028\u2029]", "\n", value) if isinstance(value, str) else value
+
+
+def length_problem(text: str, most: int) -> str | None:
+    if len(text) > most:
+        return f"has {len(text):,} characters, at most {most:,} are allowed: shorten it"
+    if control := next((c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"), None):
+        return f"holds the control character U+{ord(control):04X}: remove it"
+    return None
+
+
 def field_problem(field: str, value) -> str | None:
     if field in ("description", "greeting", "portrait"):
-        return text_problem(value)
+        return text_problem(value) or length_problem(value, MAX_DESCRIPTION)
     if field not in ("questions", "names"):
         return "is no field of it: remove it"
     if not isinstance(value, list):

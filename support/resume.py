@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from support.best import Best
-from support.errors import OneProcessError, UserError, first_line
+from support.errors import OneProcessError, UserError, first_line, out_of_memory
 from support.files import checkpoints, newest_state, put_on_disk, remove_directory, rename_directory, writing
+from support.json_files import read_object
 from support.processes import place, refuse_differences
 
 
@@ -54,8 +55,11 @@ def claim(output_dir: Path):
         raise OneProcessError(f"{output_dir}: is not the directory that the first host writes to; {remedy}")
 
 
-def run_identity(args, train_data, dtype: torch.dtype) -> dict:
-    """All that decides the result of a run to the last bit. What only decides its speed is left out."""
+def run_identity(args, base: str, train_data, dtype: torch.dtype) -> dict:
+    """All that decides the result of a run to the last bit. What only decides its speed is left out.
+
+    base: the fingerprint of the base model.
+    """
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
     flags += ("load_in_4bit",)
@@ -63,18 +67,18 @@ def run_identity(args, train_data, dtype: torch.dtype) -> dict:
         "training data": digest(
             train_data.ids, train_data.persona, train_data.starts, train_data.turns, str(train_data.personas)
         ),
-        "base model": model_digest(args.model_name_or_path),
+        "base model": base,
         "processes": place()[1],
-        "DeepSpeed configuration": digest(json.dumps(json.loads(Path(args.ds_file).read_text()), sort_keys=True)),
+        "DeepSpeed configuration": digest(json.dumps(read_object(args.ds_file), sort_keys=True)),
         "precision": str(dtype),
         **{f"--{name}": getattr(args, name) for name in flags},
     }
 
 
-def find_state(args, train_data, dtype: torch.dtype) -> tuple[int, Path | None, dict]:
+def find_state(args, base: str, train_data, dtype: torch.dtype) -> tuple[int, Path | None, dict]:
     """(steps done, the state to go on from, what the run is). Raises: UserError where hosts or states differ."""
     done, state = newest_state(args.output_dir)
-    identity = run_identity(args, train_data, dtype)
+    identity = run_identity(args, base, train_data, dtype)
     refuse_differences(identity | {"the state in --output_dir": done})
     run = read_run(state, identity) if state else {"identity": identity, "losses": [], "best": None}
     return done, state, run
@@ -138,6 +142,8 @@ def load_state(engine, state: Path):
         engine.lr_scheduler.load_state_dict(saved["schedule"])
         vars(engine.optimizer.loss_scaler).update(saved["loss scale"])
     except Exception as error:  # what a damaged file does to torch, pickle and DeepSpeed has no common class
+        if out_of_memory(error):
+            raise
         raise OneProcessError(f"{path}: is damaged, or no state of this run: {first_line(error)}") from error
 
 
@@ -159,14 +165,3 @@ def digest(*parts) -> str:
     for part in parts:
         found.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
     return found.hexdigest()[:16]
-
-
-def model_digest(directory) -> str:
-    """A fingerprint of a model directory that reads megabytes, not gigabytes: config, sizes, both ends of the weights."""
-    parts = [(Path(directory) / "config.json").read_bytes()]
-    for path in sorted([*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]):
-        with open(path, "rb") as file:
-            parts += [f"{path.name} {path.stat().st_size}", file.read(1 << 20)]
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            parts.append(file.read())
-    return digest(*parts)

@@ -78,10 +78,11 @@ def commit() -> str | None:
         return None
 
 
-def broken(args, steps, step: int, what: str) -> UserError:
-    """Why the run cannot go on, and what a user can do."""
-    numbers = ", ".join(map(str, steps.data.numbers[steps.samples(step - 1)]))
+def broken(args, what: str, steps=None, step: int = 0) -> UserError:
+    """Why the run cannot go on, and what a user can do. steps, step: those of the training that went wrong."""
+    numbers = steps.data.numbers[steps.samples(step - 1)] if steps else []
+    told = f", with samples {', '.join(map(str, numbers))}; look at them" if steps else ""
     return UserError(
-        f"{args.train_path}: {what}, with samples {numbers}; look at them, lower --learning_rate or train in "
-        f"another precision. {newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
+        f"{what}{told}; lower --learning_rate or train in another precision. "
+        f"{newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
     )

@@ -14,12 +14,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from support.errors import Problems, UserError
-from support.json_files import parse_object, read_text, text_problem
+from support.json_files import composed, filled, read_records, text_problem
 
-FORMS = (  # key of the turns, of a turn's speaker and of its text
-    ("messages", "role", "content"),
-    ("conversations", "from", "value"),
-)
 SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
@@ -33,39 +29,30 @@ def read_samples(path: str | Path, merged: Counter | None = None, problems: list
         merged: joins neighbouring turns of one speaker, and counts under "turns" what it joined.
         problems: takes what is wrong with samples, which are then left out.
     Raises:
-        UserError: without `problems`, at the first that is no sample.
+        UserError: the file is something else; without `problems`, at the first that is no sample.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # a wrong byte is found in its line
-        array = next((letter for letter in iter(lambda: file.read(1), "") if not letter.isspace()), "") == "["
-        file.seek(0)
-        records = parse_object('{"samples": ' + file.read() + "}", path)["samples"] if array else file
-        for number, record in enumerate(records, start=1):
-            try:
-                if array:
-                    sample = as_sample(record, f"{path}: sample {number}", merged)
-                elif record.strip():
-                    sample = as_sample(parse_object(record.rstrip("\n"), path, number), f"{path}:{number}", merged)
-                else:
-                    continue
-            except UserError as error:
-                if problems is None:
-                    raise
-                problems += error.problems
-            else:
-                yield sample
+    for place, record in read_records(path, problems):
+        try:
+            sample = as_sample(record, place, merged)
+        except UserError as error:
+            if problems is None:
+                raise
+            problems += error.problems
+        else:
+            yield sample
 
 
-def as_sample(record, place: str, merged: Counter | None = None) -> dict:
+def as_sample(record: dict, place: str, merged: Counter | None = None) -> dict:
     """Check one record and give it the keys that `read_samples` describes. Raises: UserError, which names the place."""
-    if not isinstance(record, dict):
-        raise UserError(f'{place}: is not a JSON object: write {{"system": …, "messages": […]}}')
+    record = filled(record)
     system, turns = conversation_of(record, place) or question_of(record, place)
     if merged is not None:
         turns = merge_turns(turns, merged)
-    sample = {"role": value_of(record, "role", ""), "system": system}
+    sample = {"role": record.get("role", ""), "system": system}
     for key, text in sample.items():
         if text != "" and (problem := text_problem(text)):
             raise UserError(f'{place}: "{key}" {problem}')
+    sample["role"] = composed(sample["role"])
     check_turns(turns, place)
     sample["messages"] = turns
     if len(turns) == 2:
@@ -73,48 +60,51 @@ def as_sample(record, place: str, merged: Counter | None = None) -> dict:
     return sample
 
 
-def value_of(record: dict, key: str, otherwise):
-    """The value of a key that may be absent or null, as pandas writes what is not known."""
-    return otherwise if record.get(key) is None else record[key]
-
-
 def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
     """The system text and the two turns of a question with its answer. Raises: UserError.
 
     With the book's keys `instruction` is the system text; without an input, it is the question.
     """
-    if "instruction" in record and "system" in record:
-        raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
     if record.get("history"):
         raise UserError(f'{place}: "history" is not read: write its rounds and the last one as "messages"')
     if not {"prompt", "response", "instruction", "output"} & record.keys():
         raise UserError(f'{place}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
-    keys = ("instruction", "input", "output") if "output" in record else ("system", "prompt", "response")
+    keys = ("system", "prompt", "response")
+    if "instruction" in record or "output" in record:
+        keys = ("system", "instruction", "output")
+        if "input" in record:
+            keys = ("instruction" if "instruction" in record else "system", "input", "output")
+            if {"instruction", "system"} <= record.keys():
+                raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
     system, prompt, response = (record.get(key) for key in keys)
-    if "output" in record and not prompt:
-        system, prompt = "", system
-    for key, text in zip(keys, (system or "", prompt, response)):
-        if (problem := text_problem(text)) and not (key == keys[0] and text == ""):
+    for key, text in zip(keys, (system or "。", prompt, response)):  # there may be no system text
+        if problem := text_problem(text):
             raise UserError(f'{place}: "{key}" {problem}')
     return system or "", [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
     """The system text and the turns of a conversation; None where the record holds none. Raises: UserError."""
-    form = next((form for form in FORMS if form[0] in record), None)
-    if form is None:
+    keys = [key for key in ("messages", "conversations") if key in record]
+    if not keys:
         return None
-    key, speaker_key, text_key = form
-    if not isinstance(record[key], list) or not record[key]:
-        raise UserError(f'{place}: "{key}" is no list of turns: write [{{"{speaker_key}": …, "{text_key}": …}}, …]')
-    system, turns = value_of(record, "system", ""), []
-    for number, turn in enumerate(record[key], start=1):
+    if len(keys) == 2:
+        raise UserError(f'{place}: has both "messages" and "conversations": remove one')
+    if not isinstance(record[keys[0]], list):
+        raise UserError(f'{place}: "{keys[0]}" is no list of turns: write [{{"role": …, "content": …}}, …]')
+    system, turns = record.get("system", ""), []
+    for number, turn in enumerate(record[keys[0]], start=1):
         if not isinstance(turn, dict):
-            raise UserError(f'{place}: turn {number} is no object: write {{"{speaker_key}": …, "{text_key}": …}}')
+            raise UserError(f'{place}: turn {number} is no object: write {{"role": …, "content": …}}')
+        turn = filled(turn)
+        # The turn's own keys decide, not the name of the list.
+        sharegpt = "from" in turn and "role" not in turn
+        speaker_key = "from" if sharegpt else "role"
+        text_key = "value" if "content" not in turn and (sharegpt or "value" in turn) else "content"
         speaker, text = turn.get(speaker_key), turn.get(text_key)
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            known = "human, gpt or system" if key == "conversations" else "user, assistant or system"
+            known = "human, gpt or system" if sharegpt else "user, assistant or system"
             raise UserError(f'{place}: turn {number}: "{speaker_key}" is {str(speaker)[:20]!r}: write {known}')
         if problem := text_problem(text):
             raise UserError(f'{place}: turn {number}: "{text_key}" {problem}')
@@ -126,7 +116,7 @@ def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
             raise UserError(f'{place}: turn {number}: "train" is neither true nor false: correct or remove it')
         if role == "system":
             system = text
-        elif role == "assistant" and not (turns and turn.get("train", True) and value_of(turn, "weight", 1)):
+        elif role == "assistant" and not (turns and turn.get("train", True) and turn.get("weight", 1)):
             # OpenAI's weight 0 means the same; and a greeting answers nothing.
             turns.append({"role": role, "content": text, "train": False})
         else:
@@ -211,20 +201,14 @@ def read_rows(path: str | Path, characters: dict[str, dict] | None) -> list[dict
     Raises: UserError with every problem of every line.
     """
     rows, problems, strangers = [], Problems(), set()
-    text = read_text(path, may_be_empty=True)
-    if text.lstrip().startswith("["):
-        raise UserError(f"{path}: is a JSON array: write one object a line")
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028
-        if not line.strip():
-            continue
-        row = problems.of(parse_object, line, path, number)
-        if row is None:
-            continue
+    for place, row in read_records(path, problems):
         wrong, role = row_problems(row), row.get("role")
+        if not wrong:
+            role = row["role"] = composed(role)
         if not wrong and characters is not None and role not in characters and role not in strangers:
             strangers.add(role)  # told once a file, since a missing profile concerns hundreds of lines
             wrong = [f"the role {role[:20]!r} has no profile: correct the name, or add a profile to --desc_path"]
-        problems += [f"{path}:{number}: {problem}" for problem in wrong]
+        problems += [f"{place}: {problem}" for problem in wrong]
         rows.append(row)
     if problems:
         raise UserError(*problems)

@@ -14,7 +14,7 @@ import sys
 from io import BytesIO
 
 from support.arguments import ArgumentParser, number_problems
-from support.errors import UserError, entry_point, slow_imports
+from support.errors import UserError, blaming, entry_point, slow_imports
 from support.files import whole_directory, writing
 from support.samples import read_samples
 
@@ -46,7 +46,6 @@ def parse_args(argv=None):
 with slow_imports(parse_args, __name__):
     import sentencepiece
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import trange
     from transformers import GenerationConfig, set_seed
@@ -131,17 +130,13 @@ def main(argv=None):
     sentences = read_sentences(args.train_path)
     with whole_directory(args.save_dir) as directory:
         vocab_file = directory / "tokenizer.model"
-        try:
-            vocab_file.write_bytes(train_tokenizer(sentences, args.vocab_size))
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # SentencePiece: vocabulary larger than the text has pieces, and the like
-            raise UserError(f"--vocab_size {args.vocab_size}: {str(error).splitlines()[-1]}") from error
+        with blaming(f"--vocab_size {args.vocab_size}"):  # larger than the text has pieces, and the like
+            model = train_tokenizer(sentences, args.vocab_size)
+        vocab_file.write_bytes(model)
         tokenizer = BaichuanTokenizer(
             str(vocab_file), user_token_id=USER_TOKEN_ID, assistant_token_id=ASSISTANT_TOKEN_ID, model_max_length=4096
         )
-        try:
+        with blaming("--hidden_size, --num_hidden_layers"):
             config = BaichuanConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=args.hidden_size,
@@ -150,8 +145,6 @@ def main(argv=None):
                 num_attention_heads=max(1, args.hidden_size // 32),
                 stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.train_path}",
             )
-        except StrictDataclassError as error:
-            raise UserError(f"--hidden_size, --num_hidden_layers: {error.__cause__ or error}") from error
         model = BaichuanForCausalLM(config)
         model.generation_config = GenerationConfig(
             **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},

@@ -364,6 +364,18 @@ def test_a_model_that_exceeds_the_memory_is_refused_before_it_is_built(small, ru
     assert run.refused == 1
 
 
+@pytest.mark.parametrize("case", [TRAIN, MERGE, PREDICT, ASK], ids=lambda case: case[0])
+def test_another_model_of_the_type_is_refused_by_every_script(small, run, tmp_path, case):
+    """Baichuan 13B has no rotary positions, and its config.json names none."""
+    place = fresh(small, tmp_path / "set")
+    config = json.loads((place / "model/config.json").read_text())
+    del config["max_position_embeddings"]
+    (place / "model/config.json").write_text(json.dumps(config))
+    script, _, arguments = case
+    run(script, arguments.format(*[place] * 9).split(), place / "out", lambda *_: pytest.fail("was accepted"))
+    assert run.refused == 1
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag(script, run, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
@@ -530,7 +542,7 @@ def test_a_huge_learning_rate_is_not_saved(small, tmp_path, capfd):
     """The first update ruins the adapters: the test loss of what would be saved tells, before it is."""
     place = fresh(small, tmp_path / "set")
     line = error_line(train_arguments_of(place, "--learning_rate", 1e30, "--num_train_epochs", 3), capfd)
-    assert "test.json after step 1 is nan" in line or "the loss of step 2 is" in line
+    assert "test.json: the loss after step 1 is nan" in line or "the loss of step 2 is" in line
     assert not checkpoints(place / "out/run")
 
 

@@ -1,20 +1,23 @@
 """data_helper.py: addresses, draws, validation, downloading, and the sample it is tried with."""
 
+import gzip
 import hashlib
 import http.server
 import json
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, main, persona, read_samples, rounds, without_address
+from data_helper import PERSONA, example_questions, main, persona, read_samples, rounds, without_address
 from support.errors import UserError
 from support.profiles import read_characters
 
@@ -315,13 +318,12 @@ BAD_LINES = [  # (what stands in line 2, what the error says)
     ("[" * 100_000, "recursion"),
     ('{"role": "李白", "type": ' + '{"a":' * 100_000, "recursion"),
     (GOOD.replace("}", ', "role": "张飞"}'), "the key 'role' occurs twice"),
-    ("\ufeff" + GOOD, "without BOM"),
     (GOOD.replace('"role": "李白", ', ""), '"role" is missing'),
     (GOOD.replace('"question": "李白，好吗？", ', ""), '"question" is missing'),
     (GOOD.replace(', "generated": ["好"]', ""), '"generated" is missing'),
     (GOOD.replace('"李白"', "1"), '"role" is not a string'),
     (GOOD.replace('"李白"', "[]"), '"role" is not a string'),
-    (GOOD.replace('"李白，好吗？"', "NaN"), '"question" is not a string'),
+    (GOOD.replace('"李白，好吗？"', "NaN"), '"question" is missing'),
     (GOOD.replace('"李白，好吗？"', "9" * 5000), '"question" is not a string'),
     (GOOD.replace("李白，好吗？", ""), '"question" is blank'),
     (GOOD.replace("李白，好吗？", r" \n\u3000"), '"question" is blank'),
@@ -349,12 +351,10 @@ def test_a_bad_line(run, line, problem):
 BAD_FILES = [  # (file, its bytes or None for no file, what follows the file's name, what the error says)
     (GENERAL, (GOOD + "\n").encode("gbk"), ":1: ", "is not UTF-8"),
     (GENERAL, (GOOD + "\n" + GOOD).encode() + b"\xff", ":2: ", "is not UTF-8"),
-    (GENERAL, GOOD.encode("utf-16"), ":1: ", "is not UTF-8"),
-    (GENERAL, ("\ufeff" + GOOD).encode(), ":1: ", "without BOM"),
+    (GENERAL, GOOD.encode("utf-16"), ": ", "is UTF-16: save the file as UTF-8"),
     (PROFILES, None, ": ", "No such file"),
     (PROFILES, b"", ": ", "is empty"),
     (PROFILES, '{"李白": "爱酒"}'.encode("gbk"), ":1: ", "is not UTF-8"),
-    (PROFILES, '\ufeff{"李白": "爱酒"}'.encode(), ":1: ", "without BOM"),
     (PROFILES, '{\n"李白": "爱酒",\n}'.encode(), ":3: ", "is not a JSON object"),
     (PROFILES, '["李白"]'.encode(), ":1: ", "is not a JSON object"),
     (PROFILES, b"{}", ":1: ", "holds no role"),
@@ -574,7 +574,6 @@ BAD_CONVERSATIONS = [  # (record, what the error says)
     ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, 'turn 2: "train" is neither true nor false'),
     ({"messages": [USER, UNTRAINED]}, "nothing is to be trained"),
     ({"messages": [USER, "答"]}, "turn 2 is no object"),
-    ({"messages": []}, '"messages" is no list of turns'),
     ({"messages": "问"}, '"messages" is no list of turns'),
     ({"messages": [SYSTEM, USER, ASSISTANT], "system": "甲"}, "has a system text twice"),
     ({"messages": [USER, ASSISTANT], "system": 1}, '"system" is not a string'),
@@ -582,7 +581,9 @@ BAD_CONVERSATIONS = [  # (record, what the error says)
     ({"question": "问", "answer": "答"}, 'holds no sample: write "messages", or "prompt" and "response"'),
     ({"instruction": "问", "output": "答", "history": [["问", "答"]]}, '"history" is not read'),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "bing", "value": "答"}]}, "write human, gpt or"),
-    ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}]}, '"value" is blank'),
+    ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}]}, '"value" is missing'),
+    ({"messages": [USER, ASSISTANT], "conversations": [USER, ASSISTANT]}, 'both "messages" and "conversations"'),
+    ({"prompt": "问", "response": ""}, '"response" is missing'),
     ({"system": "甲", "instruction": "乙", "input": "问", "output": "答"}, 'both "system" and "instruction"'),
 ]
 
@@ -710,6 +711,194 @@ def test_show_needs_a_file(run):
     assert run.errors("--show", "0") == ["--show 0: give a number from 1"]
     (error,) = run.errors("--show", "1", "--train_path", str(run.data / "none.json"))
     assert error.endswith("none.json: is not a file: first run without --show")
+
+
+# ---------------------------------------------------------------- what other programs write
+
+ONE_ROUND = turns("问？", "答。")
+ABSENT = {"system": "", "history": [], "messages": None, "conversations": [], "role": None, "type": ""}
+HALF_EMPTY = {  # records in which a key holds nothing → their system text
+    "Alpaca": ({"instruction": "问？", "input": "", "output": "答。", "system": "", "history": []}, ""),
+    "Alpaca with a system text": (
+        {"instruction": "问？", "input": "", "output": "答。", "system": "甲", "history": []},
+        "甲",
+    ),
+    "the book's": ({"instruction": "甲", "input": "问？", "output": "答。", "system": None}, "甲"),
+    "input with a system text": ({"system": "甲", "instruction": None, "input": "问？", "output": "答。"}, "甲"),
+    "prompt": ({**ABSENT, "prompt": "问？", "response": "答。", "instruction": "", "output": None}, ""),
+    "messages": ({**ABSENT, "messages": ONE_ROUND}, ""),
+    "conversations": ({**ABSENT, "conversations": ONE_ROUND}, ""),
+    "turns of ShareGPT under messages": (
+        {"messages": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]},
+        "",
+    ),
+    "turns of OpenAI under conversations": ({"conversations": ONE_ROUND}, ""),
+    "speakers of the other form": (
+        {"messages": [{"role": "human", "content": "问？"}, {"role": "gpt", "content": "答。"}]},
+        "",
+    ),
+    "empty keys in turns": (
+        {"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]},
+        "",
+    ),
+    "mixed": ({"messages": [{"role": "user", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
+    "pandas": ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),
+}
+
+
+@pytest.mark.parametrize("form", HALF_EMPTY)
+def test_a_key_that_holds_nothing_is_absent(tmp_path, form):
+    record, system = HALF_EMPTY[form]
+    expected = {"role": "", "system": system, "messages": ONE_ROUND, "prompt": "问？", "response": "答。"}
+    for text in (json.dumps(record), json.dumps([record])):
+        (tmp_path / "one.json").write_text(text)
+        assert list(read_samples(tmp_path / "one.json")) == [expected]
+
+
+SHAPES = {
+    "pretty-printed": (json.dumps({"messages": TWO_ROUNDS}, indent=1), "has an object over several lines"),
+    "two, pretty-printed": (
+        2 * (json.dumps({"messages": TWO_ROUNDS}, indent=1) + "\n"),
+        "has an object over several lines",
+    ),
+    "within an object": (
+        json.dumps({"version": 1, "data": [{"messages": TWO_ROUNDS}]}),
+        "has its records within an object",
+    ),
+    "within, pretty-printed": (
+        json.dumps({"data": [{"messages": TWO_ROUNDS}]}, indent=1),
+        "has an object over several",
+    ),
+    "an array a line": (2 * (json.dumps([{"messages": TWO_ROUNDS}]) + "\n"), "has several arrays"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_another_shape_is_told_once(run, shape):
+    text, problem = SHAPES[shape]
+    (run.data / "mine.json").write_text(text)
+    (error,) = run.errors("--conversations", str(run.data / "mine.json"), roles=["all"])
+    assert error == f"{run.data}/mine.json: {error.split(': ')[1]}: write one object a line, or one array of objects"
+    assert problem in error
+    (run.data / GENERAL).write_text(text.replace("messages", "generated"))
+    (error,) = run.errors()
+    assert error.startswith(f"{run.data / GENERAL}: {problem}")
+
+
+def test_rolebench_files_may_be_an_array(run):
+    expected = run()
+    for name in NAMES:
+        (run.data / name).write_text(json.dumps(read_lines(run.data / name), indent=1))
+    assert run() == expected
+
+
+BYTES = {
+    "portrait.png": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a PNG image"),
+    "train.parquet": (b"PAR1\x15\x04\x15", "is a Parquet file"),
+    "train.jsonl.gz": (gzip.compress(b"{}"), "is compressed by gzip: unpack it with gunzip"),
+    "train.xlsx": (b"PK\x03\x04\x14\x00\x06\x00\xff", "is a zip archive, as .xlsx and .docx are"),
+    "photo.jpg": (b"\xff\xd8\xff\xe0\x00", "is a JPEG image"),
+    "train.json": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "is a Git-LFS pointer"),
+    "notepad.txt": (json.dumps({"messages": TWO_ROUNDS}).encode("utf-16"), "is UTF-16: save the file as UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_a_file_of_another_kind_is_called_by_its_name(run, name):
+    content, kind = BYTES[name]
+    (run.data / name).write_bytes(content)
+    (error,) = run.errors("--conversations", str(run.data / name), roles=["all"])
+    assert error.startswith(f"{run.data / name}: {kind}")
+    if name != "train.json":
+        (error,) = run.errors("--desc_path", str(run.data / name))
+        assert error.startswith(f"{run.data / name}: {kind}")
+    (run.data / GENERAL).write_bytes(content)
+    (error,) = run.errors()
+    assert error.startswith(f"{run.data / GENERAL}: {kind}")
+
+
+def test_a_byte_order_mark_is_no_error_anywhere(run):
+    expected = run()
+    for path in [run.data / PROFILES, *(run.data / name for name in NAMES)]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run() == expected
+    both = (run.data / NAMES[0]).read_bytes() * 2  # two such files joined: a mark stands within
+    (run.data / NAMES[0]).write_bytes(both)
+    assert len(run()[0]) == len(expected[0]) + 1
+    path = run.data / "mine.json"
+    for text in (json.dumps({"messages": TWO_ROUNDS}), json.dumps([{"messages": TWO_ROUNDS}])):
+        path.write_text("\ufeff" + text, encoding="utf-8")
+        assert [sample["messages"] for sample in read_samples(path)] == [TWO_ROUNDS]
+
+
+def test_a_clone_of_the_hubs_dataset_is_a_data_directory(run):
+    write_lines(run.data / NAMES[0], {"role": "李白", "question": "李白，几岁？", "generated": ["忘了"]})
+    expected = run()
+    for remote, name in REMOTE.items():
+        (run.data / remote).parent.mkdir(parents=True, exist_ok=True)
+        (run.data / name).rename(run.data / remote)
+    assert run() == expected
+    assert example_questions(str(run.data / "profiles-zh/desc.json"), ["李白"]) == {"李白": ["几岁？"]}
+
+
+# ---------------------------------------------------------------- names and profiles
+
+
+def test_a_name_in_another_unicode_form_is_the_same_role(run):
+    name = "José"
+    composed, parted = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    assert composed != parted
+    (run.data / PROFILES).write_text(json.dumps({parted: "画家"}), encoding="utf-8")
+    write_lines(run.data / NAMES[0], {"role": composed, "question": "谁？", "generated": ["我"]})
+    for file in NAMES[1:]:
+        write_lines(run.data / file, {"role": parted, "question": f"{file}？", "generated": ["我"]})
+    for typed in (composed, parted):
+        train, test = run(roles=[typed])
+        assert {sample["role"] for sample in train + test} == {composed} and len(train) == 2
+    write_lines(run.data / "mine.jsonl", *[{"role": parted, "messages": turns(f"问{n}", "答")} for n in range(3)])
+    train, _ = run("--conversations", str(run.data / "mine.jsonl"), roles=[composed])
+    assert train[0]["system"] == persona(composed, "画家")
+    (run.data / PROFILES).write_text(json.dumps({parted: "画家", composed: "诗人"}), encoding="utf-8")
+    assert "occurs twice, in two forms of Unicode" in run.errors(roles=[composed])[0]
+
+
+def test_a_role_called_all_is_not_taken_for_all_roles(run):
+    (run.data / PROFILES).write_text(json.dumps({"李白": "爱酒", "all": "众人"}), encoding="utf-8")
+    write_lines(
+        run.data / "mine.jsonl", *[{"role": "all", "system": "甲", "messages": turns(f"问{n}", "答")} for n in range(3)]
+    )
+    run(roles=["李白"])
+    assert run.errors(roles=["all"]) == [
+        "--roles all: a role has that name: rename it, or name the roles that you want"
+    ]
+    assert run.errors("--conversations", str(run.data / "mine.jsonl"), roles=["all"])[0].startswith(
+        "--roles all: a role"
+    )
+
+
+def test_a_profile_is_the_same_text_everywhere(run):
+    """Line ends become those that a browser sends; what the page would refuse is refused here, with its line."""
+    profile = {
+        "description": "甲\r\n乙\r丙\u000b丁\u2028戊",
+        "greeting": "来\r\n了",
+        "questions": ["问\r\n？"],
+        "names": [],
+    }
+    (run.data / PROFILES).write_text(json.dumps({"李白": profile}), encoding="utf-8")
+    character = read_characters(run.data / PROFILES)["李白"]
+    assert character["description"] == "甲\n乙\n丙\n丁\n戊" and character["greeting"] == "来\n了"
+    assert character["questions"] == ["问\n？"]
+    assert run()[0][0]["system"] == persona("李白", "甲\n乙\n丙\n丁\n戊")
+    empty = {"description": "甲", "greeting": "", "questions": [], "portrait": None, "names": None}
+    (run.data / PROFILES).write_text(json.dumps({"李白": empty}), encoding="utf-8")
+    assert read_characters(run.data / PROFILES)["李白"]["portrait"] == ""
+    for role, description, problem in (
+        ("李白", "甲" * 8001, "the profile of '李白' has 8,001 characters, at most 8,000 are allowed"),
+        ("李" * 101, "甲", "has 101 characters, at most 100 are allowed"),
+        ("李白", "甲\u0007", "the profile of '李白' holds the control character U+0007: remove it"),
+    ):
+        (run.data / PROFILES).write_text(json.dumps({role: description}), encoding="utf-8")
+        assert problem in run.errors()[0]
 
 
 # ---------------------------------------------------------------- one's own character

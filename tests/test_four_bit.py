@@ -19,7 +19,7 @@ import web_demo
 from baichuan import BaichuanForCausalLM
 from support import costs, processes
 from support.errors import UserError
-from support.files import trained_in_four_bits
+from support.files import training_record
 from support.four_bit import check_four_bit
 from support.model_directory import ModelDirectory
 
@@ -110,7 +110,7 @@ def test_the_precision_is_that_of_the_deepspeed_file(train_arguments, tmp_path, 
 @installed
 def test_an_adapter_fits_the_16_bit_base_and_is_merged_into_it(trained, checkpoint, tmp_path, capsys):
     adapter = trained[0] / "best"
-    assert trained_in_four_bits(adapter)
+    assert training_record(adapter)["load_in_4bit"] is True
     model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
     ids = torch.arange(300, 340)[None]
     merged = tmp_path / "merged"

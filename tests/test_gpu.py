@@ -1,13 +1,15 @@
 """What a GPU will meet, as far as a machine without one can show it."""
 
 import gc
+import re
+import subprocess
 import weakref
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, alone, free_port
 from test_merge import make_adapter
 
 import merge_params
@@ -38,6 +40,31 @@ def test_a_gpu_that_cuda_cannot_use_is_an_error(nvidia, monkeypatch, version, re
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert pick_device("auto") == torch.device("cpu")
+
+
+HAS_NVIDIA = """
+import glob, sys
+there = glob.glob
+glob.glob = lambda pattern, **more: ["/dev/nvidia0"] if "nvidia" in str(pattern) else there(pattern, **more)
+"""
+
+
+@pytest.mark.parametrize("program", ["launcher", "python"])
+def test_the_remedy_for_a_gpu_that_cuda_cannot_use_works(train_arguments, tmp_path, program):
+    """As typed: first the error with its remedy, then the same command with what the remedy says."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(HAS_NVIDIA)
+    start = ["deepspeed", "--master_port", free_port()] if program == "launcher" else ["python3"]
+    command = [*start, "train.py", *train_arguments(tmp_path / "run", "--sample_answers", 0, "--dry_run")]
+    env = alone() | {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": "0", "LOCAL_SIZE": "1"}
+    env.pop("DS_ACCELERATOR", None)
+    ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode and "there is an NVIDIA GPU" in error
+    remedy = re.search(r"to compute on the CPU, set (\S+)=(\S+) in the environment", error)
+    env[remedy[1]] = remedy[2]
+    ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0 and "on 1 × cpu" in ended.stdout, ended.stderr
 
 
 def test_a_number_of_a_gpu_that_is_hidden_or_not_there(nvidia, monkeypatch):

@@ -14,13 +14,19 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import merge_params
+import web_demo
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
+from support.candidates import Candidate
 from support.comparison import compare
+from support.errors import UserError
+from support.files import write_training
 from support.model_directory import ModelDirectory, Weights, write_weights
 
+PROFILES = str(ROOT / "data/sample/profiles-zh_desc.json")
 TARGETS = ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -300,10 +306,10 @@ def test_a_conversation_is_one_probe(checkpoint, tmp_path):
     path = tmp_path / "probes.json"
     path.write_text(json.dumps({"system": "甲", "messages": messages}), encoding="utf-8")
     base = ModelDirectory(checkpoint)
-    (ids,), questions = merge_params.read_probes(SimpleNamespace(probe_path=path, probes=5), base)
+    (conversation,), (ids,) = merge_params.read_probes(SimpleNamespace(probe_path=path, probes=5), base)
     text = [base.tokenizer.text_to_ids(text) for text in ["甲", *turns]]
     assert ids == [*text[0], 195, *text[1], 196, *text[2], 195, *text[3], 196, *text[4]]
-    assert questions == ["你是谁？"]
+    assert conversation == [{"role": "system", "content": "甲"}, *messages]
 
 
 def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path, capsys):
@@ -359,10 +365,12 @@ def test_adapters_that_do_not_belong_to_the_base(checkpoint, adapter, tmp_path, 
     assert "rank 4" in error
     error = with_factors(lambda pair: (pair[0].replace("o_proj.lora_A", "o_proj.lora_C"), pair[1]))
     assert "merge this adapter with PEFT" in error
+    error = with_factors(lambda pair: (pair[0], pair[1][:0]))
+    assert "is empty, as ZeRO-3 leaves it without gathering" in error
     save_file({}, other / "adapter_model.safetensors")
     assert "the adapter is empty" in refusal(capsys, checkpoint, other, target)
     (other / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert "is damaged or incomplete" in refusal(capsys, checkpoint, other, target)
+    assert "fetch it with git lfs pull" in refusal(capsys, checkpoint, other, target)
     (other / "adapter_model.safetensors").unlink()
     assert "holds no adapter_model.safetensors" in refusal(capsys, checkpoint, other, target)
     (other / "adapter_config.json").unlink()
@@ -428,7 +436,7 @@ def test_bases_that_cannot_be_merged(checkpoint, adapter, tmp_path, capsys):
     torch.save(tensors | {"epoch": 3}, base / "pytorch_model.bin")
     assert "holds other things than named tensors" in error()
     (base / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert "is damaged or incomplete" in error()
+    assert "fetch it with git lfs pull" in error()
     (base / "pytorch_model.bin.index.json").write_text('{"weight_map": {"lm_head.weight": "pytorch_model-1.bin"}}')
     (base / "pytorch_model.bin").unlink()
     assert "pytorch_model-1.bin: is missing" in error()
@@ -448,6 +456,105 @@ def test_a_base_that_is_itself_merged(checkpoint, adapter, merged, tmp_path, cap
     assert "is itself merged" in error and checkpoint in error
     second = make_adapter(merged, tmp_path / "second", spread=0.2)  # trained on the merged model: this one belongs
     merge(merged, second, tmp_path / "stacked")
+
+
+@pytest.fixture
+def own_adapter(checkpoint, adapter, tmp_path) -> Path:
+    """As train.py saves it: with the fingerprint of its base."""
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    write_training(own, ModelDirectory(checkpoint).fingerprint, False)
+    return own
+
+
+def test_an_adapter_goes_into_its_own_base_alone(checkpoint, own_adapter, merged, tmp_path, capsys):
+    """By its weights, not by its name: other ones of the same shape are refused, by every script, whatever they are called."""
+    torch.manual_seed(7)
+    random = tmp_path / "elsewhere" / Path(checkpoint).name
+    shutil.copytree(checkpoint, random)
+    BaichuanForCausalLM(ModelDirectory(checkpoint).config).save_pretrained(random)
+    error = refusal(capsys, random, own_adapter, tmp_path / "merged")
+    assert error == f"error: {own_adapter}: was trained on other weights than those of {random}: " + (
+        f"name the base that it was trained on, called {checkpoint} then"
+    )
+    assert "trained on other weights" in refusal(capsys, random, own_adapter, merged, "--check_only")
+    with pytest.raises(UserError, match="was trained on other weights"):
+        Candidate("other", tmp_path / "answers", ModelDirectory(random), own_adapter).check(False)
+    with pytest.raises(SystemExit):
+        web_demo.main(
+            ["--model_path", str(random), "--adapter_path", str(own_adapter), "--desc_path", PROFILES, "--ask", "谁？"]
+        )
+    assert "was trained on other weights" in capsys.readouterr().err
+
+    second = make_adapter(merged, tmp_path / "second", spread=0.2)  # the second stage of a training, on what was merged
+    write_training(second, ModelDirectory(merged).fingerprint, False)
+    assert "was trained on other weights" in refusal(capsys, checkpoint, second, tmp_path / "first base")
+    moved = Path(shutil.copytree(merged, tmp_path / "renamed"))
+    merge(moved, second, tmp_path / "both stages")
+
+
+def test_a_base_that_has_moved_and_is_stored_in_another_way_is_the_same(
+    checkpoint, own_adapter, merged, tmp_path, capsys
+):
+    base, tensors = tmp_path / "moved", load_file(Path(checkpoint) / "model.safetensors")
+    shutil.copytree(checkpoint, base)
+    (base / "model.safetensors").unlink()
+    write_weights(base, tensors.items(), shard_bytes=100_000)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    capsys.readouterr()
+    merge(base, own_adapter, tmp_path / "merged")
+    assert "warning" not in capsys.readouterr().out
+    ours, theirs = (load_file(directory / "model.safetensors") for directory in (tmp_path / "merged", merged))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_adapter_of_another_program_is_merged_with_a_warning(checkpoint, adapter, tmp_path, capsys):
+    base = shutil.copytree(checkpoint, tmp_path / "another name")
+    capsys.readouterr()
+    merge(base, adapter, tmp_path / "merged")
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert f"{adapter}: names {checkpoint} as its base" in warning
+    merge(checkpoint, adapter, tmp_path / "merged", "--overwrite")
+    assert "warning" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the layout that is written
+
+FOREIGN = "{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("format", ["baichuan", "llama"])
+def test_a_foreign_chat_template_is_not_passed_on(checkpoint, adapter, tmp_path, format, place):
+    base, ours = Path(shutil.copytree(checkpoint, tmp_path / "base")), BaichuanTokenizer.from_pretrained(checkpoint)
+    if place == "chat_template.jinja":
+        (base / place).write_text(FOREIGN)
+    else:
+        (base / "chat_template.jinja").unlink(missing_ok=True)
+        settings = json.loads((base / place).read_text())
+        (base / place).write_text(json.dumps(settings | {"chat_template": FOREIGN}))
+    merge(base, adapter, tmp_path / "merged", "--format", format)
+    assert "INST" not in "".join(path.read_text() for path in (tmp_path / "merged").glob("*.j*"))
+    messages = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "俺老孙！"}]
+    if format == "llama":  # as an engine reads it, which knows nothing of this project
+        rendered = AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(messages)["input_ids"]
+        assert rendered == messages_to_ids(ours, messages)
+
+
+@pytest.mark.parametrize("format", ["baichuan", "llama"])
+def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, tmp_path, capsys, format):
+    target = tmp_path / "merged"
+    merge(checkpoint, adapter, target, "--format", format)
+    template = (target / "chat_template.jinja").read_text()
+    for other, problem in (
+        (FOREIGN, "its chat template does not lay a conversation out as it was trained"),
+        (template.replace("message['content']", "message['content'] + '\\n'"), "does not lay a conversation out"),
+        (None, "has no chat_template.jinja"),
+    ):
+        (target / "chat_template.jinja").write_text(other) if other else (target / "chat_template.jinja").unlink()
+        assert problem in refusal(capsys, checkpoint, adapter, target, "--check_only", "--format", format)
+    (target / "chat_template.jinja").write_text(template)
+    (tmp_path / "probes.json").write_text(json.dumps({"prompt": "<reserved_107>我是谁？", "response": "答"}))
+    merge(checkpoint, adapter, target, "--check_only", "--format", format, "--probe_path", tmp_path / "probes.json")
 
 
 def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsys, monkeypatch):
@@ -498,7 +605,7 @@ def test_full_disk_or_kill_leaves_nothing(checkpoint, adapter, tmp_path, death):
     assert not (tmp_path / "merged").exists()
     if death == "full disk":
         assert run.returncode == 2
-        assert re.search(r"^error: .*cannot write", run.stderr, re.M) and "Traceback" not in run.stderr
+        assert re.search(r"^error: .*cannot be written", run.stderr, re.M) and "Traceback" not in run.stderr
         assert list(tmp_path.iterdir()) == []
     else:
         assert run.returncode == -9

@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, alone, free_port, scalars
+from safetensors.torch import load_file
 from tensorboard.summary.writer import event_file_writer
 
 import train
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from support import resume
 from support.errors import OneProcessError
+from support.model_directory import write_weights
 from support.resume import checkpoints
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
@@ -412,6 +414,28 @@ def test_a_damaged_state_is_one_line(run_arguments, finished, tmp_path, capsys, 
     assert str(moved) in error_of(short(run_arguments, output), capsys)
     assert not (tmp_path / "ran").exists()
     assert (output / "epoch-1-step-10/adapter_model.safetensors").exists()
+
+
+def test_want_of_memory_is_no_damage_of_a_state(run_arguments, finished, tmp_path, capsys, monkeypatch):
+    """Whoever reads that his state is damaged deletes it."""
+    output = shutil.copytree(finished, tmp_path / "run")
+    (output / "state/epoch-1-step-10").rename(output / "state/epoch-1-step-9")
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(resume.torch, "load", full)
+    error = error_of(short(run_arguments, output), capsys)
+    assert "too little memory" in error and "damaged" not in error
+
+
+def test_a_base_that_was_moved_and_saved_anew_is_the_same_run(run_arguments, finished, checkpoint, tmp_path, capsys):
+    base = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    write_weights(base, tensors.items(), shard_bytes=100_000)
+    train.main(short(run_arguments, finished, "--model_name_or_path", base))
+    assert "is complete, nothing is left to do" in capsys.readouterr().out
 
 
 def test_a_state_that_another_process_cannot_read_is_told(tmp_path, monkeypatch):

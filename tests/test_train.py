@@ -18,6 +18,7 @@ from baichuan import BaichuanForCausalLM, modeling_baichuan
 from data_helper import read_samples
 from support import processes
 from support.errors import OneProcessError, UserError, entry_point
+from support.files import training_record
 from support.model_directory import ModelDirectory
 
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -147,6 +148,7 @@ def test_writes_adapters_curves_and_arguments(trained, checkpoint):
     assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in weights)
     config = json.loads((last / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (16, 64, checkpoint)
+    assert training_record(last) == {"base": ModelDirectory(checkpoint).fingerprint, "load_in_4bit": False}
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
 
 
@@ -360,6 +362,10 @@ def test_wrong_arguments(train_arguments, tmp_path, capsys, change, message):
         ({"optimizer": {}}, "optimizer.type is missing"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**30}}, "is too large"),
         ({"gradient_clipping": "1"}, "gradient_clipping must be a number"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, "DeepSpeed refuses the configuration"),
+        ({"optimizer": {"type": "Adamant"}}, "DeepSpeed refuses the configuration"),
+        ({"optimizer": {"type": "AdamW", "params": {"momentum": 1}}}, "DeepSpeed refuses the configuration"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": 3}}}, "DeepSpeed refuses the configuration"),
         (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
             "data_types.grad_accum_dtype needs zero_optimization.stage 2",
@@ -381,6 +387,37 @@ def test_weights_that_do_not_fit_are_named(train_arguments, checkpoint, tmp_path
     assert "has shape" in first and "(2000, 128)" in "".join([first, *others])
     assert len(others) == 5 and "more problems like these" in others[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, ValueError])
+def test_a_defect_is_not_blamed_on_the_deepspeed_file(train_arguments, tmp_path, monkeypatch, error):
+    """It keeps its traceback, wherever in DeepSpeed's start it is."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def fail(*_, **__):
+        raise error("a defect")
+
+    monkeypatch.setattr(DeepSpeedEngine, "_configure_zero_optimizer", fail)
+    with pytest.raises(error, match="a defect"):
+        train.main(train_arguments(tmp_path))
+
+
+def test_a_test_loss_that_is_no_number_names_the_test_set(train_arguments, few_samples, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.utils, "evaluation", lambda *_: math.nan)
+    (line,) = errors_of(capsys, train_arguments(tmp_path))
+    assert line.startswith(f"error: {few_samples[1]}: the loss after step 5 is nan; lower --learning_rate")
+    assert "samples" not in line and few_samples[0] not in line
+
+
+def test_a_role_that_loses_all_of_its_samples_is_named(train_arguments, few_samples, tmp_path, capsys):
+    path = tmp_path / "train.json"
+    long = [{"role": "话痨", "system": "", "prompt": "说" * 200, "response": "好"}] * 2
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(Path(few_samples[0]).read_text(encoding="utf-8"))
+        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in long)
+    train.main(train_arguments(tmp_path / "run", "--train_path", path, "--is_skip", "--dry_run"))
+    out = capsys.readouterr().out
+    assert f"warning: {path}: no sample is left of 话痨: allow more tokens" in out
 
 
 def test_what_answers_leaves_the_compiler_to_training(train_arguments, tmp_path, monkeypatch):

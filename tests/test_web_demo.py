@@ -136,6 +136,33 @@ def test_ask_prints_one_greedy_answer(run, checkpoint, speaker):
     assert answer.rstrip("\n") == whole(speaker.answer(expected, settings)).rstrip("\n")
 
 
+def test_a_password_file_of_windows(checkpoint, tmp_path):
+    (tmp_path / "auth").write_bytes(b"\xef\xbb\xbfanna:secret\r\n")
+    server = Server(tmp_path / "log", checkpoint, "--auth_file", str(tmp_path / "auth"))
+    try:
+        visitor = Visitor(server.url)
+        assert visitor.post({"account": "anna:secret"}, "/login").status_code == 200
+        assert visitor.ask("你是谁？")
+        assert Visitor(server.url).post({"account": "anna:secret\r"}, "/login").status_code == 403
+    finally:
+        server.close()
+
+
+def test_the_page_takes_every_profile_that_is_read(server, tmp_path):
+    """A long one with line ends of any kind, and a long name: what is asked are the words that are trained."""
+    role, description = "黄" * 46, "甲\r\n乙\r丙\u000b" + "丁" * 2600
+    (tmp_path / "profiles.json").write_text(json.dumps({role: description}), encoding="utf-8")
+    characters = read_characters(tmp_path / "profiles.json")
+    visitor = Visitor(server.url)
+    assert visitor.ask("你是谁？", role=role, description=characters[role]["description"])
+
+
+def test_a_profile_that_leaves_no_room_is_told_at_the_start(run, checkpoint, tmp_path):
+    (tmp_path / "profiles.json").write_text(json.dumps({"李白": "酒\u0301" * 3500}), encoding="utf-8")
+    printed = run("--model_path", checkpoint, "--desc_path", tmp_path / "profiles.json", "--ask", "谁？")
+    assert "profiles.json: the profile of 李白 takes " in printed.err and "of 4,096 tokens: shorten it" in printed.err
+
+
 def test_ask_knows_its_role_and_its_limits(run, checkpoint):
     flags = ["--model_path", checkpoint, "--desc_path", DESC_PATH]
     assert "--role 曹操" in run(*flags, "--ask", "你是谁？", "--role", "曹操").err

@@ -1,0 +1,226 @@
+"""What people take for a Baichuan2: other models of its type, settings of other programs, files that are not what they should be."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED
+from safetensors.torch import load_file, save_file
+
+from baichuan import BaichuanTokenizer
+from baichuan.generation_utils import messages_to_ids
+from support.errors import UserError
+from support.files import writing
+from support.model_directory import ModelDirectory, write_weights
+
+PUBLISHED = SHARED / "baichuan2-7b-chat"
+
+
+@pytest.fixture
+def directory(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+def settings_of(directory: Path, name: str, **changes) -> dict:
+    """Change a JSON file; a change to None removes the field. Returns what it holds then."""
+    settings = json.loads((directory / name).read_text()) | changes
+    settings = {field: value for field, value in settings.items() if value is not None}
+    (directory / name).write_text(json.dumps(settings))
+    return settings
+
+
+# ---------------------------------------------------------------- another model of the same model_type
+
+SIZES_OF_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13696}
+OTHERS = {  # what config.json says → what the model is called
+    "13B": ({**SIZES_OF_13B, "max_position_embeddings": None}, "is Baichuan 13B, whose attention has ALiBi"),
+    "13B, saved anew": (SIZES_OF_13B, "is Baichuan 13B"),
+    "without rotary positions": ({"max_position_embeddings": None}, "is Baichuan 13B"),
+    "Baichuan 1": ({"vocab_size": 64_000}, "is Baichuan 1, which has another tokenizer and another head"),
+    "Baichuan 1 by name": ({"architectures": ["BaiChuanForCausalLM"]}, "is Baichuan 1"),
+    "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
+    "longer positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_scaling"),
+    "another base": ({"rope_theta": 500_000}, "has rope_theta 500000, which is not computed here"),
+    "M1": ({"model_type": "baichuan_m1"}, "is a model of the type baichuan_m1"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_of_the_type_is_refused_by_name(directory, other):
+    """Its tensors may fit: here they are all as they should be."""
+    changes, name = OTHERS[other]
+    settings_of(directory, "config.json", **changes)
+    for opened in (ModelDirectory(directory).check, lambda: ModelDirectory(directory).tokenizer):
+        with pytest.raises(UserError) as refused:
+            opened()
+        (problem,) = refused.value.problems
+        assert problem.startswith(f"{directory}: {name}") and "Baichuan2" in problem
+
+
+def test_a_tokenizer_that_adds_a_space_is_refused(directory):
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = directory / "tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = True
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match="changes the text before it cuts it, as Baichuan 1's does"):
+        ModelDirectory(directory).check()
+
+
+def test_quantised_weights_without_a_word_in_the_config(directory):
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors |= {name: torch.zeros(6144, 1, dtype=torch.uint8), f"{name}.absmax": torch.zeros(192)}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as refused:
+        ModelDirectory(directory).check()
+    (problem,) = refused.value.problems
+    assert f"{name} is torch.uint8" in problem and "not quantised ones" in problem
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="no published model beside the checkout")
+def test_the_published_settings_are_taken():
+    config = ModelDirectory(PUBLISHED).config
+    assert (config.hidden_size, config.max_position_embeddings, config.z_loss_weight) == (4096, 4096, 0)
+
+
+# ---------------------------------------------------------------- right, though unusual
+
+
+def test_integers_are_numbers(directory):
+    settings_of(directory, "config.json", z_loss_weight=0, initializer_range=1, rms_norm_eps=1, rope_theta=10_000)
+    settings_of(directory, "generation_config.json", temperature=2, top_p=1, repetition_penalty=2, max_new_tokens=3)
+    opened = ModelDirectory(directory).check()
+    assert (opened.config.z_loss_weight, opened.config.rms_norm_eps) == (0, 1)
+    model = opened.load()
+    opened.refuse_to_fail_later(model)
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.generate(ids, attention_mask=torch.ones_like(ids)).shape == (1, 6)
+
+
+@pytest.mark.parametrize("do_sample", [False, True, None])
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_a_temperature_of_zero_is_greedy(directory, zero, do_sample):
+    settings_of(directory, "generation_config.json", temperature=zero, do_sample=do_sample, max_new_tokens=4)
+    opened = ModelDirectory(directory).check()
+    model = opened.load()
+    opened.refuse_to_fail_later(model)
+    messages = [{"role": "user", "content": "你是谁？"}]
+    ids = messages_to_ids(opened.tokenizer, messages)
+    for _ in range(4):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    greedy = opened.generation_config
+    greedy.update(repetition_penalty=1.0)
+    assert model.chat(opened.tokenizer, messages, generation_config=greedy) == opened.tokenizer.decode(
+        ids[-4:], skip_special_tokens=True
+    )
+
+
+def test_a_chat_template_of_somebody_else_is_not_taken(directory, checkpoint):
+    ours = BaichuanTokenizer.from_pretrained(checkpoint).chat_template
+    settings_of(directory, "tokenizer_config.json", chat_template="{{ messages }}")
+    assert BaichuanTokenizer.from_pretrained(directory).chat_template == ours
+    (directory / "chat_template.jinja").write_text("[INST]")
+    tokenizer = BaichuanTokenizer.from_pretrained(directory)
+    messages = [{"role": "user", "content": "你好"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<reserved_106>你好"
+    tokenizer.save_pretrained(directory)
+    assert (directory / "chat_template.jinja").read_text() == ours
+
+
+# ---------------------------------------------------------------- the fingerprint
+
+
+def test_the_fingerprint_is_of_the_arithmetic(checkpoint, directory):
+    def fingerprint() -> str:
+        return ModelDirectory(directory).fingerprint
+
+    first, tensors = ModelDirectory(checkpoint).fingerprint, load_file(Path(checkpoint) / "model.safetensors")
+    assert fingerprint() == first
+    directory = directory.rename(directory.with_name("renamed"))
+    settings_of(directory, "config.json", transformers_version="4.29.2", use_cache=False, architectures=["X"])
+    settings_of(directory, "tokenizer_config.json", chat_template="{{ messages }}")
+    assert fingerprint() == first
+    (directory / "model.safetensors").unlink()
+    write_weights(directory, tensors.items(), shard_bytes=100_000)
+    assert len(list(directory.glob("model-*.safetensors"))) > 3 and fingerprint() == first
+    (directory / "model.safetensors.index.json").unlink()
+    torch.save(dict(reversed(tensors.items())), directory / "pytorch_model.bin")
+    assert fingerprint() == first
+
+    other = {name: tensor + 1e-3 * (name == "model.layers.1.mlp.down_proj.weight") for name, tensor in tensors.items()}
+    torch.save(other, directory / "pytorch_model.bin")
+    assert fingerprint() != first
+    torch.save(tensors, directory / "pytorch_model.bin")
+    settings_of(directory, "config.json", rms_norm_eps=1e-5)
+    assert fingerprint() != first
+
+
+# ---------------------------------------------------------------- files that are not what they should be
+
+
+def test_a_missing_generation_config_says_where_to_get_it(directory):
+    """Baichuan2-7B-Base comes without turn markers."""
+    settings_of(directory, "generation_config.json", user_token_id=None)
+    with pytest.raises(UserError, match="user_token_id is not known: take generation_config.json of Baichuan2-7B-Chat"):
+        ModelDirectory(directory).check()
+    (directory / "generation_config.json").unlink()
+    with pytest.raises(UserError) as refused:
+        ModelDirectory(directory).check()
+    (problem,) = refused.value.problems
+    assert "take the one of Baichuan2-7B-Chat" in problem
+    assert '"user_token_id": 195, "assistant_token_id": 196' in problem
+
+
+def test_a_pointer_of_git_lfs(directory):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:79452955\nsize 2001107\n"
+    for name in ("tokenizer.model", "model.safetensors"):
+        content = (directory / name).read_bytes()
+        (directory / name).write_text(pointer)
+        with pytest.raises(UserError, match=rf"{name}: is a Git-LFS pointer, not the file itself: .* git lfs pull"):
+            ModelDirectory(directory).check()
+        (directory / name).write_bytes(content)
+
+
+OPEN_WITH_LITTLE_MEMORY = """
+import resource, sys
+from support.errors import entry_point
+from support.model_directory import ModelDirectory
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), -1))
+entry_point(lambda argv: ModelDirectory(sys.argv[1]).check())()
+"""
+
+
+def test_a_file_larger_than_the_memory_is_not_called_damaged(directory):
+    """40 GB of zeros, which take no place on the disk."""
+    size = 40 * 10**9
+    header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    ended = subprocess.run(
+        [sys.executable, "-c", OPEN_WITH_LITTLE_MEMORY, directory], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: too little memory is free: {directory}/model.safetensors: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OSError(12, "Cannot allocate memory")],
+)
+def test_want_of_memory_while_writing_is_told_as_that(tmp_path, error):
+    with pytest.raises(MemoryError, match="allocate memory"), writing(tmp_path / "state"):
+        raise error
+
+
+def test_a_full_disk_is_called_full(tmp_path):
+    with pytest.raises(UserError, match="state: cannot be written: the disk is full"), writing(tmp_path / "state"):
+        raise OSError(28, "No space left on device")
