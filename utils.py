@@ -36,8 +36,7 @@ class RoleDataset:
     """
 
     def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
-        self.counts = Counter()  # what became of the samples
-        self.kept_of: dict[str, int] = Counter()  # samples that are kept, by role
+        self.counts, self.kept_of = Counter(), Counter()  # what became of the samples; how many are kept, by role
         self.personas: list[list[int]] = []
         self.eos = tokenizer.eos_token_id
         self._tokenizer = tokenizer
@@ -323,9 +322,8 @@ def model_inputs(batch: dict[str, torch.Tensor], device, implementation: str) ->
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
     """Names of the decoder's linear layers: all but the head, which is no part of `model.model`."""
-    return sorted(
-        {name.rpartition(".")[2] for name, part in model.model.named_modules() if isinstance(part, nn.Linear)}
-    )
+    layers = model.model.named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
 
 
 @torch.no_grad()

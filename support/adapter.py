@@ -1,6 +1,7 @@
 """An adapter directory, read and checked: is it a plain LoRA adapter, and one of this base?"""
 
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,11 +57,11 @@ def read_adapter(directory: Path) -> dict[str, Update]:
     factors: dict[str, dict[str, torch.Tensor]] = {}  # {module: {"A": …, "B": …}}
     for key, tensor in load_shard(path).items():
         module, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
-        if factor not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            problems.append(f"{path}: {key} is no lora_A or lora_B of a linear layer: merge this adapter with PEFT")
-        elif not tensor.numel():
+        if not tensor.numel():
             remedy = "save it again with its parts gathered (stage3_gather_16bit_weights_on_model_save)"
             problems.append(f"{path}: {key} is empty, as ZeRO-3 leaves it without gathering: {remedy}")
+        elif factor not in ("A.weight", "B.weight") or tensor.ndim != 2:
+            problems.append(f"{path}: {key} is no lora_A or lora_B of a linear layer: merge this adapter with PEFT")
         elif not tensor.isfinite().all():
             problems.append(f"{path}: {key} holds infinite numbers or NaN: take an adapter saved earlier")
         factors.setdefault(module, {})[factor[:1]] = tensor
@@ -126,6 +127,5 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
     if trained_on is None and Path(name).name != base.path.resolve().name:
         if merge:
             raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
-        print(
-            f"warning: {adapter}: names {name} as its base; nothing in it tells whether {base.path} has the same weights"
-        )
+        told = f"names {name} as its base; nothing in it tells whether {base.path} has the same weights"
+        print(f"warning: {adapter}: {told}", file=sys.stderr)  # the answer of --ask stands alone

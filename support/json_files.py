@@ -89,18 +89,19 @@ def read_records(path: str | Path, problems: list[str] | None = None) -> Iterato
     except OSError as error:
         raise unreadable(path, error) from None
     with file:
-        beginning = next((line for line in file if line.strip()), "").strip()
-        is_array = beginning.startswith("[")
-        if not is_array and not is_record(beginning):
-            refuse_other_shape(path)
+        is_array = next((letter for letter in iter(lambda: file.read(1), "") if not letter.isspace()), "") == "["
         file.seek(0)
-        records = file
         if is_array:
             try:
                 records = parse_object('{"records": ' + file.read() + "}", path)["records"]
             except UserError:
                 refuse_other_shape(path)
                 raise
+        else:
+            if not is_record(next((line for line in file if line.strip()), "")):
+                refuse_other_shape(path)
+            file.seek(0)
+            records = file
         for number, record in enumerate(records, start=1):
             place = f"{path}: sample {number}" if is_array else f"{path}:{number}"
             try:

@@ -44,7 +44,7 @@ ROTARY = {  # settings of other models of this type → the only value that is c
     "rope_theta": 10_000,
     "rope_scaling": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000},
-    "position_embedding": None,
+    "position_embedding": "ROPE",
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
@@ -73,9 +73,8 @@ class ModelDirectory:
         if (self.path / "adapter_config.json").exists():
             remedy = "merge it into its base with merge_params.py first, or name the base here and it as --adapter_path"
             raise UserError(f"{self.path}: is an adapter: {remedy}")
-        with Problems() as problems:
-            if (self.path / "config.json").is_file():
-                problems.of(self.refuse_other_models, or_llama)
+        if (self.path / "config.json").is_file():
+            self.refuse_other_models(or_llama)
         with Problems() as problems:
             for name, remedy in NEEDED.items():
                 if not (self.path / name).is_file():
@@ -140,7 +139,7 @@ class ModelDirectory:
         if config.temperature == 0:  # how other programs say greedy; transformers divides by it
             config.update(do_sample=False, temperature=1.0)
         for name in ("temperature", "top_p", "repetition_penalty"):
-            if isinstance(value := getattr(config, name), int):  # transformers would refuse a 2
+            if type(value := getattr(config, name)) is int:  # transformers would refuse a 2
                 setattr(config, name, float(value))
         for name, value in vars(config).items():
             if name.endswith("_token_id") and value is not None:

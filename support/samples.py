@@ -69,13 +69,14 @@ def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
         raise UserError(f'{place}: "history" is not read: write its rounds and the last one as "messages"')
     if not {"prompt", "response", "instruction", "output"} & record.keys():
         raise UserError(f'{place}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
-    keys = ("system", "prompt", "response")
-    if "instruction" in record or "output" in record:
-        keys = ("system", "instruction", "output")
-        if "input" in record:
-            keys = ("instruction" if "instruction" in record else "system", "input", "output")
-            if {"instruction", "system"} <= record.keys():
-                raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
+    if {"instruction", "system", "input"} <= record.keys():
+        raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
+    if {"instruction", "input"} <= record.keys():
+        keys = ("instruction", "input", "output")
+    elif {"instruction", "output"} & record.keys():
+        keys = ("system", "input" if "input" in record else "instruction", "output")
+    else:
+        keys = ("system", "prompt", "response")
     system, prompt, response = (record.get(key) for key in keys)
     for key, text in zip(keys, (system or "。", prompt, response)):  # there may be no system text
         if problem := text_problem(text):

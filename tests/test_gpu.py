@@ -42,25 +42,37 @@ def test_a_gpu_that_cuda_cannot_use_is_an_error(nvidia, monkeypatch, version, re
     assert pick_device("auto") == torch.device("cpu")
 
 
+# Python runs this at its start.
 HAS_NVIDIA = """
-import glob, sys
+import glob
 there = glob.glob
 glob.glob = lambda pattern, **more: ["/dev/nvidia0"] if "nvidia" in str(pattern) else there(pattern, **more)
 """
+HAS_CUDA = """
+import torch
+torch.version.cuda = "13.0"
+"""
 
 
-@pytest.mark.parametrize("program", ["launcher", "python"])
-def test_the_remedy_for_a_gpu_that_cuda_cannot_use_works(train_arguments, tmp_path, program):
+@pytest.mark.parametrize(
+    "program, site, problem",
+    [
+        ("launcher", HAS_NVIDIA, "built without CUDA"),
+        ("launcher", HAS_NVIDIA + HAS_CUDA, "update the driver"),
+        ("python", HAS_NVIDIA, "built without CUDA"),
+    ],
+)
+def test_the_remedy_for_a_gpu_that_cuda_cannot_use_works(train_arguments, tmp_path, program, site, problem):
     """As typed: first the error with its remedy, then the same command with what the remedy says."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(HAS_NVIDIA)
+    (tmp_path / "site/sitecustomize.py").write_text(site)
     start = ["deepspeed", "--master_port", free_port()] if program == "launcher" else ["python3"]
     command = [*start, "train.py", *train_arguments(tmp_path / "run", "--sample_answers", 0, "--dry_run")]
     env = alone() | {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": "0", "LOCAL_SIZE": "1"}
     env.pop("DS_ACCELERATOR", None)
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
     (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode and "there is an NVIDIA GPU" in error
+    assert ended.returncode and "there is an NVIDIA GPU" in error and problem in error
     remedy = re.search(r"to compute on the CPU, set (\S+)=(\S+) in the environment", error)
     env[remedy[1]] = remedy[2]
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)

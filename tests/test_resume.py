@@ -185,7 +185,7 @@ def test_two_processes_failed_interrupted_and_terminated(run_arguments, uninterr
     run = start(arguments, 2, before(share.format(4), output, 0, process=1))
     printed = finish(run)
     assert run.returncode != 0 and "Traceback" not in printed, printed
-    own = f"error: {output}/state/epoch-1-step-4: cannot be written: No space left on device"
+    own = f"error: {output}/state/epoch-1-step-4: cannot be written: the disk is full"
     assert printed.count(own) == 1, printed
     assert printed.count("error: the connection to another process failed or broke off") <= 1
     assert not checkpoints(output / "state")
