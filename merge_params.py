@@ -12,7 +12,7 @@ its adapter, as PEFT computes them; only a result within the bound of its dtype 
 """
 
 import gc
-import shutil
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -48,7 +48,6 @@ with slow_imports(parse_args, __name__):
 
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
-    from baichuan.tokenization_baichuan import RESERVED
     from support.adapter import Update, digest, read_adapter, refuse_misfit
     from support.comparison import compare, compute_in_float32, logits_of
     from support.model_directory import (
@@ -75,6 +74,7 @@ PROBES = [  # as data_helper.py writes them, of roles that are in no training da
     {"system": "", "prompt": "介绍一下你自己。", "response": "你好，很高兴认识你。"},
 ]
 PROBE_LENGTH = 512  # tokens of a probe at most
+CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take for control tokens
 
 
 # ---------------------------------------------------------------- what can be wrong, found before anything slow
@@ -169,7 +169,7 @@ def adapter_logits(
         return with_adapter, logits_of(model.get_base_model(), probes)
 
 
-def prove_layout(merged: ModelDirectory, conversations: list[list[dict]], probes: list[list[int]]):
+def prove_layout(args, merged: ModelDirectory, conversations: list[list[dict]], probes: list[list[int]]):
     """What other programs make of a conversation, with the template and the tokenizer as written, is what was trained.
 
     Raises:
@@ -177,17 +177,17 @@ def prove_layout(merged: ModelDirectory, conversations: list[list[dict]], probes
     """
     template = merged.path / "chat_template.jinja"
     if not template.is_file():
-        raise UserError(f"{merged.path}: has no chat_template.jinja: merge anew")
+        raise UserError(f"{args.save_model_dir}: has no chat_template.jinja: merge anew")
     is_llama = merged.settings.get("model_type") == "llama"
     tokenizer = AutoTokenizer.from_pretrained(merged.path) if is_llama else merged.tokenizer
     for messages, ids in zip(conversations, probes):
         rendered = tokenizer.apply_chat_template(messages, chat_template=template.read_text("utf-8"), tokenize=False)
         # As such programs cut it: the markers that the template wrote are found in the text.
         found = tokenizer.encode(rendered) if is_llama else tokenizer.sp_model.encode(rendered)
-        spelled = any(RESERVED.search(message["content"]) for message in messages)  # by a text, which is no marker here
+        spelled = any(CONTROL.search(message["content"]) for message in messages)  # by a text, which is no token here
         if found[:PROBE_LENGTH] != ids and not spelled:
             raise UserError(
-                f"{merged.path}: its chat template does not lay a conversation out as it was trained: merge anew; the "
+                f"{args.save_model_dir}: its chat template does not lay a conversation out as it was trained: merge anew; the "
                 f"probe is {first_question(messages)!r}"
             )
 
@@ -205,7 +205,7 @@ def prove(
     Raises:
         UserError: the two differ by more than the bound of the dtype, or lay a conversation out in different ways.
     """
-    prove_layout(merged, conversations, probes)
+    prove_layout(args, merged, conversations, probes)
     expected, alone = adapter_logits(base, args.model_dir, probes, device)
     gc.collect()  # a GPU may hold one of the models, not both
     if device.type == "cuda":
@@ -278,7 +278,8 @@ def main(argv=None):
             tensors = llama_export.llama_tensors(tensors)
         else:
             save_baichuan(directory, config, base.tokenizer)
-        shutil.copy(args.ori_model_dir / "generation_config.json", directory)  # as it is, turn markers and all
+        settings = (args.ori_model_dir / "generation_config.json").read_text(encoding="utf-8-sig")
+        (directory / "generation_config.json").write_text(settings, encoding="utf-8")  # as it is, turn markers and all
         write_weights(directory, tensors)
         prove(args, base, ModelDirectory(directory), conversations, probes, device)
     print(f"{args.save_model_dir}: complete, {args.format} format")

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_helper import conversation, example_questions, persona
 from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed
-from support.json_files import read_object, text_problem
+from support.json_files import composed, read_object, text_problem
 from support.profiles import MAX_DESCRIPTION, MAX_NAME, read_characters
 
 SUPPORT = Path(__file__).parent / "support"
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     add("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
     add("--auth_file", type=Path, help="file with USER:PASSWORD, to sign in with; or WEB_DEMO_AUTH in the environment")
     add("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")
-    add("--role", help="the role that --ask asks (default: the first of --desc_path)")
+    add("--role", type=composed, help="the role that --ask asks (default: the first of --desc_path)")
     return parser.parse_args(argv)
 
 
@@ -78,14 +79,11 @@ def check(args) -> tuple[torch.device, dict[str, dict], str | None]:
             problems.of(read_object, args.adapter_path / "adapter_config.json")
         if args.adapter_path and model:
             problems.of(refuse_other_base, model, args.adapter_path)
-        if model:
-            context = model.config.model_max_length
-            for role, character in characters.items():
-                length = len(model.tokenizer.text_to_ids(persona(role, character["description"])))
-                if length > context // 2:
-                    problems.append(
-                        f"{args.desc_path}: the profile of {role} takes {length:,} of {context:,} tokens: shorten it"
-                    )
+        for role, character in characters.items() if model else ():
+            length, context = len(model.tokenizer.text_to_ids(character["description"])), model.config.model_max_length
+            if length > context // 2:
+                told = f"the profile of {role} takes {length:,} of the model's {context:,} tokens: shorten it"
+                print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         if args.auth_file:

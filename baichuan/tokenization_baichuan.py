@@ -1,12 +1,13 @@
 """Baichuan2's tokenizer: SentencePiece BPE in which no text can become a control token."""
 
+import json
 import os
 import re
 from itertools import groupby
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from transformers import GenerationConfig, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 
 from .generation_utils import messages_to_ids
 
@@ -55,9 +56,9 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         if user_token_id is None and generation_config_file is not None:
-            config = GenerationConfig.from_pretrained(os.path.dirname(generation_config_file) or ".")
-            user_token_id = getattr(config, "user_token_id", None)
-            assistant_token_id = getattr(config, "assistant_token_id", None)
+            with open(generation_config_file, encoding="utf-8-sig") as file:
+                settings = json.load(file)
+            user_token_id, assistant_token_id = settings.get("user_token_id"), settings.get("assistant_token_id")
         self.user_token_id = user_token_id
         self.assistant_token_id = assistant_token_id
         super().__init__(
@@ -80,7 +81,8 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         """Two processors over one model: the published one decodes; its copy, which encodes, matches no control piece."""
         self.sp_model = sentencepiece.SentencePieceProcessor(model_proto=model)
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-        if proto.normalizer_spec.name != "identity" or proto.normalizer_spec.add_dummy_prefix:
+        changes = proto.normalizer_spec.name != "identity" or proto.normalizer_spec.add_dummy_prefix
+        if proto.pieces and changes:
             raise ValueError(
                 f"{self.vocab_file} changes the text before it cuts it, as Baichuan 1's does: take Baichuan2's"
             )

@@ -1,6 +1,7 @@
 """An adapter directory, read and checked: is it a plain LoRA adapter, and one of this base?"""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -117,14 +118,14 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
 
     Adapters of other programs do not record their base's weights. Where its name differs, a line says so.
     """
-    name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path"))
+    name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "none")
     merge, trained_on = base.settings.get("merged_adapter"), training_record(adapter).get("base")
     remedy = f"name the base that it was trained on, called {name} then"
     if isinstance(merge, dict) and merge.get("sha256") == digest(adapter):
         raise UserError(f"{base.path}: has this adapter merged into it already: {remedy}")
     if trained_on not in (None, base.fingerprint):
         raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")
-    if trained_on is None and Path(name).name != base.path.resolve().name:
+    if trained_on is None and re.split(r"[\\/]", name.rstrip("/"))[-1] != base.path.resolve().name:
         if merge:
             raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
         told = f"names {name} as its base; nothing in it tells whether {base.path} has the same weights"

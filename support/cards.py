@@ -10,7 +10,12 @@ import re
 from pathlib import Path
 
 from support.errors import UserError, blaming
-from support.json_files import PNG, filled, kind_of_file, text_problem
+from support.json_files import PNG, filled, kind_of_file, plain_line_ends, text_problem
+
+OLD_NAMES = {  # of cards before version 1
+    **{"char_name": "name", "char_persona": "description", "char_greeting": "first_mes"},
+    **{"world_scenario": "scenario", "example_dialogue": "mes_example"},
+}
 
 
 def read_card(path: str | Path) -> dict | None:
@@ -21,9 +26,11 @@ def read_card(path: str | Path) -> dict | None:
     if kind_of_file(path) == PNG:
         from PIL import Image  # here, since few files are images
 
-        with blaming(f"{path}: is a PNG image without a character card that can be read"):
+        with blaming(f"{path}: is a PNG image, and no character card can be read from it"):
             with Image.open(path) as image:
-                text = image.text.get("ccv3") or image.text["chara"]
+                text = image.text.get("ccv3") or image.text.get("chara")
+            if not text:
+                raise UserError(f"{path}: is a PNG image without a character card")
             card = card_fields(json.loads(base64.b64decode(text))) or {}
     else:
         try:
@@ -38,17 +45,21 @@ def read_card(path: str | Path) -> dict | None:
 def card_fields(value) -> dict | None:
     """The fields of a card, whatever its version; None where `value` is none."""
     fields = value.get("data", value) if isinstance(value, dict) else None
-    is_card = isinstance(fields, dict) and bool({"first_mes", "mes_example"} & fields.keys())
+    if not isinstance(fields, dict):
+        return None
+    fields = {OLD_NAMES.get(name, name): plain_line_ends(text) for name, text in fields.items()}
+    is_card = "spec" in value or "name" in fields and bool({"first_mes", "mes_example", "personality"} & fields.keys())
     return filled(fields) if is_card else None
 
 
 def card_profile(fields: dict, role: str) -> dict:
     """A card as a role of the file of profiles: its description, and its first words as the greeting."""
-    parts = [fields[name] for name in ("description", "personality", "scenario") if isinstance(fields.get(name), str)]
+    parts = [fields[name] for name in ("description", "personality", "scenario") if name in fields]
+    if not all(isinstance(part, str) for part in parts):
+        return {"description": parts}  # which is no text, as the reader of profiles will say
     greeting = fields.get("first_mes", "")
-    return filled(
-        {"description": spoken("\n".join(parts), role, "对方"), "greeting": spoken(str(greeting), role, "你")}
-    )
+    greeting = spoken(greeting, role, "你") if isinstance(greeting, str) else greeting
+    return filled({"description": spoken("\n".join(parts), role, "对方"), "greeting": greeting})
 
 
 def card_conversations(fields: dict) -> list[dict]:
@@ -61,7 +72,7 @@ def card_conversations(fields: dict) -> list[dict]:
         speakers = ["user" if name.lower() == "{{user}}" else "assistant" for name in parts[::2]]
         while speakers[-1:] == ["user"]:
             speakers.pop()
-        if "user" in speakers:
+        if "user" in speakers and all(texts[: len(speakers)]):
             turns = [{"role": speaker, "content": text} for speaker, text in zip(speakers, texts)]
             conversations.append({"role": role, "messages": turns})
     return conversations

@@ -90,6 +90,8 @@ def read_attacks(path: Path) -> list[dict]:
     with Problems() as problems:
         for place, record in read_records(path, problems):
             attacks.append(problems.of(as_attack, record, place))
+        if not attacks and not problems:
+            problems.append(f"{path}: is empty: write attacks, or leave --attacks out")
     return attacks
 
 

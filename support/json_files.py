@@ -19,7 +19,11 @@ KINDS = {  # how a file begins → what it is
     b"\xff\xd8\xff": "is a JPEG image, where a text is needed",
     b"%PDF": "is a PDF document: save its text as UTF-8",
     b"PAR1": "is a Parquet file: write its rows as JSON lines, with pandas, say",
-    b"\x1f\x8b": "is compressed by gzip: unpack it with gunzip",
+    b"\x1f\x8b": "is compressed by gzip: unpack it",
+    b"BZh": "is compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "is compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it",
+    b"7z\xbc\xaf": "is a 7z archive: unpack it",
     b"PK\x03\x04": "is a zip archive, as .xlsx and .docx are: save what is in it as text in UTF-8",
     b"\xd0\xcf\x11\xe0": "is an old Office file, such as .xls: save what is in it as text in UTF-8",
     b"\xff\xfe": "is UTF-16: save the file as UTF-8",
@@ -52,6 +56,13 @@ def filled(record: dict) -> dict:
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
     return UserError(f"{path}: {error.strerror}: correct the path, or fetch RoleBench with data_helper.py --download")
+
+
+def plain_line_ends(value):
+    r"""Line ends as a browser sends them, \n, of whatever kind they are: else a role is asked in other words than trained."""
+    if isinstance(value, list):
+        return [plain_line_ends(part) for part in value]
+    return re.sub("\r\n|[\r\v\f\x85\u2028\u2029]", "\n", value) if isinstance(value, str) else value
 
 
 def composed(name: str) -> str:
@@ -139,12 +150,15 @@ def refuse_other_shape(path: str | Path):
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return  # told in the line where it is wrong
-    more, shape = text[end:].strip(), None
-    if isinstance(value, list) and more:
+    rest = text[end:].lstrip(" \t\r")  # from the end of the first value on
+    shape = None
+    if isinstance(value, list) and rest.lstrip().startswith("["):
         shape = "has several arrays"
     elif isinstance(value, dict) and "\n" in text[:end]:
         shape = "has an object over several lines"
-    elif isinstance(value, dict) and not more:
+    elif isinstance(value, dict) and rest.startswith(","):
+        shape = "has commas between its objects"
+    elif isinstance(value, dict) and rest[:1] in ("", "\n"):
         shape = "has its records within an object"
     if shape:
         raise UserError(f"{path}: {shape}: write one object a line, or one array of objects")

@@ -40,12 +40,6 @@ NEEDED = {  # and where to get it
     '"user_token_id": 195, "assistant_token_id": 196',
     "tokenizer.model": "",
 }
-ROTARY = {  # settings of other models of this type → the only value that is computed here, besides null
-    "rope_theta": 10_000,
-    "rope_scaling": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000},
-    "position_embedding": "ROPE",
-}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
@@ -98,18 +92,22 @@ class ModelDirectory:
         """Raise UserError where config.json is of a model that would be computed wrongly, though its tensors may fit."""
         settings, published = self.settings, "take Baichuan2-7B-Chat, as it was published"
         sizes = [settings.get(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
-        if (kind := settings.get("model_type")) == "llama" and or_llama:
-            return
-        if kind != "baichuan":
+        rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+        rope = rope if isinstance(rope, dict) else {"type": rope}
+        turned = settings.get("rope_theta") or rope.get("rope_theta") or 10_000, rope.get("rope_type", rope.get("type"))
+        kind = settings.get("model_type")
+        if kind != "baichuan" and not (or_llama and kind == "llama"):
             problem = f"is a model of the type {kind}: name a Baichuan2 model; other engines and predict.py --engine take a LLaMA export"
         elif settings.get("quantization_config"):
             problem = f"is quantised: {published}; --load_in_4bit quantises it here"
+        elif kind == "llama":
+            return
         elif settings.get("vocab_size") == 64_000 or settings.get("architectures") == ["BaiChuanForCausalLM"]:
             problem = f"is Baichuan 1, which has another tokenizer and another head: {published}"
-        elif sizes == [5120, 40, 40] or "max_position_embeddings" not in settings:
+        elif sizes == [5120, 40, 40] or "max_position_embeddings" not in settings and sizes != [4096, 32, 32]:
             problem = f"is Baichuan 13B, whose attention has ALiBi in place of rotary positions: {published}"
-        elif other := [name for name in ROTARY if settings.get(name) not in (None, ROTARY[name])]:
-            problem = f"has {other[0]} {settings[other[0]]}, which is not computed here: {published}"
+        elif turned[0] != 10_000 or turned[1] not in (None, "default"):
+            problem = f"has other rotary positions (rope_theta, rope_scaling) than Baichuan2-7B: {published}"
         else:
             return
         raise UserError(f"{self.path}: {problem}")
@@ -133,8 +131,9 @@ class ModelDirectory:
     @cached_property
     def generation_config(self) -> GenerationConfig:
         path = self.path / "generation_config.json"
+        settings = read_object(path)
         with blaming(str(path)):
-            config = GenerationConfig.from_pretrained(self.path)
+            config = GenerationConfig.from_dict(settings)
             turn_markers(config)
         if config.temperature == 0:  # how other programs say greedy; transformers divides by it
             config.update(do_sample=False, temperature=1.0)
@@ -172,15 +171,16 @@ class ModelDirectory:
     def fingerprint(self) -> str:
         """Of what the model computes: the settings that no tensor shows, and some values of every tensor, megabytes in all.
 
-        It is the same wherever the directory lies, and in however many files, in whichever layout its weights are.
+        It is the same wherever the directory lies, in however many files and in whichever layout its weights are, and in
+        float32 as rounded to bfloat16.
         """
         config, found = self.config, hashlib.sha256()
         found.update(f"{config.num_attention_heads} {config.hidden_act} {float(config.rms_norm_eps)}".encode())
         values = {}
         for name, tensor in self.weights:
             runs = tensor.flatten().unfold(0, min(32, tensor.numel()), 1)  # a view: all runs of so many neighbours
-            some = runs[torch.linspace(0, len(runs) - 1, 8).long()]
-            values[name] = f"{name} {tuple(tensor.shape)}".encode() + some.float().numpy().tobytes()
+            some = runs[[number * (len(runs) - 1) // 7 for number in range(8)]].to(torch.bfloat16)
+            values[name] = f"{name} {tuple(tensor.shape)}".encode() + some.view(torch.int16).numpy().tobytes()
         for name in sorted(values):
             found.update(values[name])
         return found.hexdigest()[:16]

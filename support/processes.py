@@ -121,20 +121,19 @@ def precision(config: dict) -> torch.dtype:
 def blaming_configuration(ds_file):
     """Around DeepSpeed's start: what it raises over its configuration becomes a UserError; a defect stays what it is.
 
-    DeepSpeed has no class for the former. They come from where it reads the file and makes the optimizer that the file
-    names; and an assertion of its own is how it refuses a combination.
+    DeepSpeed has no class for the former. They come from where it reads the file and makes what the file names; and an
+    assertion is how it refuses a combination.
     """
     try:
         yield
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        asserted = isinstance(error, AssertionError) and "deepspeed" in frames[-1].filename
         configuring = any(
             re.search(r"deepspeed/.*config[^/]*\.py$", frame.filename)
-            or frame.name in ("_configure_basic_optimizer", "_do_sanity_check")
+            or frame.name in ("_configure_basic_optimizer", "_do_sanity_check", "get_data_types")
             for frame in frames
         )
-        if not (asserted or configuring):
+        if not (configuring or isinstance(error, AssertionError)):
             raise
         raise UserError(f"{ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from support.cards import card_fields, card_profile, read_card
 from support.errors import UserError
-from support.json_files import PNG, composed, filled, kind_of_file, parse_object, read_text, text_problem
+from support.json_files import (
+    PNG,
+    composed,
+    filled,
+    kind_of_file,
+    parse_object,
+    plain_line_ends,
+    read_text,
+    text_problem,
+)
 
 SAMPLE = Path(__file__).parent.parent / "data/sample/profiles-zh_desc.json"
 MAX_NAME, MAX_DESCRIPTION = 100, 8000  # characters, for training and for the chat page alike
@@ -35,9 +44,9 @@ def read_characters(path: str | Path) -> dict[str, dict]:
         role = composed(key)
         given = {"description": profile, "names": known.get(role, {}).get("names", [])}
         if isinstance(profile, dict):
-            fields = card_fields(profile)
+            fields = card or card_fields(profile)
             given = card_profile(fields, role) if fields else filled(profile)
-        given = {field: with_plain_line_ends(value) for field, value in given.items()}
+        given = {field: plain_line_ends(value) for field, value in given.items()}
         found = {"the role": text_problem(role) or length_problem(role, MAX_NAME)}
         if role in characters:
             found["the role"] = "occurs twice, in two forms of Unicode: remove one"
@@ -56,13 +65,6 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     if problems:
         raise UserError(*problems)
     return characters
-
-
-def with_plain_line_ends(value):
-    r"""Line ends as a browser sends them, \n, of whatever kind they are: else a role is asked in other words than trained."""
-    if isinstance(value, list):
-        return [with_plain_line_ends(part) for part in value]
-    return re.sub("\r\n|[\r\v\f\x85\u2028\u2029]", "\n", value) if isinstance(value, str) else value
 
 
 def length_problem(text: str, most: int) -> str | None:

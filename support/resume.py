@@ -67,7 +67,7 @@ def run_identity(args, base: str, train_data, dtype: torch.dtype) -> dict:
         "training data": digest(
             train_data.ids, train_data.persona, train_data.starts, train_data.turns, str(train_data.personas)
         ),
-        "base model": base,
+        "base weights": base,
         "processes": place()[1],
         "DeepSpeed configuration": digest(json.dumps(read_object(args.ds_file), sort_keys=True)),
         "precision": str(dtype),
@@ -89,6 +89,7 @@ def read_run(state: Path, identity: dict) -> dict:
     try:
         run = json.loads((state / "run.json").read_text(encoding="utf-8"))
         run["identity"].setdefault("--load_in_4bit", False)  # older than that flag
+        run["identity"].setdefault("base weights", identity["base weights"])  # older than this fingerprint
         saved, losses = run["identity"], [float(loss) for loss in run["losses"]]
         best = run.get("best") and Best(state.parent.parent, run["best"]).state()
         differing = [name for name in identity if saved.get(name) != identity[name]]

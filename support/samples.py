@@ -69,6 +69,9 @@ def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
         raise UserError(f'{place}: "history" is not read: write its rounds and the last one as "messages"')
     if not {"prompt", "response", "instruction", "output"} & record.keys():
         raise UserError(f'{place}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
+    books, ours = sorted({"instruction", "input", "output"} & record.keys()), {"prompt", "response"} & record.keys()
+    if books and ours:
+        raise UserError(f'{place}: has "{books[0]}" beside "{min(ours)}": write one of the forms in data/README.md')
     if {"instruction", "system", "input"} <= record.keys():
         raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
     if {"instruction", "input"} <= record.keys():
@@ -97,16 +100,18 @@ def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
     for number, turn in enumerate(record[keys[0]], start=1):
         if not isinstance(turn, dict):
             raise UserError(f'{place}: turn {number} is no object: write {{"role": …, "content": …}}')
-        turn = filled(turn)
+        given, turn = turn, filled(turn)
         # The turn's own keys decide, not the name of the list.
         sharegpt = "from" in turn and "role" not in turn
         speaker_key = "from" if sharegpt else "role"
         text_key = "value" if "content" not in turn and (sharegpt or "value" in turn) else "content"
-        speaker, text = turn.get(speaker_key), turn.get(text_key)
+        speaker, text = turn.get(speaker_key), given.get(text_key)
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             known = "human, gpt or system" if sharegpt else "user, assistant or system"
             raise UserError(f'{place}: turn {number}: "{speaker_key}" is {str(speaker)[:20]!r}: write {known}')
+        if role == "system" and text_key not in turn:
+            continue
         if problem := text_problem(text):
             raise UserError(f'{place}: turn {number}: "{text_key}" {problem}')
         if role == "system" and number > 1:

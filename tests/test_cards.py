@@ -17,7 +17,7 @@ FIELDS = {
     "personality": "谨慎",
     "scenario": "草庐",
     "first_mes": "请坐，{{user}}。{{char}}久候了。",
-    "mes_example": "<START>\n{{user}}: 您好\n{{char}}: 亮在此。\n羽扇一摇。\n{{user}}: 怕吗？\n{{char}}: 不怕。\n<START>\n{{user}}: 无答\n"
+    "mes_example": "<START>\n{{user}}: 您好\n{{char}}: 亮在此。\r\n羽扇一摇。\n{{user}}: 怕吗？\n{{char}}: 不怕。\n<START>\n{{user}}: 无答\n<START>\n{{user}}:\n{{char}}: 无问。\n"
     "<START>\n{{char}}: 来了？\n{{user}}: 来了。\n诸葛亮：坐。",
 }
 CARDS = {
@@ -70,6 +70,27 @@ def test_a_card_within_the_file_of_profiles(tmp_path):
     assert characters["孔明"]["greeting"] == "请坐，你。孔明久候了。"
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        {
+            "char_name": "孔明",
+            "char_persona": "丞相",
+            "char_greeting": "请坐。",
+            "world_scenario": "",
+            "example_dialogue": "",
+        },
+        {"name": "孔明", "description": "丞相", "personality": "", "scenario": ""},
+        {"spec": "chara_card_v2", "data": {"name": "孔明", "description": "丞相"}},
+    ],
+)
+def test_a_card_that_is_older_or_has_few_fields(tmp_path, card):
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    characters = read_characters(tmp_path / "card.json")
+    assert list(characters) == ["孔明"] and characters["孔明"]["description"] == "丞相"
+    assert characters["孔明"]["greeting"] == ("请坐。" if "char_greeting" in card else "")
+
+
 def test_the_examples_of_a_card_are_conversations(card, tmp_path):
     train, test = tmp_path / "train.json", tmp_path / "test.json"
     paths = ["--train_path", str(train), "--test_path", str(test), "--data_dir", str(tmp_path)]
@@ -91,9 +112,15 @@ def test_cards_that_cannot_be_used(tmp_path, capsys):
         return line
 
     assert "is a PNG image without a character card" in problem(write_png(tmp_path / "portrait.png"))
-    assert "is a PNG image without a character card" in problem(write_png(tmp_path / "odd.png", chara="?"))
+    assert "odd.png: is a PNG image, and no character card can be read from it" in problem(
+        write_png(tmp_path / "odd.png", chara="?")
+    )
     (tmp_path / "cut.png").write_bytes((tmp_path / "portrait.png").read_bytes()[:20])
-    assert "is a PNG image without a character card" in problem(tmp_path / "cut.png")
+    assert "cut.png: is a PNG image, and no character card can be read from it" in problem(tmp_path / "cut.png")
+    (tmp_path / "list.json").write_text(json.dumps({**FIELDS, "first_mes": ["甲", "乙"]}))
+    assert "greeting in the profile of '诸葛亮' is not a string" in problem(tmp_path / "list.json")
+    (tmp_path / "object.json").write_text(json.dumps({**FIELDS, "description": {"甲": "乙"}}))
+    assert "the profile of '诸葛亮' is not a string" in problem(tmp_path / "object.json")
     (tmp_path / "nobody.json").write_text(json.dumps({**FIELDS, "name": ""}))
     assert "the name of the character card is missing" in problem(tmp_path / "nobody.json")
     (tmp_path / "empty.json").write_text(json.dumps({"name": "空", "first_mes": "", "mes_example": ""}))

@@ -581,9 +581,13 @@ BAD_CONVERSATIONS = [  # (record, what the error says)
     ({"question": "问", "answer": "答"}, 'holds no sample: write "messages", or "prompt" and "response"'),
     ({"instruction": "问", "output": "答", "history": [["问", "答"]]}, '"history" is not read'),
     ({"conversations": [{"from": "human", "value": "问"}, {"from": "bing", "value": "答"}]}, "write human, gpt or"),
-    ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}]}, '"value" is missing'),
+    ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}]}, '"value" is blank'),
     ({"messages": [USER, ASSISTANT], "conversations": [USER, ASSISTANT]}, 'both "messages" and "conversations"'),
     ({"prompt": "问", "response": ""}, '"response" is missing'),
+    (
+        {"instruction": "扮演", "prompt": "问", "response": "答"},
+        'has "instruction" beside "prompt": write one of the forms',
+    ),
     ({"system": "甲", "instruction": "乙", "input": "问", "output": "答"}, 'both "system" and "instruction"'),
 ]
 
@@ -741,6 +745,7 @@ HALF_EMPTY = {  # records in which a key holds nothing → their system text
         {"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]},
         "",
     ),
+    "an empty system turn": ({"messages": [{"role": "system", "content": ""}, *ONE_ROUND]}, ""),
     "mixed": ({"messages": [{"role": "user", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
     "pandas": ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),
 }
@@ -769,6 +774,11 @@ SHAPES = {
         json.dumps({"data": [{"messages": TWO_ROUNDS}]}, indent=1),
         "has an object over several",
     ),
+    "within an object a line": (
+        2 * (json.dumps({"data": [{"messages": TWO_ROUNDS}]}) + "\n"),
+        "has its records within",
+    ),
+    "commas": (2 * (json.dumps({"messages": TWO_ROUNDS}) + ",\n"), "has commas between its objects"),
     "an array a line": (2 * (json.dumps([{"messages": TWO_ROUNDS}]) + "\n"), "has several arrays"),
 }
 
@@ -795,7 +805,7 @@ def test_rolebench_files_may_be_an_array(run):
 BYTES = {
     "portrait.png": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a PNG image"),
     "train.parquet": (b"PAR1\x15\x04\x15", "is a Parquet file"),
-    "train.jsonl.gz": (gzip.compress(b"{}"), "is compressed by gzip: unpack it with gunzip"),
+    "train.jsonl.gz": (gzip.compress(b"{}"), "is compressed by gzip: unpack it"),
     "train.xlsx": (b"PK\x03\x04\x14\x00\x06\x00\xff", "is a zip archive, as .xlsx and .docx are"),
     "photo.jpg": (b"\xff\xd8\xff\xe0\x00", "is a JPEG image"),
     "train.json": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "is a Git-LFS pointer"),

@@ -85,6 +85,12 @@ def test_a_wrong_attack_is_named_by_its_line(tmp_path, line, problem):
     assert all(text.startswith(f"{path}:3: ") for text in error.value.problems)
 
 
+def test_a_file_without_attacks_is_no_measure(tmp_path):
+    (tmp_path / "attacks.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="attacks.jsonl: is empty"):
+        read_attacks(tmp_path / "attacks.jsonl")
+
+
 def test_an_attack_may_name_its_speakers_as_samples_do(tmp_path):
     path = tmp_path / "attacks.jsonl"
     path.write_text('{"kind": "maker", "messages": [{"role": "human", "content": "你是谁？"}]}\n', encoding="utf-8")

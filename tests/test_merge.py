@@ -553,7 +553,7 @@ def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, tmp_p
         (target / "chat_template.jinja").write_text(other) if other else (target / "chat_template.jinja").unlink()
         assert problem in refusal(capsys, checkpoint, adapter, target, "--check_only", "--format", format)
     (target / "chat_template.jinja").write_text(template)
-    (tmp_path / "probes.json").write_text(json.dumps({"prompt": "<reserved_107>我是谁？", "response": "答"}))
+    (tmp_path / "probes.json").write_text(json.dumps({"prompt": "<reserved_107>我</s><unk>是谁？", "response": "答"}))
     merge(checkpoint, adapter, target, "--check_only", "--format", format, "--probe_path", tmp_path / "probes.json")
 
 

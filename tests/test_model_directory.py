@@ -44,8 +44,12 @@ OTHERS = {  # what config.json says → what the model is called
     "Baichuan 1 by name": ({"architectures": ["BaiChuanForCausalLM"]}, "is Baichuan 1"),
     "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
-    "longer positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_scaling"),
-    "another base": ({"rope_theta": 500_000}, "has rope_theta 500000, which is not computed here"),
+    "longer positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has other rotary positions"),
+    "another base": ({"rope_theta": 500_000}, "has other rotary positions"),
+    "another base, as transformers 5 writes it": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+        "has other rotary positions",
+    ),
     "M1": ({"model_type": "baichuan_m1"}, "is a model of the type baichuan_m1"),
 }
 
@@ -84,6 +88,14 @@ def test_quantised_weights_without_a_word_in_the_config(directory):
     assert f"{name} is torch.uint8" in problem and "not quantised ones" in problem
 
 
+@pytest.mark.parametrize(
+    "rope", [{"rope_scaling": {}}, {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10_000}]
+)
+def test_rotary_positions_that_are_spelled_out_are_taken(directory, rope):
+    settings_of(directory, "config.json", **rope)
+    ModelDirectory(directory).check()
+
+
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="no published model beside the checkout")
 def test_the_published_settings_are_taken():
     config = ModelDirectory(PUBLISHED).config
@@ -102,6 +114,16 @@ def test_integers_are_numbers(directory):
     opened.refuse_to_fail_later(model)
     ids = torch.tensor([[5, 6, 7]])
     assert model.generate(ids, attention_mask=torch.ones_like(ids)).shape == (1, 6)
+
+
+def test_a_generation_config_with_a_byte_order_mark(directory):
+    """Who has the base model writes this file himself."""
+    settings_of(directory, "tokenizer_config.json", user_token_id=None, assistant_token_id=None)
+    path = directory / "generation_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    opened = ModelDirectory(directory).check()
+    model = opened.load()
+    assert model.generation_config.user_token_id == opened.tokenizer.user_token_id == 195
 
 
 @pytest.mark.parametrize("do_sample", [False, True, None])
@@ -153,6 +175,8 @@ def test_the_fingerprint_is_of_the_arithmetic(checkpoint, directory):
     (directory / "model.safetensors.index.json").unlink()
     torch.save(dict(reversed(tensors.items())), directory / "pytorch_model.bin")
     assert fingerprint() == first
+    torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "pytorch_model.bin")
+    assert fingerprint() == first
 
     other = {name: tensor + 1e-3 * (name == "model.layers.1.mlp.down_proj.weight") for name, tensor in tensors.items()}
     torch.save(other, directory / "pytorch_model.bin")
@@ -178,9 +202,15 @@ def test_a_missing_generation_config_says_where_to_get_it(directory):
     assert '"user_token_id": 195, "assistant_token_id": 196' in problem
 
 
+def test_an_empty_tokenizer_is_called_damaged(directory):
+    (directory / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded: (?!.*Baichuan 1)"):
+        ModelDirectory(directory).check()
+
+
 def test_a_pointer_of_git_lfs(directory):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:79452955\nsize 2001107\n"
-    for name in ("tokenizer.model", "model.safetensors"):
+    for name in ("tokenizer.model", "model.safetensors", "config.json", "generation_config.json"):
         content = (directory / name).read_bytes()
         (directory / name).write_text(pointer)
         with pytest.raises(UserError, match=rf"{name}: is a Git-LFS pointer, not the file itself: .* git lfs pull"):

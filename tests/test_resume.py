@@ -311,7 +311,7 @@ def test_another_run_is_refused(
     model.save_pretrained(model_directory)
     changes = {
         "training data": ["--train_path", data],
-        "base model": ["--model_name_or_path", model_directory],
+        "base weights": ["--model_name_or_path", model_directory],
         "DeepSpeed configuration": ["--ds_file", ds_file],
         **{f"--{name}": [f"--{name}", 2] for name in ("num_train_epochs", "weight_decay", "seed", "lora_dim")},
         **{f"--{name}": [f"--{name}", 0.5] for name in ("learning_rate", "warmup_ratio", "lora_alpha", "lora_dropout")},
@@ -435,6 +435,16 @@ def test_a_base_that_was_moved_and_saved_anew_is_the_same_run(run_arguments, fin
     (base / "model.safetensors").unlink()
     write_weights(base, tensors.items(), shard_bytes=100_000)
     train.main(short(run_arguments, finished, "--model_name_or_path", base))
+    assert "is complete, nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_state_from_before_the_fingerprint_is_taken(run_arguments, finished, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "run")
+    path = output / "state/epoch-1-step-10/run.json"
+    run = json.loads(path.read_text())
+    run["identity"]["base model"] = run["identity"].pop("base weights")[::-1]
+    path.write_text(json.dumps(run))
+    train.main(short(run_arguments, output))
     assert "is complete, nothing is left to do" in capsys.readouterr().out
 
 

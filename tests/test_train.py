@@ -367,6 +367,7 @@ def test_wrong_arguments(train_arguments, tmp_path, capsys, change, message):
         ({"optimizer": {"type": "Adamant"}}, "DeepSpeed refuses the configuration"),
         ({"optimizer": {"type": "AdamW", "params": {"momentum": 1}}}, "DeepSpeed refuses the configuration"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": 3}}}, "DeepSpeed refuses the configuration"),
+        ({"data_types": {"grad_accum_dtype": "bogus"}}, "DeepSpeed refuses the configuration"),
         (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
             "data_types.grad_accum_dtype needs zero_optimization.stage 2",

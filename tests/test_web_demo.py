@@ -7,6 +7,7 @@ import socket
 import string
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import httpx
@@ -158,10 +159,14 @@ def test_the_page_takes_every_profile_that_is_read(server, tmp_path):
     assert visitor.ask("你是谁？", role=role, description=characters[role]["description"])
 
 
-def test_a_profile_that_leaves_no_room_is_told_at_the_start(run, checkpoint, tmp_path):
-    (tmp_path / "profiles.json").write_text(json.dumps({"李白": "酒\u0301" * 3500}), encoding="utf-8")
-    printed = run("--model_path", checkpoint, "--desc_path", tmp_path / "profiles.json", "--ask", "谁？")
-    assert "profiles.json: the profile of 李白 takes " in printed.err and "of 4,096 tokens: shorten it" in printed.err
+def test_a_profile_that_leaves_little_room_is_told_at_the_start(run, checkpoint, tmp_path):
+    """And stands in nobody else's way."""
+    profiles = {unicodedata.normalize("NFD", "José"): "画家", "长人": "酒\u0301" * 3500}
+    (tmp_path / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
+    flags = ["--model_path", checkpoint, "--desc_path", tmp_path / "profiles.json", "--ask", "谁？"]
+    printed = run(*flags, "--role", next(iter(profiles)), expected=0)
+    assert "warning: " in printed.err and "profiles.json: the profile of 长人 takes " in printed.err
+    assert "--ask: persona and question have " in run(*flags, "--role", "长人").err
 
 
 def test_ask_knows_its_role_and_its_limits(run, checkpoint):
