@@ -48,8 +48,8 @@ def card_fields(value) -> dict | None:
     if not isinstance(fields, dict):
         return None
     fields = {OLD_NAMES.get(name, name): plain_line_ends(text) for name, text in fields.items()}
-    is_card = "spec" in value or "name" in fields and bool({"first_mes", "mes_example", "personality"} & fields.keys())
-    return filled(fields) if is_card else None
+    of_version_1 = "name" in fields and bool({"first_mes", "mes_example", "personality"} & fields.keys())
+    return filled(fields) if of_version_1 or str(value.get("spec")).startswith("chara_card") else None
 
 
 def card_profile(fields: dict, role: str) -> dict:

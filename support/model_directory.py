@@ -92,9 +92,6 @@ class ModelDirectory:
         """Raise UserError where config.json is of a model that would be computed wrongly, though its tensors may fit."""
         settings, published = self.settings, "take Baichuan2-7B-Chat, as it was published"
         sizes = [settings.get(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
-        rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-        rope = rope if isinstance(rope, dict) else {"type": rope}
-        turned = settings.get("rope_theta") or rope.get("rope_theta") or 10_000, rope.get("rope_type", rope.get("type"))
         kind = settings.get("model_type")
         if kind != "baichuan" and not (or_llama and kind == "llama"):
             problem = f"is a model of the type {kind}: name a Baichuan2 model; other engines and predict.py --engine take a LLaMA export"
@@ -106,7 +103,7 @@ class ModelDirectory:
             problem = f"is Baichuan 1, which has another tokenizer and another head: {published}"
         elif sizes == [5120, 40, 40] or "max_position_embeddings" not in settings and sizes != [4096, 32, 32]:
             problem = f"is Baichuan 13B, whose attention has ALiBi in place of rotary positions: {published}"
-        elif turned[0] != 10_000 or turned[1] not in (None, "default"):
+        elif not has_plain_rotary_positions(settings):
             problem = f"has other rotary positions (rope_theta, rope_scaling) than Baichuan2-7B: {published}"
         else:
             return
@@ -245,6 +242,15 @@ class ModelDirectory:
                 f"keys and values (by {error:.2g} of the logits' spread): pip install -r requirements.txt "
                 "-c constraints.txt"
             )
+
+
+def has_plain_rotary_positions(settings: dict) -> bool:
+    """Whether a config.json asks for the positions that are computed here: base 10,000, and nothing scaled."""
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        return False
+    base = settings.get("rope_theta") or scaling.get("rope_theta") or 10_000
+    return base == 10_000 and scaling.get("rope_type", scaling.get("type", "default")) == "default"
 
 
 def load_adapter(model, directory) -> PeftModel:
