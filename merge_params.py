@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_helper import persona, read_samples, with_system
 from support.arguments import ArgumentParser
-from support.errors import Problems, UserError, entry_point, first_line, slow_imports
+from support.errors import Problems, UserError, blaming, entry_point, first_line, slow_imports
 from support.files import followed, free_bytes, training_record, whole_directory
 from support.four_bit import check_four_bit
 from support.samples import as_sample, first_question
@@ -175,21 +175,24 @@ def prove_layout(args, merged: ModelDirectory, conversations: list[list[dict]], 
     Raises:
         UserError: it is not.
     """
-    template = merged.path / "chat_template.jinja"
-    if not template.is_file():
+    file, is_llama = merged.path / "chat_template.jinja", merged.settings.get("model_type") == "llama"
+    if not file.is_file():
         raise UserError(f"{args.save_model_dir}: has no chat_template.jinja: merge anew")
-    is_llama = merged.settings.get("model_type") == "llama"
-    tokenizer = AutoTokenizer.from_pretrained(merged.path) if is_llama else merged.tokenizer
-    for messages, ids in zip(conversations, probes):
-        rendered = tokenizer.apply_chat_template(messages, chat_template=template.read_text("utf-8"), tokenize=False)
-        # As such programs cut it: the markers that the template wrote are found in the text.
-        found = tokenizer.encode(rendered) if is_llama else tokenizer.sp_model.encode(rendered)
-        spelled = any(CONTROL.search(message["content"]) for message in messages)  # by a text, which is no token here
-        if found[:PROBE_LENGTH] != ids and not spelled:
-            raise UserError(
-                f"{args.save_model_dir}: its chat template does not lay a conversation out as it was trained: merge anew; the "
-                f"probe is {first_question(messages)!r}"
-            )
+    with blaming(f"{args.save_model_dir}: its tokenizer or chat template cannot be used"):
+        tokenizer = AutoTokenizer.from_pretrained(merged.path) if is_llama else merged.tokenizer
+        template = file.read_text(encoding="utf-8")
+        for messages, ids in zip(conversations, probes):
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            # As such programs cut it: the markers that the template wrote are found in the text.
+            found = tokenizer.encode(text) if is_llama else tokenizer.sp_model.encode(text)
+            spelled = any(
+                CONTROL.search(message["content"]) for message in messages
+            )  # by a text, which is no token here
+            if found[:PROBE_LENGTH] != ids and not spelled:
+                raise UserError(
+                    f"{args.save_model_dir}: its chat template does not lay a conversation out as it was trained: merge "
+                    f"anew; the probe is {first_question(messages)!r}"
+                )
 
 
 def prove(
