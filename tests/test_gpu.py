@@ -35,7 +35,7 @@ def nvidia(monkeypatch):
 def test_a_gpu_that_cuda_cannot_use_is_an_error(nvidia, monkeypatch, version, remedy):
     monkeypatch.setattr(torch.version, "cuda", version)
     for choose in (processes.join_processes, lambda: pick_device("auto"), lambda: pick_device("0")):
-        with pytest.raises(UserError, match=remedy):
+        with pytest.raises(UserError, match=f"{remedy}.*; to compute on the CPU, set DS_ACCELERATOR=cpu"):
             choose()
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
@@ -48,31 +48,19 @@ import glob
 there = glob.glob
 glob.glob = lambda pattern, **more: ["/dev/nvidia0"] if "nvidia" in str(pattern) else there(pattern, **more)
 """
-HAS_CUDA = """
-import torch
-torch.version.cuda = "13.0"
-"""
 
 
-@pytest.mark.parametrize(
-    "program, site, problem",
-    [
-        ("launcher", HAS_NVIDIA, "built without CUDA"),
-        ("launcher", HAS_NVIDIA + HAS_CUDA, "update the driver"),
-        ("python", HAS_NVIDIA, "built without CUDA"),
-    ],
-)
-def test_the_remedy_for_a_gpu_that_cuda_cannot_use_works(train_arguments, tmp_path, program, site, problem):
+def test_the_remedy_for_a_gpu_that_cuda_cannot_use_works_under_the_launcher(train_arguments, tmp_path):
     """As typed: first the error with its remedy, then the same command with what the remedy says."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(site)
-    start = ["deepspeed", "--master_port", free_port()] if program == "launcher" else ["python3"]
-    command = [*start, "train.py", *train_arguments(tmp_path / "run", "--sample_answers", 0, "--dry_run")]
+    (tmp_path / "site/sitecustomize.py").write_text(HAS_NVIDIA)
+    flags = train_arguments(tmp_path / "run", "--sample_answers", 0, "--dry_run")
+    command = ["deepspeed", "--master_port", free_port(), "train.py", *flags]
     env = alone() | {"PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": "0", "LOCAL_SIZE": "1"}
     env.pop("DS_ACCELERATOR", None)
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
     (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode and "there is an NVIDIA GPU" in error and problem in error
+    assert ended.returncode and "there is an NVIDIA GPU" in error
     remedy = re.search(r"to compute on the CPU, set (\S+)=(\S+) in the environment", error)
     env[remedy[1]] = remedy[2]
     ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True)
