@@ -236,9 +236,8 @@ def from_conversations(args) -> dict[str, list[dict]]:
         files = [("train", path) for path in args.conversations] + [("test", path) for path in args.test_conversations]
         problems += [f"{path}: there is no such file: correct the path" for _, path in files if not path.is_file()]
         for split, path in [file for file in files if file[1].is_file()]:
-            for sample in (
-                problems.of(samples_of_file, path, merged if args.merge_turns else None, problems, characters) or []
-            ):
+            own = problems.of(samples_of_file, path, merged if args.merge_turns else None, problems, characters)
+            for sample in own or []:
                 role, system = sample["role"], sample["system"]
                 found[role] += 1
                 if role not in args.roles and "all" not in args.roles:

@@ -185,9 +185,8 @@ def prove_layout(args, merged: ModelDirectory, conversations: list[list[dict]], 
             text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             # As such programs cut it: the markers that the template wrote are found in the text.
             found = tokenizer.encode(text) if is_llama else tokenizer.sp_model.encode(text)
-            spelled = any(
-                CONTROL.search(message["content"]) for message in messages
-            )  # by a text, which is no token here
+            # A text that spells a control token becomes that token there, and stays a text here.
+            spelled = any(CONTROL.search(message["content"]) for message in messages)
             if found[:PROBE_LENGTH] != ids and not spelled:
                 raise UserError(
                     f"{args.save_model_dir}: its chat template does not lay a conversation out as it was trained: merge "

@@ -133,7 +133,7 @@ class ModelDirectory:
             config = GenerationConfig.from_dict(settings)
             turn_markers(config)
         if config.temperature == 0:  # how other programs say greedy; transformers divides by it
-            config.update(do_sample=False, temperature=1.0)
+            config.update(do_sample=False, temperature=1.0, top_k=1)  # top_k for a caller who draws all the same
         for name in ("temperature", "top_p", "repetition_penalty"):
             if type(value := getattr(config, name)) is int:  # transformers would refuse a 2
                 setattr(config, name, float(value))

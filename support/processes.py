@@ -33,7 +33,7 @@ def refuse_unusable_gpu():
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the GPU is hidden on purpose
         return
-    remedy = "to compute on the CPU, set DS_ACCELERATOR=cpu in the environment"  # of which the launcher has no opinion
+    remedy = "to compute on the CPU, set DS_ACCELERATOR=cpu in the environment"  # CUDA_VISIBLE_DEVICES=-1 is no slot to the launcher
     if torch.version.cuda is None:
         raise UserError(
             f"there is an NVIDIA GPU, and this torch was built without CUDA: install torch with CUDA; {remedy}"
@@ -133,7 +133,7 @@ def blaming_configuration(ds_file):
             or frame.name in ("_configure_basic_optimizer", "_do_sanity_check", "get_data_types")
             for frame in frames
         )
-        if not (configuring or isinstance(error, AssertionError)):
+        if out_of_memory(error) or not (configuring or isinstance(error, AssertionError)):
             raise
         raise UserError(f"{ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -137,11 +138,11 @@ def test_a_temperature_of_zero_is_greedy(directory, zero, do_sample):
     ids = messages_to_ids(opened.tokenizer, messages)
     for _ in range(4):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    greedy = opened.generation_config
-    greedy.update(repetition_penalty=1.0)
-    assert model.chat(opened.tokenizer, messages, generation_config=greedy) == opened.tokenizer.decode(
-        ids[-4:], skip_special_tokens=True
-    )
+    expected = opened.tokenizer.decode(ids[-4:], skip_special_tokens=True)
+    for draws in (False, True):  # predict.py --sample sets do_sample, whatever the file says
+        settings = deepcopy(opened.generation_config)
+        settings.update(repetition_penalty=1.0, **{"do_sample": True} if draws else {})
+        assert model.chat(opened.tokenizer, messages, generation_config=settings) == expected
 
 
 def test_a_chat_template_of_somebody_else_is_not_taken(directory, checkpoint):
