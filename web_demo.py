@@ -2,20 +2,18 @@
 
     python3 web_demo.py --device 0 --model_path "output_dir/epoch-1-step-1002-merge" --desc_path "data/profiles-zh_desc.json"
     python3 web_demo.py --model_path Baichuan2-7B-Chat/ --adapter_path output_dir/epoch-1-step-1002    # before and after
+    python3 web_demo.py --engine http://127.0.0.1:8080/v1   # the LLaMA export, served by vLLM, SGLang or llama.cpp
     python3 web_demo.py --ask "你是谁？" --role 李白        # one greedy answer on the terminal, and no page
 
-In the order of reading: the arguments, what the page is told, an answer, the paths. The browser keeps the conversations
-and sends what the model shall read; the server forgets it. Beside this file stand support/speaker.py, which answers,
-support/page_guard.py, which checks everything a browser sends; page.js, page.css and page_texts.json, the page itself.
+In the order of reading: the arguments, what is on the page, what it does, how it is served. The browser keeps the
+conversations (support/page/chats.py); every listener gets them from it and gives them back.
 """
 
 import asyncio
-import json
 import os
-import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 
 from data_helper import conversation, example_questions, persona
@@ -23,13 +21,10 @@ from support.arguments import ArgumentParser
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed
 from support.json_files import composed, read_object, text_problem
-from support.profiles import MAX_DESCRIPTION, MAX_NAME, read_characters
+from support.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
 
-SUPPORT = Path(__file__).parent / "support"
 PERIOD = 0.05  # seconds between two updates of a growing answer
-# What transformers takes where a model's generation_config says nothing; the longest answer is ours.
-UNSET = {"max_new_tokens": 512, "temperature": 1, "top_p": 1, "top_k": 50, "repetition_penalty": 1, "seed": -1}
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+MAX_WAITING = 100  # questions, clicks and the like that wait
 
 
 def parse_args(argv=None):
@@ -38,11 +33,13 @@ def parse_args(argv=None):
     add("--model_path", type=Path, default="output_dir/epoch-1-step-1002-merge", help="directory of a whole model")
     add("--adapter_path", type=followed, help="directory of a PEFT adapter over --model_path, served without merging")
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
+    add("--engine", metavar="URL", help="a server with OpenAI's interface that answers instead of --model_path")
     add("--desc_path", type=Path, default="data/profiles-zh_desc.json", help="JSON file {role: description}")
     add("--device", default="auto", help="a GPU's number; cpu (or -1); auto: a GPU where there is one")
     add("--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, see --allowed_hosts")
     add("--port", type=int, default=9090, help="TCP port of the page")
     add("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
+    add("--root_path", default="", help="path under which a proxy serves the page, such as /chat")
     add("--auth_file", type=Path, help="file with USER:PASSWORD, to sign in with; or WEB_DEMO_AUTH in the environment")
     add("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")
     add("--role", type=composed, help="the role that --ask asks (default: the first of --desc_path)")
@@ -54,247 +51,270 @@ with slow_imports(parse_args, __name__):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at gradio's import: the page reports to nobody
     import gradio as gr
     import torch
-    from starlette.responses import FileResponse, HTMLResponse, JSONResponse
-    from starlette.routing import Route
 
-    from support import page_guard as guard
     from support.adapter import refuse_other_base
+    from support.engine import Engine
     from support.model_directory import ModelDirectory, pick_device
-    from support.page_guard import Refusal
-    from support.speaker import Speaker, TooLong
+    from support.page import chats
+    from support.page.hosts import account_of, doorkeeper, guards, is_loopback, port_problems
+    from support.page.look import COLOURS, CSS, I18N, JS, THEME, portrait
+    from support.page.speaker import Speaker, TooLong
+    from support.page.visit import MAX_KEPT, SETTINGS, Refusal, Visit, warn
 
 
-def check(args) -> tuple[torch.device, dict[str, dict], str | None]:
+def check(args) -> tuple[torch.device | None, dict[str, dict], str | None]:
     """The device, the characters, and USER:PASSWORD if there is one. Raises: UserError with all that is wrong."""
-    account = os.environ.get("WEB_DEMO_AUTH")
+    model, device = None, None
     with Problems() as problems:
-        model = problems.of(ModelDirectory(args.model_path).check, args.load_in_4bit)
-        device = problems.of(pick_device, args.device)
+        if not args.engine:
+            model = problems.of(ModelDirectory(args.model_path).check, args.load_in_4bit)
+            device = problems.of(pick_device, args.device)
+        elif args.adapter_path or args.load_in_4bit:
+            problems.append("--engine: has a model of its own: --adapter_path and --load_in_4bit are for --model_path")
         characters = problems.of(read_characters, args.desc_path) or {}
         for role, character in characters.items():
-            image = args.desc_path.parent / character["portrait"]
-            if character["portrait"] and not (image.is_file() and image.suffix.lower() in IMAGES):
-                problems.append(f"{image}: the portrait of {role} must be a file {', '.join(IMAGES)}")
+            image = character["portrait"] and args.desc_path.parent / character["portrait"]
+            character["portrait"] = problems.of(portrait, role, image)
         if args.adapter_path:
             problems.of(read_object, args.adapter_path / "adapter_config.json")
-        if args.adapter_path and model:
-            problems.of(refuse_other_base, model, args.adapter_path)
-        for role, character in characters.items() if model else ():
-            length, context = len(model.tokenizer.text_to_ids(character["description"])), model.config.model_max_length
-            if length > context // 2:
-                told = f"the profile of {role} takes {length:,} of the model's {context:,} tokens: shorten it"
-                print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
+            problems.of(refuse_other_base, model, args.adapter_path) if model else None
+        for told in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
+            print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
-        if args.auth_file:
-            try:
-                account = args.auth_file.read_text(encoding="utf-8-sig").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"--auth_file {args.auth_file}: cannot be read: {error}")
-        if account is not None and not re.fullmatch("[^:\n]+:[^\n]+", account):
-            where = f"--auth_file {args.auth_file}" if args.auth_file else "WEB_DEMO_AUTH"
-            problems.append(f"{where}: must hold USER:PASSWORD, neither of them empty")
-        if args.ask is not None and (problem := text_problem(args.ask)):
-            problems.append(f"--ask {problem}")
+        account = problems.of(account_of, args.auth_file)
         if args.ask is None:
-            problems += guard.port_problems(args.server_name, args.port)
+            problems += port_problems(args.server_name, args.port)
+        elif problem := text_problem(args.ask):
+            problems.append(f"--ask {problem}")
     return device, characters, account
 
 
-# ---------------------------------------------------------------- what the page is told
+# ---------------------------------------------------------------- what is on the page
 
 
 class Page:
-    """Everything that is served: see `routes`."""
+    """The components, one set for all visitors, and what they do.
 
-    def __init__(self, speaker: Speaker, characters: dict[str, dict], desc_path: Path, door: guard.Door):
-        self.speaker, self.characters, self.door = speaker, characters, door
-        images = enumerate(character["portrait"] for character in characters.values())
-        self.portraits = {number: desc_path.parent / image for number, image in images if image}
-        self.line = guard.Line()
-        self.ends: set[asyncio.Task] = set()  # answers that are being ended; asyncio itself would forget them
+    A listener is given values as a dict {component: value}, which a Visit opens, and returns new ones as such a dict.
+    """
 
-    def facts(self, request) -> dict:
-        """What page.js works with."""
-        own = self.speaker.model.generation_config
-        settings = {"do_sample": bool(own.do_sample)}
-        for name, (kind, low, high, _) in guard.SETTINGS.items():
-            value = getattr(own, name, None)
-            settings[name] = min(max(kind(UNSET[name] if value is None else value), low), high)
-        return {
-            "characters": {
-                role: character | {"portrait": f"/portrait/{number}" if number in self.portraits else ""}
-                for number, (role, character) in enumerate(self.characters.items())
-            },
-            "persona": persona("{role}", "{description}"),
-            "texts": guard.TEXTS[guard.language(request)],
-            "settings": settings,
-            "ranges": {name: range[1:] for name, range in guard.SETTINGS.items()} | {"strength": guard.STRENGTH[1:]},
-            "limits": {"role": MAX_NAME, "description": MAX_DESCRIPTION, "question": guard.MAX_QUESTION},
-            "tuned": self.speaker.adapter is not None,
-            "stand_in": hasattr(self.speaker.model.config, "stand_in"),
-            "sign_out": self.door.account is not None,
-        }
+    def __init__(self, speaker: Speaker | Engine, characters: dict[str, dict]):
+        self.speaker, self.characters, self.persona = speaker, characters, persona
+        self.greeted = not speaker.stand_in  # it has learnt single questions only: words before them would confuse it
+        self.busy: set[str] = set()  # sessions for which an answer is due, or being written
 
-    async def index(self, request):
-        if self.door.account is not None and self.door.visitor(request) is None:
-            return self.document(request, {"texts": guard.TEXTS[guard.language(request)]}, "login.js")
-        response = self.document(request, self.facts(request), "page.js")
-        return response if self.door.visitor(request) else self.door.welcome(response)
-
-    def document(self, request, facts: dict, script: str) -> HTMLResponse:
-        # In a script element only "</" and "<!--" are more than text.
-        data = json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
-        language = {"zh": "zh-CN"}.get(guard.language(request), "en")
-        return HTMLResponse(
-            f"""<!doctype html>
-<html lang="{language}"><meta charset="utf-8"><title>Baichuan2 · {guard.say(request, "title")}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
-<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><link rel="stylesheet" href="/page.css">
-<script type="application/json" id="facts">{data}</script><body></body><script src="/{script}"></script></html>"""
-        )
-
-    async def file(self, request):
-        return FileResponse(SUPPORT / request.url.path.strip("/"))
-
-    async def portrait(self, request):
-        return FileResponse(self.portraits[request.path_params["number"]])
-
-    # ---------------------------------------------------------------- an answer
-
-    async def answer(self, request):
-        """Lines of JSON: {"place"}, {"note"}, {"text"} as the answer grows, and at last {"cut"} or {"error"}."""
-        try:
-            asked = self.checked(await guard.read_json(request))
-            _, room, forgotten = await asyncio.to_thread(
-                self.speaker.fit, asked["messages"], asked["settings"]["max_new_tokens"], asked["begun"]
+    def blocks(self) -> gr.Blocks:
+        with gr.Blocks(title="Baichuan2", fill_height=True, fill_width=True) as blocks:
+            # What the browser keeps. The secret hides nothing: it is fixed, so that all can be read after a restart.
+            self.chats, self.growing, self.personas, self.chosen = (
+                gr.BrowserState([] if name == "settings" else "{}", storage_key=f"role-play-{name}", secret="role-play")
+                for name in ("chats", "growing", "personas", "settings")
             )
-            place = self.line.enter(self.door.visitor(request), request.client.host)
+            # The same, while the page is open: a slow connection may send what has changed since. And the answer that is due.
+            self.latest, self.todo = gr.State(), gr.State()
+
+            with gr.Sidebar(width=300, open=False, elem_id="roles") as roles:
+                gr.HTML(I18N("roles"), elem_classes="title")
+                self.cards = gr.Dataset(components=["html"], samples=[[""]], type="index", layout="gallery",
+                                        samples_per_page=1000, show_label=False, elem_id="cards")  # fmt: skip
+                with gr.Accordion(I18N("new_role"), open=False):
+                    self.name = gr.Textbox(label=I18N("role"), max_length=MAX_NAME)
+                    self.about = gr.Textbox(label=I18N("description"), lines=4, max_length=MAX_DESCRIPTION)
+                    add = gr.Button(I18N("add"), variant="primary")
+
+            with gr.Sidebar(width=320, position="right", open=False, elem_id="settings"):
+                gr.HTML(I18N("settings"), elem_classes="title")
+                self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
+                                              max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
+                restore = gr.Button(I18N("restore"), size="sm")
+                with gr.Group(visible=self.speaker.adapter is not None):
+                    self.compare = gr.Checkbox(label=I18N("compare"))
+                    self.colour = gr.Checkbox(label=I18N("colour"))
+                    self.strength = gr.Slider(0, 1.5, 1, step=0.05, label=I18N("strength"))
+                with gr.Accordion(I18N("sampling"), open=False):
+                    own = self.speaker.own_settings
+                    self.settings = {"do_sample": gr.Checkbox(bool(own.do_sample), label=I18N("do_sample"))}
+                    for name, (low, high, step, unset) in SETTINGS.items():
+                        value = unset if getattr(own, name) is None else getattr(own, name)
+                        value = min(max(value, low), high)
+                        self.settings[name] = gr.Slider(low, high, value, step=step, label=I18N(name))
+                    self.settings["seed"] = gr.Number(
+                        -1, label=I18N("seed"), precision=0, minimum=-1, maximum=2**32 - 1
+                    )
+                with gr.Accordion(I18N("data"), open=False):
+                    gr.HTML(I18N("kept"))
+                    download, delete, clear = (gr.Button(I18N(name)) for name in ("download", "delete", "clear"))
+
+            with gr.Column(elem_id="main"):
+                with gr.Row(elem_id="top"):
+                    self.who = gr.HTML(elem_id="who")
+                    self.number = gr.Dropdown(label=I18N("chats"), show_label=False, container=False, filterable=False,
+                                              visible=False, elem_id="number")  # fmt: skip
+                    fresh = gr.Button(I18N("fresh"), size="sm", elem_id="fresh")
+                exact = {"render_markdown": False, "latex_delimiters": [], "allow_tags": False, "layout": "bubble",
+                         "group_consecutive_messages": False, "buttons": ["copy"], "autoscroll": False}  # fmt: skip
+                with gr.Row(elem_id="columns"):
+                    self.log = gr.Chatbot(show_label=False, editable="all", elem_id="log", **exact)
+                    self.base = gr.Chatbot(label=I18N("base"), visible=False, elem_id="base", **exact)
+                self.words = gr.HighlightedText(visible=False, color_map=COLOURS, show_legend=True,
+                                                show_inline_category=False, elem_id="words")  # fmt: skip
+                gr.HTML(I18N("stand_in"), visible=self.speaker.stand_in, elem_id="stand_in")
+                self.question = gr.Textbox(label=I18N("ask_label"), show_label=False, max_lines=8, submit_btn="→",
+                                           autofocus=True, elem_id="question")  # fmt: skip
+            # Between the server and the scripts of listeners: what is asked before something goes, and that it was answered.
+            hidden = [gr.Textbox(visible="hidden") for _ in range(7)]
+            self.role, self.original, self.lines, delete_sure, clear_sure, delete_now, clear_now = hidden
+            self.asked = {delete_sure: "delete_sure", clear_sure: "clear_sure"}
+            delete.click(None, [delete_sure, delete_now], delete_now, js=JS["confirm"])
+            clear.click(None, [clear_sure, clear_now], clear_now, js=JS["confirm"])
+
+            self.switches = [self.compare, self.colour, self.strength, *self.settings.values()]
+            given = {self.chats, self.latest, self.growing, self.personas, self.chosen, self.cards, self.description}
+            given |= {self.number, self.question, self.name, self.about, *self.switches}
+            shown = {*given, self.todo, self.who, self.log, self.base, self.words, self.role, self.original, self.lines}
+            shown |= set(self.asked)
+            hidden = {"show_progress": "hidden", "api_visibility": "private"}
+            # One model answers one question at a time; an engine as many as come.
+            limit = 1 if isinstance(self.speaker, Speaker) else None
+            model = {"concurrency_id": "model", "concurrency_limit": limit, "api_visibility": "private"}
+
+            for trigger, step in {
+                blocks.load: Visit.load, self.question.submit: self.ask, self.log.example_select: self.ask,
+                self.log.option_select: Visit.option, self.log.retry: self.begin, self.log.undo: Visit.undo,
+                self.log.edit: Visit.edit, restore.click: Visit.restore,
+            }.items():  # fmt: skip
+                trigger(self.listener(step), given, shown, **hidden)
+            grows = [self.growing, self.log, self.base]
+            answered = self.todo.change(self.answer, given, grows, show_progress_on=self.log, **model)
+            ended = answered.then(self.end, given, shown, **hidden)
+            for trigger in (ended.then, self.colour.change):
+                trigger(self.colour_words, given, self.words, show_progress="hidden", **model)
+            self.question.stop(None, cancels=[answered])
+
+            # Whoever turns to another conversation stops the answer, and waits until no word of it comes any more.
+            for trigger, step in {
+                self.cards.click: Visit.choose_role, add.click: Visit.add_role, fresh.click: Visit.fresh,
+                self.number.input: Visit.choose_chat,
+                delete_now.change: Visit.delete, clear_now.change: Visit.clear,
+            }.items():  # fmt: skip
+                stopped = trigger(None, cancels=[answered]).then(self.wait, **hidden)
+                chosen = stopped.then(self.listener(step), given, shown, **hidden)
+                chosen.then(None, None, roles, js=JS["sidebar"])
+
+            # What needs no server, or nothing of what is kept.
+            blocks.load(None, None, roles, js=JS["sidebar"])
+            described = [self.description, self.personas, self.role, self.original]
+            self.description.blur(None, described, self.personas, js=JS["describe"])
+            self.compare.change(lambda on: gr.Chatbot(visible=on), self.compare, self.base, **hidden)
+            gr.on([switch.change for switch in self.switches], None, self.switches, self.chosen, js="(...all) => [all]")
+            written = download.click(self.listener(Visit.download), given, shown, **hidden)
+            written.then(None, self.lines, js=JS["download"])
+        return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=None, api_open=False)
+
+    # ---------------------------------------------------------------- what it does: an answer
+
+    def listener(self, step):
+        """For gradio: do a step with a Visit, then show the conversation as it stands, and what else the step returns."""
+
+        def listen(told: dict, request: gr.Request, event: gr.EventData) -> dict:
+            visit = Visit(self, told, request, event)
+            if request.session_hash in self.busy:  # the view is what the answer is being written into
+                warn(visit.say("busy"))
+                return {self.lines: gr.skip()}
+            try:
+                more = step(visit) or {}
+            except Refusal as refusal:
+                warn(str(refusal))
+                visit, more = Visit(self, told, request), {}
+            return visit.view() | more
+
+        return listen
+
+    def ask(self, visit: Visit) -> dict:
+        """What was typed, or a question to begin with."""
+        chosen = visit.data.get("value")
+        chosen = chosen["text"] if isinstance(chosen, dict) else chosen
+        chats.add_turn(visit.chat, chosen or visit.told[self.question])
+        shown = self.begin(visit)
+        if not chosen:
+            shown[self.question] = gr.Textbox("", submit_btn=False, stop_btn=visit.say("stop"))
+        return shown
+
+    def begin(self, visit: Visit, begun: str = "") -> dict:
+        """Have the last question answered, from where its answer has begun. Raises: Refusal."""
+        if len(visit.told[self.chats]) > MAX_KEPT:
+            raise Refusal(visit.say("full"))
+        turn = visit.chat["turns"][-1]
+        turn["question"] = visit.proper("question", turn["question"])
+        visit.proper("description", visit.description)
+        try:
+            longest = visit.settings()["max_new_tokens"]
+            _, _, forgotten = self.speaker.fit(visit.prompt(), longest, begun)
         except TooLong as error:
-            raise Refusal("too_long", needed=error.needed, context=error.context) from None
-        wanted = asked["settings"]["max_new_tokens"]
-        notes = [guard.say(request, "short", room=room, wanted=wanted)] if room < wanted else []
-        notes += [guard.say(request, "forgotten")] if forgotten else []
-        return guard.Stream(self.lines(request, asked, place, " ".join(notes)), place)
-
-    async def lines(self, request, asked: dict, place: guard.Place, note: str):
-        stream, step = None, None
-        try:
-            if note:
-                yield {"note": note}
-            place.moved.clear()  # before the look at the queue: while "place" is sent it may move again
-            while (number := self.line.places.index(place)) and not place.gone:
-                yield {"place": number}
-                await place.moved.wait()
-                place.moved.clear()
-            stream, due, text = self.speaker.answer(**asked), 0.0, ""
-            while not place.gone:
-                step = asyncio.ensure_future(asyncio.to_thread(guard.advance, stream))
-                text, end = await step
-                if end is not None:
-                    yield {"text": end[0], "cut": end[1]}
-                    return
-                if time.monotonic() >= due:
-                    yield {"text": text}
-                    due = time.monotonic() + PERIOD
-        except MemoryError:
-            yield {"error": guard.say(request, "memory")}
-        except Exception as error:  # told to the visitor in words, and to the log in a line
-            print(f"error: an answer failed: {type(error).__name__}: {error}", flush=True)
-            yield {"error": guard.say(request, "failed")}
-        finally:
-            ending = asyncio.create_task(self.end(place, stream, step))
-            self.ends.add(ending)
-            ending.add_done_callback(self.ends.discard)
-
-    async def end(self, place, stream, step):
-        """Stop the model, and let the next one in."""
-        try:
-            if step is not None:
-                await asyncio.wait([step])
-            if stream is not None:
-                await asyncio.to_thread(stream.close)
-        finally:
-            self.line.leave(place)
-
-    async def words(self, request):
-        """How much likelier the adapter makes each word of an answer: [[word, difference in nats], …]."""
-        body = await guard.read_json(request)
-        asked = self.checked(body)
-        answer = guard.checked_answer(body.get("answer"))
-        if self.speaker.adapter is None:
-            raise Refusal("no_call")
-        place = self.line.enter(self.door.visitor(request), request.client.host)
-        try:
-            while self.line.places.index(place):
-                place.moved.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(place.moved.wait(), 1)
-                if await request.is_disconnected():
-                    return JSONResponse({})
-            words = await asyncio.to_thread(self.speaker.words, asked["messages"], answer, asked["strength"])
-        except TooLong as error:
-            raise Refusal("too_long", needed=error.needed, context=error.context) from None
-        except MemoryError:
-            raise Refusal("memory", 503) from None
-        except Exception as error:
-            print(f"error: the words of an answer failed: {type(error).__name__}: {error}", flush=True)
-            raise Refusal("failed", 500) from None
-        finally:
-            self.line.leave(place)
-        return JSONResponse({"words": words})
-
-    def checked(self, body: dict) -> dict:
-        """The arguments of `Speaker.answer`, from what page.js sends."""
-        role = guard.checked_text("role", body.get("role"), MAX_NAME)
-        description = guard.checked_text("description", body.get("description"), MAX_DESCRIPTION)
-        messages = guard.checked_messages(body.get("messages"))
-        asked = {
-            "messages": [{"role": "system", "content": persona(role, description)}, *messages],
-            "settings": guard.checked_settings(body.get("settings")),
-            "begun": guard.checked_answer(body.get("begun", "")),
-            "base": guard.checked_switch("compare", body.get("base", False)) and self.speaker.adapter is not None,
-            "strength": guard.checked_number("strength", body.get("strength", 1.0), *guard.STRENGTH[:3]),
+            raise Refusal(visit.say("too_long", needed=error.needed, context=error.context)) from None
+        if forgotten:
+            gr.Info(visit.say("forgotten"))
+        if not begun:
+            chats.add_version(turn)
+        self.busy.add(visit.request.session_hash)
+        return {
+            self.growing: chats.write({"id": visit.chat["id"], "text": begun}),
+            self.todo: time.time(),
+            self.question: gr.Textbox(submit_btn=False, stop_btn=visit.say("stop")),
         }
-        return asked
 
-    # ---------------------------------------------------------------- the paths
+    def colour_words(self, told: dict, request: gr.Request) -> dict:
+        return Visit(self, told, request).coloured()
 
-    async def sign_in(self, request):
-        body = await guard.read_json(request)
-        if self.door.account is None or not self.door.try_password(request.client.host, body.get("account")):
-            raise Refusal("wrong_password", 403)
-        return self.door.welcome(JSONResponse({}), signed_in=True)
+    def answer(self, told: dict, request: gr.Request):
+        """The answer as it grows, in the bubble and in what the browser keeps."""
+        if request.session_hash not in self.busy:
+            return
+        visit = Visit(self, told, request, writing=True)
+        version = chats.answer_of(visit.chat["turns"][-1])
+        settings, begun = visit.settings(), version["text"]
+        with visit.failures():
+            for column in ["text", "base"] if told[self.compare] else ["text"]:
+                how = {"begun": begun} if column == "text" else {"base": True}
+                prompt, due = visit.prompt(column), 0.0
+                answer = self.speaker.answer(prompt, settings, strength=told[self.strength], **how)
+                with closing(answer):  # also where the visitor stops it or leaves: that frees the model
+                    for version[column], state in answer:
+                        version["state"] = state if column == "text" else version["state"]
+                        if time.monotonic() >= due or state != "stopped":
+                            grown = chats.write({"id": visit.chat["id"], **version})
+                            yield grown, visit.bubbles("text"), visit.bubbles("base")
+                            due = time.monotonic() + PERIOD
+            if not version["text"].strip():
+                warn(visit.say("silent", role=visit.role))
 
-    async def sign_out(self, request):
-        response = JSONResponse({})
-        response.delete_cookie(self.door.cookie)
-        return response
+    def end(self, told: dict, request: gr.Request) -> dict:
+        """Keep what was written; a question without a word of an answer goes back beside what was typed meanwhile."""
+        if request.session_hash not in self.busy:
+            return {self.lines: gr.skip()}
+        self.busy.discard(request.session_hash)
+        visit = Visit(self, told, request)
+        shown = visit.view()
+        if visit.lost:
+            draft = "\n".join(filter(None, [visit.lost, told[self.question]]))
+            shown[self.question] = gr.Textbox(draft, submit_btn=visit.say("send"), stop_btn=False)
+        return shown
 
-    def app(self) -> gr.Server:
-        files = [Route(f"/{name}", self.file) for name in ("page.css", "page.js", "login.js")]
-        calls = {"answer": self.answer, "words": self.words, "login": self.sign_in, "logout": self.sign_out}
-        routes = [Route("/", self.index), Route("/portrait/{number:int}", self.portrait), *files]
-        routes += [Route(f"/{name}", call, methods=["POST"]) for name, call in calls.items()]
-
-        async def not_found(request, error):
-            return guard.refused(request, Refusal("no_path", getattr(error, "status_code", 404)))
-
-        handlers = {Refusal: guard.refused, 404: not_found, 405: not_found, KeyError: not_found}
-        server = gr.Server(openapi_url=None)
-        server.router.routes[:] = routes  # the page's own; gradio's would be closed by the gate
-        for kind, handler in handlers.items():
-            server.add_exception_handler(kind, handler)
-        server.add_middleware(guard.Gate, door=self.door)
-        return server
+    async def wait(self, request: gr.Request):
+        """Until an answer that was stopped has ended."""
+        while request.session_hash in self.busy:
+            await asyncio.sleep(0.05)
 
 
-def answer_once(speaker: Speaker, role: str, description: str, question: str) -> str:
+# ---------------------------------------------------------------- how it is served
+
+
+def answer_once(speaker, role: str, description: str, question: str) -> str:
     messages = conversation(persona(role, description), question)
-    longest = speaker.model.generation_config.max_new_tokens or UNSET["max_new_tokens"]
-    settings = {"do_sample": False, "seed": 0, "max_new_tokens": longest}
+    longest = speaker.own_settings.max_new_tokens or SETTINGS["max_new_tokens"][-1]
     try:
-        return "".join([*speaker.answer(messages, settings)][-1:])  # the last text is the whole answer
+        return [*speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})][-1][0]
     except (TooLong, MemoryError) as error:
         raise UserError(f"--ask: {error}") from error
 
@@ -303,19 +323,27 @@ def answer_once(speaker: Speaker, role: str, description: str, question: str) ->
 def main(argv=None):
     args = parse_args(argv)
     device, characters, account = check(args)
-    speaker = Speaker.load(args.model_path, args.adapter_path, device, args.load_in_4bit)
+    model = args.model_path, args.adapter_path, device, args.load_in_4bit
+    speaker = Engine(args.engine).check() if args.engine else Speaker.load(*model)
     if args.ask is not None:
         role = args.role or next(iter(characters))
         return print(answer_once(speaker, role, characters[role]["description"], args.ask))
     for role, questions in example_questions(args.desc_path, characters).items():
         characters[role]["questions"] = characters[role]["questions"] or questions
-    if account is None and not guard.is_loopback(args.server_name):
+    if account is None and not is_loopback(args.server_name):
         print(f"warning: whoever reaches {args.server_name} can use the page; --auth_file lets only some in")
-    door = guard.Door(guard.allowed_hosts(args.server_name, args.allowed_hosts), account, args.port)
-    page = Page(speaker, characters, args.desc_path, door)
-    guard.serve(
-        page.app(), args.server_name, args.port, lambda url: print(f"{args.model_path} answers on {url}", flush=True)
-    )
+    blocks = Page(speaker, characters).blocks()
+    try:
+        _, url, _ = blocks.launch(
+            server_name=args.server_name, server_port=args.port, root_path=args.root_path, quiet=True,
+            auth=doorkeeper(account) if account else None, max_threads=200, prevent_thread_lock=True, i18n=I18N,
+            theme=THEME, css_paths=CSS, js=JS["page"], app_kwargs={"middleware": guards(args.server_name, args.allowed_hosts)},
+            footer_links=[], ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
+        )  # fmt: skip
+    except OSError as error:  # the port was taken while the model was loaded
+        raise UserError(f"{args.server_name}:{args.port}: cannot listen there ({error})") from None
+    print(f"{args.engine or args.model_path} answers on {url.rstrip('/')}", flush=True)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

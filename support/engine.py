@@ -3,7 +3,10 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from multiprocessing.pool import ThreadPool
+
+from transformers import GenerationConfig
 
 from baichuan.generation_utils import Answer
 from support.errors import UserError, first_line
@@ -19,18 +22,23 @@ def without_markers(text: str) -> str:
 
 
 class Engine:
-    """Args: url, such as http://127.0.0.1:8080/v1; model, its name on the server, by default the first one there."""
+    """Args: url, such as http://127.0.0.1:8080/v1; model, its name on the server, by default the first one there.
+
+    On the chat page it stands where a Speaker stands, and has what a Speaker has.
+    """
+
+    adapter, stand_in, own_settings = None, False, GenerationConfig(do_sample=True)
 
     def __init__(self, url: str, model: str | None = None):
         self.url, self.model = url, model
 
-    def check(self):
-        """Reach the server. Raises: UserError: the `openai` package is missing, or nothing that speaks so is there."""
+    def check(self) -> "Engine":
+        """Reach the server, and return this. Raises: UserError: the `openai` package is missing, or nothing that speaks so is there."""
         try:
             import openai
         except ModuleNotFoundError:
             raise UserError("--engine needs the package openai: pip install openai -c constraints.txt") from None
-        self.error = openai.OpenAIError
+        self.error, self.refused = openai.OpenAIError, openai.BadRequestError
         try:
             # A question may wait in the server's queue for longer than the 10 minutes of the client's own limit.
             timeout, key = openai.Timeout(None, connect=10.0), os.environ.get("OPENAI_API_KEY", "none")
@@ -43,6 +51,7 @@ class Engine:
         if not models:
             raise UserError(f"--engine {self.url}: serves no model")
         self.model = self.model or models[0]
+        return self
 
     def unusable(self, error: Exception) -> UserError:
         return UserError(
@@ -65,18 +74,51 @@ class Engine:
         with ThreadPool(min(at_once, len(asked))) as pool:  # of daemons: whoever stops the run need not wait for them
             yield from pool.imap_unordered(answer, asked)
 
-    def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
-        messages = [{"role": turn["role"], "content": without_markers(turn["content"])} for turn in messages]
+    def fit(self, messages: list[dict], wanted: int, begun: str = "") -> tuple[None, int, bool]:
+        return None, wanted, False  # the server alone knows how long its context is
+
+    def answer(self, messages: list[dict], settings: dict, begun: str = "", **others) -> Iterator[tuple[str, str]]:
+        """As `Speaker.answer`: the answer as it grows, and its state. Raises: UserError: none comes, or it is refused."""
+        options = (
+            {"temperature": 0}
+            if not settings["do_sample"]
+            else {name: settings[name] for name in ("temperature", "top_p")}
+        )
+        options |= {
+            "max_tokens": settings["max_new_tokens"],
+            "seed": None if settings["seed"] == -1 else settings["seed"],
+        }
+        more = {"top_k": settings["top_k"]} if settings["do_sample"] else {}
+        more |= {"add_generation_prompt": False, "continue_final_message": True} if begun else {}
+        turns, begins = list(messages), [{"role": "assistant", "content": begun}] if begun else []
+        penalty, text, state = settings.get("repetition_penalty", 1.0), begun, "cut"
         try:
-            completion = self.client.chat.completions.create(
-                model=self.model,
-                messages=messages,
-                temperature=0,
-                max_tokens=max_new_tokens,
-                # Servers take repetition_penalty from generation_config.json; llama.cpp has its own name for it.
-                extra_body={"repetition_penalty": 1.0, "repeat_penalty": 1.0},
-            )
-            choice = completion.choices[0]
+            while True:
+                try:
+                    stream = self._create([*turns, *begins], penalty, more, stream=True, **options)
+                    break
+                except self.refused as error:  # longer than its context: without the oldest round, or the greeting
+                    if len(turns) == 2:
+                        raise UserError(f"the server refuses: {first_line(error)}") from error
+                    del turns[1 : 3 if turns[1]["role"] == "user" else 2]
+            with closing(stream):
+                for choice in (choice for chunk in stream for choice in chunk.choices[:1]):
+                    text += choice.delta.content or ""
+                    state = "done" if choice.finish_reason == "stop" else state
+                    yield text, "stopped"
+        except (self.error, OSError) as error:
+            raise self.unusable(error) from error
+        yield text, state
+
+    def _create(self, messages: list[dict], penalty: float, more: dict | None = None, **options):
+        messages = [{"role": turn["role"], "content": without_markers(turn["content"])} for turn in messages]
+        # Servers take repetition_penalty from generation_config.json; llama.cpp has its own name for it.
+        extra = {"repetition_penalty": penalty, "repeat_penalty": penalty} | (more or {})
+        return self.client.chat.completions.create(model=self.model, messages=messages, extra_body=extra, **options)
+
+    def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
+        try:
+            choice = self._create(messages, 1.0, temperature=0, max_tokens=max_new_tokens).choices[0]
             return Answer(choice.message.content or "", choice.finish_reason == "stop")
         except (self.error, LookupError, AttributeError, TypeError) as error:
             raise self.unusable(error) from error

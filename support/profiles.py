@@ -83,3 +83,10 @@ def field_problem(field: str, value) -> str | None:
     if not isinstance(value, list):
         return 'is not a list: write ["…", "…"]'
     return next(filter(None, map(text_problem, value)), None)
+
+
+def long_profiles(characters: dict[str, dict], tokenizer, context: int) -> list[str]:
+    """A line for each profile that leaves less than half of the model's context for what is said."""
+    lengths = {role: len(tokenizer.text_to_ids(character["description"])) for role, character in characters.items()}
+    told = "the profile of {} takes {:,} of the model's {:,} tokens: shorten it"
+    return [told.format(role, length, context) for role, length in lengths.items() if length > context // 2]

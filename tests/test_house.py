@@ -24,7 +24,7 @@ def test_the_model_imports_nothing_of_the_project(path):
     assert not imported(path) & {*SCRIPTS, "utils", "support", "baichuan", "tests"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("support/*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("support/**/*.py")), ids=lambda path: path.name)
 def test_support_imports_no_script(path):
     assert not imported(path) & {*SCRIPTS, "utils"}
 

@@ -1,6 +1,5 @@
-"""The page served as a user serves it, and a client that speaks to it as the page's own script does."""
+"""The page served as a user serves it."""
 
-import json
 import re
 import socket
 import subprocess
@@ -8,23 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-
 ROOT = Path(__file__).parent.parent
 DESC_PATH = ROOT / "data/sample/profiles-zh_desc.json"
-FORM = {  # what the page sends with every question
-    "role": "李白",
-    "description": "盛唐诗人",
-    "base": False,
-    "strength": 1.0,
-    "do_sample": False,
-    "max_new_tokens": 12,
-    "temperature": 0.3,
-    "top_p": 0.85,
-    "top_k": 5,
-    "repetition_penalty": 1.05,
-    "seed": -1,
-}
 
 
 def free_port() -> int:
@@ -34,21 +18,18 @@ def free_port() -> int:
 
 
 class Server:
-    """`python3 web_demo.py …` in a process of its own; `log` is what it has printed."""
+    """`python3 web_demo.py …` in a process of its own; `log` is what it has printed. Without a model: for --engine."""
 
-    def __init__(self, log: Path, model_path: str, *flags: str, program=("web_demo.py",), env=None):
+    def __init__(self, log: Path, model_path: str | None, *flags: str, program=("web_demo.py",), env=None, port=None):
         self.log_path = log
-        command = [sys.executable, *program, "--model_path", model_path, "--desc_path", str(DESC_PATH), *flags]
+        command = [sys.executable, *program, "--desc_path", str(DESC_PATH), *flags]
+        command += ["--model_path", model_path, "--device", "cpu"] if model_path else []
         for _ in range(5):  # a free port may be taken by another program before the page listens there
-            self.url = f"http://127.0.0.1:{(port := free_port())}"
+            self.port = port or free_port()
+            self.url = f"http://127.0.0.1:{self.port}"
             with open(log, "w") as output:
-                self.process = subprocess.Popen(
-                    [*command, "--device", "cpu", "--port", str(port)],
-                    cwd=ROOT,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                )
+                streams = {"stdout": output, "stderr": subprocess.STDOUT}
+                self.process = subprocess.Popen([*command, "--port", str(self.port)], cwd=ROOT, env=env, **streams)
             deadline = time.monotonic() + 300  # of a page that neither answers nor ends
             while "answers on" not in self.log and self.process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -66,39 +47,6 @@ class Server:
     def close(self):
         self.process.terminate()
         self.process.wait(30)
-
-
-class Visitor:
-    """One browser, without the browser: it keeps its conversation, and sends all of it with each question."""
-
-    def __init__(self, url: str, language: str = "en", **kwargs):
-        self.http = httpx.Client(base_url=url, timeout=60, headers={"accept-language": language}, **kwargs)
-        self.http.get("/")  # for the cookie
-        self.messages: list[dict] = []
-
-    def body(self, question: str, **changes) -> dict:
-        values = FORM | changes
-        body = {name: values.pop(name) for name in ("role", "description", "base", "strength")}
-        return body | {"messages": [*self.messages, {"role": "user", "content": question}], "settings": values}
-
-    def post(self, body, path: str = "/answer", **headers) -> httpx.Response:
-        content = body if isinstance(body, (str, bytes)) else json.dumps(body)
-        return self.http.post(path, content=content, headers={"content-type": "application/json"} | headers)
-
-    def lines(self, question: str, begun: str = "", **changes) -> list[dict]:
-        """All that is said to a question; what is refused has one line, {"error"}."""
-        response = self.post(self.body(question, **changes) | {"begun": begun})
-        return [json.loads(line) for line in response.text.splitlines()]
-
-    def ask(self, question: str, **changes) -> str:
-        """The whole answer to a question, which the next question goes on from."""
-        lines = self.lines(question, **changes)
-        assert "cut" in lines[-1], lines
-        self.messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": lines[-1]["text"]},
-        ]
-        return lines[-1]["text"]
 
 
 def squeezed(text: str) -> str:

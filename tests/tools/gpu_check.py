@@ -100,8 +100,8 @@ with slow_imports(parse_args, __name__):
     from support.files import checkpoints, newest_state
     from support.log import peak_memory_gb
     from support.model_directory import ModelDirectory, load_shard, pick_device, write_weights
+    from support.page.speaker import Speaker
     from support.processes import has_bfloat16
-    from support.speaker import Speaker
     from support.tables import markdown
     from tests.tools import bench_chat, bench_predict, bench_train, sample_model
 

@@ -1,107 +1,99 @@
-"""Many visitors at once on the chat page, over loopback.
+"""Many visitors at once on the chat page, over loopback: no answer may be lost, or be another visitor's.
 
-    python3 tests/tools/load_chat.py                                  # 20 visitors × 3 questions each, on a small random model
-    python3 tests/tools/load_chat.py --model_path Baichuan2-tiny --visitors 50
-
-Each visitor holds a conversation of its own, with an answer after each question. Prints the median and the slowest time from asking to the first text, and the server's memory before, between
-and after.
+python3 tests/tools/load_chat.py --questions 3      # 40 visitors, three times, on a random model made for this
 """
 
 import json
+import re
+import secrets
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import httpx
 
-from web_client import FORM, Server, Visitor
+sys.path.extend([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+
+from web_client import Server
 
 from support.arguments import ArgumentParser
 from support.errors import entry_point
 from tests.tools.sample_model import write_model
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_path", help="model to serve (default: a random one, made for this)")
-    parser.add_argument("--visitors", type=int, default=20, help="conversations at once")
-    parser.add_argument("--questions", type=int, default=3, help="rounds of each conversation")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer, at most")
-    parser.add_argument("--waves", type=int, default=3, help="times all visitors come, anew")
-    return parser.parse_args(argv)
+class Visitor:
+    """A browser without a browser: what the page's components hold, by name, and the queue that changes them."""
+
+    def __init__(self, url: str, **settings):
+        self.http, self.session = httpx.Client(base_url=f"{url}/gradio_api", timeout=None), secrets.token_hex(8)
+        config, self.steps, self.names, self.values = httpx.get(f"{url}/config").json(), {}, {}, {}
+        for box in config["components"]:
+            props, unset = box["props"], "" if box["type"] == "textbox" else None
+            label = "".join(re.findall(r'"key": "(\w+)"', props.get("label") or ""))
+            self.names[box["id"]] = name = props.get("storage_key") or props.get("elem_id") or label or box["id"]
+            self.values[name] = props.get("value", props.get("default_value", unset))
+        for step in filter(lambda step: step["backend_fn"], reversed(config["dependencies"])):
+            self.steps |= {name: step for name in (step["api_name"], *(event for _, event in step["targets"]))}
+        self.heart = self.http.send(self.http.build_request("GET", f"/heartbeat/{self.session}"), stream=True)
+        self.do("load")
+        self.values |= settings
+
+    def do(self, name: str) -> float:
+        """Call a listener, and take over what it returns. Returns the moment of its first update."""
+        step, session, moments = self.steps[name], {"session_hash": self.session}, []
+        body = {"data": [self.values[self.names[number]] for number in step["inputs"]], "fn_index": step["id"]}
+        self.http.post("/queue/join", json=body | session).raise_for_status()
+        with self.http.stream("GET", "/queue/data", params=session) as stream:
+            for message in (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")):
+                moments += [time.monotonic()] if "output" in message else []
+                if message["msg"] == "process_completed":
+                    assert message["success"], message
+                    for name, new in zip(map(self.names.get, step["outputs"]), message["output"]["data"]):
+                        self.values[name] = new.get("value", self.values[name]) if isinstance(new, dict) else new
+        return moments[0]
+
+    def ask(self, question: str) -> float:
+        """Returns seconds to the first text."""
+        self.values["question"], start = question, time.monotonic()
+        return [self.do(name) for name in ("submit", "answer", "end")][1] - start
 
 
-def converse(url: str, name: int, questions: int, tokens: int) -> list[float]:
-    """One visitor. Returns seconds to the first text of each answer; raises AssertionError for anything amiss."""
-    visitor, waits = Visitor(url), []
-    for number in range(questions):
-        body = visitor.body(f"我是{name}号，这是第{number + 1}问。", max_new_tokens=tokens, seed=name, do_sample=True)
-        start, first = time.monotonic(), None
-        with visitor.http.stream("POST", "/answer", json=body) as stream:
-            for line in map(json.loads, stream.iter_lines()):
-                if "text" in line and first is None:
-                    first = time.monotonic() - start
-        assert line.get("text") and "cut" in line, line
-        visitor.messages = [*body["messages"], {"role": "assistant", "content": line["text"]}]
-        waits.append(first)
-    return waits
+def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[float], list[dict]]:
+    """Seconds to the first text of each answer, and the conversation of each visitor. Visitor n asks with seed n."""
 
+    def converse(number: int):
+        visitor = Visitor(url, seed=number, temperature=2, top_p=1, top_k=0, max_new_tokens=tokens)
+        asked = [f"我是{number}号，这是第{round + 1}问。" for round in range(questions)]
+        waits, kept = [visitor.ask(question) for question in asked], json.loads(visitor.values["role-play-chats"])
+        visitor.heart.close()
+        turns = kept["chats"][kept["role"]][0]["turns"]
+        assert [turn["question"] for turn in turns] == asked, kept
+        assert all(turn["versions"][0]["text"].strip() for turn in turns), kept
+        return waits, kept
 
-def run(url: str, visitors: int, questions: int, tokens: int) -> list[float]:
-    waits, failures = [], []
-
-    def one(name):
-        try:
-            waits.extend(converse(url, name, questions, tokens))
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=one, args=(name,)) for name in range(visitors)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    assert len(waits) == visitors * questions
-    return waits
-
-
-def resident(process) -> float:
-    """MiB of memory of a process."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    with ThreadPoolExecutor(visitors) as pool:
+        waits, conversations = zip(*pool.map(converse, range(visitors)))
+    return sum(waits, []), list(conversations)
 
 
 @entry_point
 def main(argv=None):
-    args = parse_args(argv)
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_path", help="model to serve (default: a random one)")
+    parser.add_argument("--visitors", type=int, default=40, help="conversations at once")
+    parser.add_argument("--questions", type=int, default=1, help="rounds of each conversation")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
-        model_path = args.model_path
-        if model_path is None:
-            model_path = write_model(directory)
-        server = Server(Path(directory) / "log", model_path)
-        try:
-            Visitor(server.url).ask("你好。", **{name: FORM[name] for name in ("role", "description")})
-            memory = [resident(server.process)]
-            for wave in range(args.waves):
-                start = time.monotonic()
-                waits = run(server.url, args.visitors, args.questions, args.tokens)
-                memory.append(resident(server.process))
-                print(
-                    f"wave {wave + 1}: {len(waits)} answers in {time.monotonic() - start:.1f} s, no error; first text after "
-                    f"{median(waits):.2f} s (median), {max(waits):.2f} s (slowest); memory {memory[-1]:.0f} MiB",
-                    flush=True,
-                )
-            print(
-                f"memory at the start {memory[0]:.0f} MiB, after each wave {', '.join(f'{m:.0f}' for m in memory[1:])}"
-            )
-        finally:
-            server.close()
+        with closing(Server(Path(directory) / "log", args.model_path or write_model(directory))) as server:
+            for wave in (1, 2, 3):
+                waits, _ = run(server.url, args.visitors, args.questions, tokens=24)
+                memory = int(Path(f"/proc/{server.process.pid}/status").read_text().split("VmRSS:")[1].split()[0])
+                first = f"first text after {median(waits):.2f} s (median), {max(waits):.2f} s (slowest)"
+                print(f"wave {wave}: {len(waits)} answers, none lost; {first}; memory {memory >> 10} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 from baichuan import BaichuanForCausalLM  # noqa: E402
 from baichuan.generation_utils import CACHE_NAME, answer_batch, greedy, messages_to_ids  # noqa: E402
 from support.model_directory import ModelDirectory  # noqa: E402
-from support.speaker import PrefixCaches, Speaker  # noqa: E402
+from support.page.speaker import PrefixCaches, Speaker  # noqa: E402
 from tests.tools.sample_model import write_model  # noqa: E402
 
 NEW_TOKENS = 24
@@ -102,8 +102,8 @@ def ways_to_generate(model, tokenizer, prompts: list[list[int]]) -> dict:
         return [list(stream)[-1] for stream in streams]
 
     def speaker():
-        speaker, settings = Speaker(model, tokenizer), {"max_new_tokens": NEW_TOKENS, "do_sample": False, "seed": None}
-        return texts(speaker.answer(messages, settings) for messages in conversations)
+        speaker, settings = Speaker(model, tokenizer), {"max_new_tokens": NEW_TOKENS, "do_sample": False, "seed": -1}
+        return [text for text, _ in texts(speaker.answer(messages, settings) for messages in conversations)]
 
     def scores_batch():
         return [

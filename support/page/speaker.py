@@ -66,6 +66,7 @@ class Speaker:
 
     def __init__(self, model, tokenizer, adapter: PeftModel | None = None):
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+        self.stand_in, self.own_settings = hasattr(model.config, "stand_in"), model.generation_config
         self.personas = PrefixCaches()
         self.turn = threading.Lock()
 
@@ -110,12 +111,14 @@ class Speaker:
 
     def answer(
         self, messages: list[dict], settings: dict, base: bool = False, begun: str = "", strength: float = 1.0
-    ) -> Iterator[str]:
-        """Yield the answer so far; return it and whether it was cut. Closing the iterator stops the model, and frees it.
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the answer so far and its state: "stopped", and at last "done", or "cut" at its longest.
+
+        Closing the iterator stops the model, and frees it.
 
         Args:
             messages: first the persona, last the question.
-            settings: fields of GenerationConfig, and `seed`, None for a random one.
+            settings: fields of GenerationConfig, and `seed`, -1 for a random one.
             base: answer as the model does without its adapter.
             begun: the answer's beginning, which the model goes on from, and which what is yielded begins with.
             strength: what the adapter's update is multiplied by.
@@ -131,7 +134,7 @@ class Speaker:
         prompt = torch.tensor([ids], device=self.model.device)
         strength = 0.0 if base else strength
         with self.turn, self.scaled(strength):
-            torch.seed() if settings["seed"] is None else torch.manual_seed(settings["seed"])
+            torch.seed() if settings["seed"] == -1 else torch.manual_seed(settings["seed"])
             try:
                 cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), strength)
                 stream = self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})
@@ -139,10 +142,10 @@ class Speaker:
                 with closing(stream):
                     while True:
                         text = begun + next(stream)
-                        yield text
+                        yield text, "stopped"
             except StopIteration as end:
                 ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-                return text, end.value not in ends
+                yield text, "done" if end.value in ends else "cut"
             except RuntimeError as error:
                 self.free_memory(error)
 

@@ -1,0 +1,94 @@
+"""How the page looks, and what it says in both languages."""
+
+import base64
+import html
+import json
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote
+
+import gradio as gr
+from PIL import Image
+
+from support.errors import UserError, first_line
+
+CSS = Path(__file__).with_name("page.css")
+PAIRS = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))  # key → English, Chinese
+TEXTS = {language: {key: pair[n] for key, pair in PAIRS.items()} for n, language in enumerate(("en", "zh"))}
+I18N = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
+MARKS = ("−−−", "−−", "−", None, "+", "++", "+++")  # how much likelier fine-tuning made a word
+COLOURS = dict(zip(filter(None, MARKS), ("#c8502a", "#e08a5c", "#eeb08a", "#8fc9a3", "#4fae78", "#1f8a52")))
+THEME = gr.themes.Base(
+    primary_hue=gr.themes.Color(
+        *("#f1f6f4 #dfebe6 #c1d9d0 #97bfb1 #6a9f8e #4b8472 #2f5d50 #2a5448 #24463d #1f3a33 #12221e".split())
+    ),
+    neutral_hue="stone",
+    radius_size="lg",
+    font=["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+JS = {
+    # What stands in a bubble is exact; what is copied and edited is made so.
+    "page": """() => {
+        const plain = (text) => text.replace(/&(amp|lt|quot);/g, (_, name) => ({amp: "&", lt: "<", quot: '"'})[name]);
+        const exact = (text) => text.replace(/[&<"]/g, (letter) => ({"&": "&amp;", "<": "&lt;", '"': "&quot;"})[letter]);
+        const turn = (field, to) => { field.value = to(field.value); field.dispatchEvent(new Event("input")); };
+        const copy = navigator.clipboard?.writeText.bind(navigator.clipboard);
+        if (copy) navigator.clipboard.writeText = (text) => copy(plain(text));
+        addEventListener("focusin", ({target}) => target.matches(".edit-textarea") && (target.seen ||= !turn(target, plain)));
+        addEventListener("click", () => document.querySelectorAll(".edit-textarea").forEach((f) => turn(f, exact)), true);
+    }""",
+    "sidebar": "() => ({open: innerWidth >= 768, __type__: 'update'})",
+    "confirm": "(question, before) => confirm(question) ? String(Date.now()) : before",
+    "describe": "(text, kept, role, own) => JSON.stringify({...JSON.parse(kept), [role]: text == own ? undefined : text})",
+    "download": """(lines) => lines && Object.assign(document.createElement("a"), {download: "conversation.jsonl",
+        href: URL.createObjectURL(new Blob([lines]))}).click()""",
+}
+
+
+def say(request: gr.Request, key: str, **values) -> str:
+    """A text of the page, in the browser's language where there is one. `what` among the values names a field."""
+    language = request.headers.get("accept-language", "")[:2]
+    texts = TEXTS.get(language, TEXTS["en"])
+    if "what" in values:
+        values["what"] = texts[values["what"]]
+    return texts[key].format(**values)
+
+
+def exactly(text: str) -> list[dict]:
+    """A message's content, of which nothing is HTML. The page's script takes it back where it is copied or edited."""
+    for letter, name in (("&", "&amp;"), ("<", "&lt;"), ('"', "&quot;")):
+        text = text.replace(letter, name)
+    return [{"type": "text", "text": text}]
+
+
+def portrait(role: str, image: Path | None = None) -> str:
+    """A picture as a data: address; the role's first letter, where it has none. Raises: UserError."""
+    if image:
+        try:
+            with Image.open(image) as picture:
+                picture.thumbnail((128, 128))
+                picture.convert("RGBA").save(data := BytesIO(), "PNG")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{image}: the portrait of {role} cannot be read as a picture: {first_line(error)}"
+            ) from error
+        return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    hue = sum(ord(letter) for letter in role) * 137 % 360
+    return "data:image/svg+xml," + quote(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36"><rect width="36" height="36" fill="hsl({hue} 42% 30%)"/>'
+        f'<text x="18" y="24.5" font-size="18" fill="#fff" text-anchor="middle">{html.escape(role[:1])}</text></svg>'
+    )
+
+
+def card(role: str, line: str, picture: str, current: bool = False) -> str:
+    """A role in the list, and at the top of its conversation."""
+    here = ' aria-current="true"' if current else ""
+    line = f"<span>{html.escape(line)}</span>" if line else ""
+    return f'<div class="card"{here}><img src="{picture}" alt=""><div><b>{html.escape(role)}</b>{line}</div></div>'
+
+
+def mark(difference: float) -> str | None:
+    """How a word is coloured whose log-probability fine-tuning has raised by so many nats."""
+    level = sum(abs(difference) >= least for least in (0.5, 2, 5))
+    return MARKS[3 + level if difference > 0 else 3 - level]

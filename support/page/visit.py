@@ -1,0 +1,259 @@
+"""One event of the page: what the visitor's browser keeps, opened; and the conversation as it is shown afterwards."""
+
+import html
+import unicodedata
+from contextlib import contextmanager
+
+import gradio as gr
+
+from support.errors import UserError, first_line
+from support.page import chats
+from support.page.look import card, exactly, mark, portrait, say
+from support.profiles import MAX_DESCRIPTION, MAX_NAME
+
+SETTINGS = {  # lowest, highest, step, and what transformers takes where a model says nothing (the longest answer is ours)
+    "max_new_tokens": (1, 2048, 1, 512),
+    "temperature": (0.05, 2, 0.05, 1.0),
+    "top_p": (0.05, 1, 0.05, 1.0),
+    "top_k": (0, 100, 1, 50),
+    "repetition_penalty": (1, 2, 0.05, 1.0),
+}
+LONGEST = {"question": 8000, "answer": 20_000, "description": MAX_DESCRIPTION, "role": MAX_NAME}  # characters
+MAX_KEPT = 3_500_000  # bytes of conversations; a browser has room for some 5 MB, and gradio writes them as base64
+
+
+class Refusal(Exception):
+    """Why nothing happens, in the visitor's language."""
+
+
+class Visit:
+    """What a listener works with; `view` gives what it returns.
+
+    Attributes: `told`, the values of the page's components; `data` of the event; `kept`, `role` and its `chat` that is
+    shown; `personas`, {role: description} of those that the visitor has changed or invented; `lost`, a question that got
+    no word of an answer.
+    """
+
+    def __init__(self, page, told: dict, request: gr.Request, event: gr.EventData | None = None, writing=False):
+        self.page, self.told, self.request, self.writing = page, told, request, writing
+        self.data = (event and event._data) or {}
+        self.personas = chats.read_texts(told[page.personas])
+        self.kept = chats.read(told[page.latest] or told[page.chats])
+        self.lost = chats.settle(self.kept, chats.read_texts(told[page.growing]), ended=not writing)
+        self.description, self.turned = told[page.description].replace("\r\n", "\n"), False
+        role = self.kept["role"]
+        self.open(role if role in self.roles() else self.roles()[0])
+
+    def open(self, role: str):
+        self.role = role
+        self.chat = chats.open_chat(self.kept, role, self.character(role)["greeting"])
+
+    def turn_to(self, role: str):
+        """Another role, or the same one otherwise described."""
+        self.open(role)
+        self.description, self.turned = self.personas.get(role, self.character(role)["description"]), True
+
+    def character(self, role: str) -> dict:
+        return self.page.characters.get(role, {"description": "", "greeting": "", "questions": []})
+
+    def roles(self) -> list[str]:
+        """Those of the profiles, and those that the visitor has invented."""
+        return list(dict.fromkeys([*self.page.characters, *self.personas, *self.kept["chats"]]))
+
+    def say(self, key: str, **values) -> str:
+        return say(self.request, key, **values)
+
+    def proper(self, what: str, text: str) -> str:
+        """A text of the visitor, without half characters. Raises: Refusal: it is none that the model can be asked."""
+        text = "".join(letter for letter in text.replace("\r\n", "\n") if unicodedata.category(letter) != "Cs")
+        if not text.strip():
+            raise Refusal(self.say("blank", what=what))
+        if len(text) > LONGEST[what]:
+            raise Refusal(self.say("too_many", what=what, count=len(text), most=LONGEST[what]))
+        return text
+
+    def settings(self) -> dict:
+        """What the next answer is drawn with, as a Speaker takes it."""
+        settings = {name: self.told[switch] for name, switch in self.page.settings.items()}
+        if settings["seed"] is None:  # an empty field
+            settings["seed"] = -1
+        elif settings["seed"] >= 0:  # another attempt, another answer
+            settings["seed"] = (settings["seed"] + self.chat["turns"][-1]["shown"]) % 2**32
+        return settings | {name: type(unset)(settings[name]) for name, (*_, unset) in SETTINGS.items()}
+
+    def prompt(self, column: str = "text") -> list[dict]:
+        """What the model reads before it answers the last question."""
+        system = self.page.persona(self.role, self.description)
+        return chats.prompt(self.chat, system, self.page.greeted, column)
+
+    @contextmanager
+    def failures(self):
+        """Tell the visitor in words what failed, and the log in a line."""
+        try:
+            yield
+        except MemoryError:
+            warn(self.say("memory"))
+        except Exception as error:
+            print(f"error: an answer failed: {type(error).__name__}: {first_line(error)}", flush=True)
+            warn(first_line(error) if isinstance(error, UserError) else self.say("failed"))
+
+    # ---------------------------------------------------------------- what one does with a conversation
+
+    def load(self) -> dict:
+        """The page as it was left."""
+        if not self.chat["turns"]:
+            self.chat["greeting"] = self.character(self.role)["greeting"]  # of the profile as it is today
+        self.turn_to(self.role)
+        page, chosen = self.page, self.told[self.page.chosen]
+        whole = isinstance(chosen, list) and len(chosen) == len(page.switches) and None not in chosen
+        chosen = dict(zip(page.switches, chosen)) if whole else {}
+        self.told |= chosen
+        return {box: self.say(key) for box, key in page.asked.items()} | chosen
+
+    def option(self) -> dict | None:
+        """What is offered below the last message."""
+        if not self.chat["turns"]:
+            return self.page.ask(self)
+        turn = self.chat["turns"][-1]
+        if self.data["value"] == "continue":
+            return self.page.begin(self, chats.answer_of(turn)["text"])
+        turn["shown"] += 1 if self.data["value"] == "next" else -1
+
+    def undo(self) -> dict:
+        """Take the last question back. It may be asked otherwise, unless another one is typed already."""
+        question = self.chat["turns"].pop()["question"]
+        return {self.page.question: gr.Textbox(self.told[self.page.question] or question)}
+
+    def edit(self) -> dict | None:
+        """An edited answer is another answer; an edited question is asked in a conversation of its own."""
+        number, part = chats.place(self.chat, self.data["index"])
+        text = html.unescape(self.data["value"])
+        if part == "question":
+            self.chat = chats.add(self.kept, chats.new_chat(self.chat["greeting"], self.chat["turns"][:number]))
+            chats.add_turn(self.chat, text)
+            return self.page.begin(self)
+        text = self.proper("answer", text)
+        if part == "greeting":
+            self.chat["greeting"] = text
+        else:
+            turn = self.chat["turns"][number]
+            chats.add_version(turn, text, chats.answer_of(turn)["base"], "edited")
+
+    def fresh(self):
+        if self.chat["turns"]:
+            self.chat = chats.add(self.kept, chats.new_chat(self.character(self.role)["greeting"]))
+
+    def choose_chat(self):
+        self.kept["shown"][self.role] = self.told[self.page.number]
+        self.open(self.role)
+
+    def choose_role(self):
+        self.turn_to(self.roles()[self.told[self.page.cards]])
+
+    def add_role(self) -> dict:
+        name = self.proper("role", self.told[self.page.name]).strip()
+        if name in self.roles():
+            raise Refusal(self.say("known"))
+        self.personas[name] = self.proper("description", self.told[self.page.about])
+        self.turn_to(name)
+        return {self.page.name: "", self.page.about: ""}
+
+    def restore(self):
+        self.personas.pop(self.role, None)
+        self.turn_to(self.role)
+
+    def delete(self):
+        chats.remove(self.kept)
+        self.turn_to(self.role if self.role in self.roles() else self.roles()[0])
+
+    def clear(self):
+        self.kept, self.personas = chats.read("{}"), {}
+        self.turn_to(self.roles()[0])
+
+    def download(self) -> dict:
+        lines = chats.samples(self.kept, self.page.persona(self.role, self.description), self.page.greeted)
+        if not lines:
+            warn(self.say("nothing"))
+        return {self.page.lines: lines}
+
+    # ---------------------------------------------------------------- what is shown
+
+    def view(self) -> dict:
+        """The conversation as it stands, while no answer is being written: new values of the page's components."""
+        page, roles = self.page, self.roles()
+        titles = [chat["turns"][0]["question"][:24] if chat["turns"] else "…" for chat in self.kept["chats"][self.role]]
+        number, face = self.kept["shown"][self.role], self.face(self.role)
+        examples = [{"text": question} for question in self.character(self.role)["questions"]]
+        kept = chats.write(self.kept)
+        shown = {
+            page.chats: kept,
+            page.latest: kept,
+            page.growing: "{}",
+            page.who: card(self.role, self.description, face),
+            page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number, visible=len(titles) > 1),
+            page.log: gr.Chatbot(
+                self.bubbles("text"), avatar_images=(None, {"url": face, "path": ""}), examples=examples
+            ),
+            page.base: gr.Chatbot(self.bubbles("base"), visible=self.told[page.compare]),
+            page.words: gr.HighlightedText(visible=False),
+            page.question: gr.Textbox(
+                placeholder=self.say("ask", role=self.role), submit_btn=self.say("send"), stop_btn=False
+            ),
+        }
+        if self.turned:
+            lines = [self.character(role)["greeting"] or self.personas.get(role, "") for role in roles]
+            cards = [[card(role, line, self.face(role), role == self.role)] for role, line in zip(roles, lines)]
+            shown |= {
+                page.cards: gr.Dataset(samples=cards),
+                page.personas: chats.write(self.personas),
+                page.role: self.role,
+            }
+            own = self.character(self.role)["description"]
+            shown |= {page.description: self.description, page.original: own}
+        return shown
+
+    def coloured(self) -> dict:
+        """The last answer, each word by how much likelier fine-tuning made it."""
+        words, answer = self.page.words, chats.answer_of(self.chat["turns"][-1]) if self.chat["turns"] else None
+        if answer and self.told[self.page.colour]:
+            with self.failures():
+                gains = self.page.speaker.words(self.prompt(), answer["text"], self.told[self.page.strength])
+                label = self.say("words", sum=sum(gain for _, gain in gains))
+                marks = [(word, mark(gain)) for word, gain in gains]
+                return {words: gr.HighlightedText(marks, label=label, visible=True)}
+        return {words: gr.HighlightedText(visible=False)}
+
+    def face(self, role: str) -> str:
+        return self.character(role).get("portrait") or portrait(role)
+
+    def bubbles(self, column: str) -> list[dict]:
+        """The messages of a Chatbot. column: text, or base for the base model's answers."""
+        messages = [{"role": "assistant", "content": exactly(self.chat["greeting"])}] if self.chat["greeting"] else []
+        for turn in self.chat["turns"]:
+            messages.append({"role": "user", "content": exactly(turn["question"])})
+            answer = chats.answer_of(turn)
+            if answer and (answer[column] or column == "text"):
+                messages.append({"role": "assistant", "content": exactly(answer[column])})
+        if messages and column == "text" and not self.writing:
+            messages[-1]["options"] = self.options()
+        return messages
+
+    def options(self) -> list[dict]:
+        """What one may choose below the last message: a question to begin with, another answer, the rest of one."""
+        if not self.chat["turns"]:
+            return [{"value": question} for question in self.character(self.role)["questions"]]
+        turn, options = self.chat["turns"][-1], []
+        number, count = turn["shown"] + 1, len(turn["versions"])
+        if number > 1:
+            options.append({"value": "previous", "label": f"‹ {self.say('previous')} {number - 1}/{count}"})
+        if number < count:
+            options.append({"value": "next", "label": f"{self.say('next')} {number + 1}/{count} ›"})
+        if (answer := chats.answer_of(turn)) and answer["state"] in ("cut", "stopped"):
+            options.append(
+                {"value": "continue", "label": f"{self.say('was_' + answer['state'])} {self.say('continue')}"}
+            )
+        return options
+
+
+def warn(words: str):
+    gr.Warning(html.escape(words))
