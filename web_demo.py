@@ -269,16 +269,16 @@ class Page:
 
     def answer(self, told: dict, request: gr.Request):
         """The answer as it grows, in the bubble and in what the browser keeps."""
-        if request.session_hash not in self.busy:
-            return
+        if request.session_hash not in self.busy:  # it was stopped while it waited
+            return (yield (gr.skip(),) * 3)
         visit = Visit(self, told, request, writing=True)
         version = chats.answer_of(visit.chat["turns"][-1])
-        settings, begun = visit.settings(), version["text"]
+        settings, begun, due = visit.settings(), version["text"], 0.0
+        yield chats.write({"id": visit.chat["id"], **version}), visit.bubbles("text"), visit.bubbles("base")
         with visit.failures():
             for column in ["text", "base"] if told[self.compare] else ["text"]:
                 how = {"begun": begun} if column == "text" else {"base": True}
-                prompt, due = visit.prompt(column), 0.0
-                answer = self.speaker.answer(prompt, settings, strength=told[self.strength], **how)
+                answer = self.speaker.answer(visit.prompt(column), settings, strength=told[self.strength], **how)
                 with closing(answer):  # also where the visitor stops it or leaves: that frees the model
                     for version[column], state in answer:
                         version["state"] = state if column == "text" else version["state"]

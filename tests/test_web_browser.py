@@ -6,15 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from conftest import NO_CHROMIUM
 from playwright.sync_api import Error, expect, sync_playwright
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a fixture)
-from web_client import DESC_PATH, Server, squeezed
+from web_client import DESC_PATH, Server, free_port, squeezed
 
 import train
 from data_helper import persona
@@ -562,6 +569,37 @@ def check(tab):
     violations = Axe().run(tab.page).response["violations"]
     serious = [found for found in violations if found["impact"] in ("serious", "critical")]
     assert not serious, [(found["id"], [node["html"][:150] for node in found["nodes"]]) for found in serious]
+
+
+def test_behind_a_proxy_with_a_path_of_its_own(browser, checkpoint, tmp_path):
+    """As nginx's `location /chat/ { proxy_pass http://…/; proxy_set_header Host $http_host; }`."""
+    port = free_port()
+    flags = ["--root_path", "/chat", "--allowed_hosts", "roles.localhost"]
+    server = Server(tmp_path / "log", checkpoint, *flags, program=("-c", PROGRAM))
+
+    async def forward(request):
+        path = request.url.path.removeprefix("/chat") or "/"
+        headers = [(k, v) for k, v in request.headers.items() if k != "accept-encoding"]
+        sent = client.build_request(request.method, f"{server.url}{path}?{request.url.query}", headers=headers,
+                                    content=await request.body())  # fmt: skip
+        answer = await client.send(sent, stream=True)
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, dict(answer.headers))
+
+    client = httpx.AsyncClient(timeout=None)
+    proxy = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/chat/{path:path}", forward, methods=["GET", "POST"])]),
+                                          port=port, log_level="critical"))  # fmt: skip
+    thread = threading.Thread(target=proxy.run, daemon=True)
+    thread.start()
+    while not proxy.started:
+        time.sleep(0.05)
+    tab = Tab(browser, f"http://roles.localhost:{port}/chat/")
+    try:
+        assert tab.ask("你是谁？") == expected(Speaker.load(checkpoint, None, torch.device("cpu")), "你是谁？")
+    finally:
+        tab.close()
+        proxy.should_exit = True
+        server.close()
+        thread.join(30)
 
 
 def test_signing_in(browser, checkpoint, tmp_path):

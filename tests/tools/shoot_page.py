@@ -36,15 +36,25 @@ def shoot(browser, args, url: str, name: str, width: int, height: int, scheme="l
     context = browser.new_context(locale=args.language, viewport=viewport, color_scheme=scheme, device_scale_factor=1)
     page = context.new_page()
     page.goto(url)
-    expect(page.locator("#question")).to_be_focused()
-    page.evaluate(f"Object.assign(settings, {{do_sample: false, compare: {str(both).lower()}}})")
-    page.evaluate(f"settings.colour = {str(both).lower()}")
-    for number, question in enumerate(args.questions if asked else [], start=1):
-        page.locator("#question").fill(question)
-        page.locator("#question").press("Enter")
-        expect(page.locator(".answer .actions")).to_have_count(number, timeout=60_000)
+    expect(page.locator("#log .bot")).to_have_count(1, timeout=60_000)
+    page.locator("#settings .toggle-button").click()
+    for number in (0, 1) if both else ():  # the base model's answers; the words coloured
+        page.locator("#settings input[type=checkbox]").nth(number).check()
+    page.locator("#settings .label-wrap").first.click()
+    page.locator(
+        "#settings .accordion input[type=checkbox], #settings .label-wrap ~ * input[type=checkbox]"
+    ).last.uncheck()
+    page.locator("#settings .toggle-button").click()
+    for question in args.questions if asked else []:
+        page.locator("#question textarea").fill(question)
+        page.locator("#question textarea").press("Enter")
+        expect(page.locator("#question .stop-button")).to_be_visible()
+        expect(page.locator("#question .submit-button")).to_be_visible(timeout=60_000)
+    if both:
+        expect(page.locator("#words .textfield")).to_be_visible(timeout=60_000)
     page.mouse.move(0, 0)
-    page.screenshot(path=args.images / name, animations="disabled")
+    page.wait_for_timeout(700)  # panels slide and fade
+    page.screenshot(path=args.images / name)
     context.close()
 
 
