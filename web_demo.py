@@ -243,7 +243,7 @@ class Page:
 
     def begin(self, visit: Visit, begun: str = "") -> dict:
         """Have the last question answered, from where its answer has begun. Raises: Refusal."""
-        if len(visit.told[self.chats]) > MAX_KEPT:
+        if len(visit.told[self.chats].encode("utf-8", "ignore")) > MAX_KEPT:
             raise Refusal(visit.say("full"))
         turn = visit.chat["turns"][-1]
         turn["question"] = visit.proper("question", turn["question"])

@@ -51,7 +51,10 @@ class Visit:
     def turn_to(self, role: str):
         """Another role, or the same one otherwise described."""
         self.open(role)
-        self.description, self.turned = self.personas.get(role, self.character(role)["description"]), True
+        self.description, self.turned = self.described(role), True
+
+    def described(self, role: str) -> str:
+        return self.personas.get(role, self.character(role)["description"])
 
     def character(self, role: str) -> dict:
         return self.page.characters.get(role, {"description": "", "greeting": "", "questions": []})
@@ -75,11 +78,13 @@ class Visit:
     def settings(self) -> dict:
         """What the next answer is drawn with, as a Speaker takes it."""
         settings = {name: self.told[switch] for name, switch in self.page.settings.items()}
-        if settings["seed"] is None:  # an empty field
-            settings["seed"] = -1
-        elif settings["seed"] >= 0:  # another attempt, another answer
+        unset = {"do_sample": True, "seed": -1} | {name: unset for name, (*_, unset) in SETTINGS.items()}
+        settings = {
+            name: type(unset[name])(unset[name] if value is None else value) for name, value in settings.items()
+        }
+        if settings["seed"] >= 0:  # another attempt, another answer
             settings["seed"] = (settings["seed"] + self.chat["turns"][-1]["shown"]) % 2**32
-        return settings | {name: type(unset)(settings[name]) for name, (*_, unset) in SETTINGS.items()}
+        return settings
 
     def prompt(self, column: str = "text") -> list[dict]:
         """What the model reads before it answers the last question."""
@@ -201,7 +206,7 @@ class Visit:
             ),
         }
         if self.turned:
-            lines = [self.character(role)["greeting"] or self.personas.get(role, "") for role in roles]
+            lines = [self.character(role)["greeting"] or self.described(role) for role in roles]
             cards = [[card(role, line, self.face(role), role == self.role)] for role, line in zip(roles, lines)]
             shown |= {
                 page.cards: gr.Dataset(samples=cards),
