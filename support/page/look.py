@@ -35,6 +35,8 @@ JS = {
         const turn = (field, to) => { field.value = to(field.value); field.dispatchEvent(new Event("input")); };
         const copy = navigator.clipboard?.writeText.bind(navigator.clipboard);
         if (copy) navigator.clipboard.writeText = (text) => copy(plain(text));
+        else addEventListener("copy", (e) => e.target.style?.left == "-999999px" && (e.preventDefault(),
+            e.clipboardData.setData("text/plain", plain(e.target.value))));  // how gradio copies without https
         addEventListener("focusin", ({target}) => target.matches(".edit-textarea") && (target.seen ||= !turn(target, plain)));
         addEventListener("click", () => document.querySelectorAll(".edit-textarea").forEach((f) => turn(f, exact)), true);
     }""",
