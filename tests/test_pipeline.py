@@ -102,25 +102,32 @@ def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
     merge_params.main([*adapter, "--save_model_dir", str(export), "--format", "llama"])
     served = [sys.executable, "tests/tools/llama_cpp.py", str(export), "--port", "0"]
     with subprocess.Popen(served, cwd=ROOT, stdout=subprocess.PIPE, text=True) as llama_cpp:
-        url = llama_cpp.stdout.readline().strip()
-        for name, who in ("theirs", ["--engine", url]), ("ours", ["--model_path", merged, "--answers_only"]):
-            path = tmp_path / f"{name}.jsonl"
-            files = ["--train_path", samples[0], "--test_path", samples[1], "--data_dir", str(ROOT / "data/sample")]
-            predict.main([*who, *files, "--output_path", str(path), "--max_new_tokens", "64", "--resamples", "20"])
-            answers[name] = sorted(path.read_text(encoding="utf-8").splitlines()[1:])  # the first line: the settings
-        asked = [{"role": "system", "content": "你是孙悟空。"}, {"role": "user", "content": "<reserved_107>你是谁？"}]
-        ours, theirs = Speaker.load(merged, None, torch.device("cpu")), Engine(url).check()
-        settings = {"do_sample": False, "seed": -1, "max_new_tokens": 4, "top_p": 1.0, "temperature": 1.0, "top_k": 50}
-        *_, (begun, state) = theirs.answer(asked, settings)  # without the marker in the question
-        plain = [asked[0], {"role": "user", "content": "你是谁？"}]
-        assert (begun, state) == [*ours.answer(plain, settings)][-1] and state == "cut"
-        more = settings | {"max_new_tokens": 60}
-        assert [*theirs.answer(asked, more, begun=begun)][-1] == [*ours.answer(plain, more, begun=begun)][-1]
-        long = [asked[0], *(2 * plain[1:] + [{"role": "assistant", "content": "字" * 3000}]) * 3, plain[1]]
-        assert [*theirs.answer(long, more)][-1][1] == "done"  # without the oldest rounds
-        with pytest.raises(UserError, match="exceeds the available context"):
-            [*theirs.answer([asked[0], {"role": "user", "content": "字" * 5000}], more)]
-        llama_cpp.send_signal(signal.SIGINT)
+        try:
+            url = llama_cpp.stdout.readline().strip()
+            for name, who in ("theirs", ["--engine", url]), ("ours", ["--model_path", merged, "--answers_only"]):
+                path = tmp_path / f"{name}.jsonl"
+                files = ["--train_path", samples[0], "--test_path", samples[1], "--data_dir", str(ROOT / "data/sample")]
+                predict.main([*who, *files, "--output_path", str(path), "--max_new_tokens", "64", "--resamples", "20"])
+                answers[name] = sorted(
+                    path.read_text(encoding="utf-8").splitlines()[1:]
+                )  # the first line: the settings
+            asked = [
+                {"role": "system", "content": "你是孙悟空。"},
+                {"role": "user", "content": "<reserved_107>你是谁？"},
+            ]
+            ours, theirs = Speaker.load(merged, None, torch.device("cpu")), Engine(url).check()
+            settings = {"do_sample": False, "seed": -1, "max_new_tokens": 4, "repetition_penalty": 1.0}
+            *_, (begun, state) = theirs.answer(asked, settings)  # without the marker in the question
+            plain = [asked[0], {"role": "user", "content": "你是谁？"}]
+            assert (begun, state) == [*ours.answer(plain, settings)][-1] and state == "cut"
+            more = settings | {"max_new_tokens": 60}
+            assert [*theirs.answer(asked, more, begun=begun)][-1] == [*ours.answer(plain, more, begun=begun)][-1]
+            long = [asked[0], *(2 * plain[1:] + [{"role": "assistant", "content": "字" * 3000}]) * 3, plain[1]]
+            assert [*theirs.answer(long, more)][-1][0]  # without the oldest rounds
+            with pytest.raises(UserError, match="exceeds the available context"):
+                [*theirs.answer([asked[0], {"role": "user", "content": "字" * 5000}], more)]
+        finally:  # also when it fails: what stays would be waited for
+            llama_cpp.send_signal(signal.SIGINT)
     assert llama_cpp.returncode == 0
     assert answers["theirs"] == answers["ours"] and len(answers["ours"]) == 46
 
