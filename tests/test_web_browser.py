@@ -459,6 +459,7 @@ def test_bubbles_and_clipboard_are_exact(tab):
         expect(buttons.get_by_role("button", name="Copied")).to_be_visible()
         assert tab.page.evaluate("navigator.clipboard.readText()") == EXACT
         buttons.get_by_role("button", name="Edit").click()
+        tab.page.locator(".edit-textarea").click()  # to place the cursor
         expect(tab.page.locator(".edit-textarea")).to_have_value(EXACT)
         buttons.get_by_role("button", name="Cancel").click()
         expect(text).to_have_text(EXACT)

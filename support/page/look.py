@@ -38,7 +38,8 @@ JS = {
         else addEventListener("copy", (e) => e.target.style?.left == "-999999px" && (e.preventDefault(),
             e.clipboardData.setData("text/plain", plain(e.target.value))));  // how gradio copies without https
         addEventListener("focusin", ({target}) => target.matches(".edit-textarea") && (target.seen ||= !turn(target, plain)));
-        addEventListener("click", () => document.querySelectorAll(".edit-textarea").forEach((f) => turn(f, exact)), true);
+        addEventListener("click", ({target}) => target.closest(".message-buttons") && document.querySelectorAll(
+            ".edit-textarea").forEach((field) => field.seen &&= turn(field, exact)), true);
     }""",
     "sidebar": "() => ({open: innerWidth >= 768, __type__: 'update'})",
     "confirm": "(question, before) => confirm(question) ? String(Date.now()) : before",
