@@ -7,7 +7,8 @@
     python3 data_helper.py --conversations mine.json           # conversations of your own, of several rounds
 
 A sample is {"role", "system", "prompt", "response"}: a role's persona text, a question and one recorded answer to it;
-or {"role", "system", "messages"}, a conversation. data/README.md describes the files.
+or {"role", "system", "messages"}, a conversation. In test.json "kind" says whether RoleBench's question is role-specific
+or general. data/README.md describes the files.
 """
 
 import json
@@ -119,8 +120,8 @@ def samples(row: dict, role_specific: bool, character: dict, max_responses: int,
     generator = random.Random(f"{seed} {role} {question}")  # its own, so its draw does not depend on what else is kept
     drawn = sorted(generator.sample(range(len(answers)), min(max_responses, len(answers))))
     prompt = without_address(question, [role, *character["names"]]) if role_specific else question
-    system = persona(role, character["description"])
-    return [{"role": role, "system": system, "prompt": prompt, "response": answers[i]} for i in drawn]
+    system, kind = persona(role, character["description"]), "role-specific" if role_specific else "general"
+    return [{"role": role, "system": system, "prompt": prompt, "response": answers[i], "kind": kind} for i in drawn]
 
 
 def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[str]]:
@@ -311,6 +312,8 @@ def main(argv=None):
             where = "training" if split == "train" else "the test that are not in training, too"
             raise UserError(f"{source}: no samples for {where}: add some, or choose other --roles")
 
+    for sample in written["train"]:
+        sample.pop("kind", None)  # predict.py's table goes by it, training does not
     with whole_files(args.train_path, args.test_path) as handles:
         for lines, handle in zip(written.values(), handles):
             handle.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in lines)

@@ -1,44 +1,30 @@
-"""Answer a test set and score the answers, role by role.
+"""Did training work? Answer a test set, and see in one table what has changed.
 
     python3 predict.py --model_path "output_dir/epoch-1-step-1002-merge" --test_path data/test.json \\
         --baseline_path "Baichuan2-7B-Chat/" --html output_dir/report.html
     python3 predict.py --model_path "Baichuan2-7B-Chat/" --baseline_path "Baichuan2-7B-Chat/" \\
         --adapter_path output_dir/epoch-1-step-*[0-9]           # which checkpoint? The base is loaded once
     python3 predict.py --engine http://127.0.0.1:8000/v1        # a server with the LLaMA export answers
+    python3 predict.py … --by role                              # the same rows for each role; or kind, or round
 
-A sample of the tables is a question with all of its recorded answers. Under each table stands what its columns mean:
-
-ROUGE-L     F-measure of the longest common subsequence of words (jieba's) with a recorded answer (Lin 2004), by
-            rouge-chinese, as in the public evaluations of RoleBench; the mean over the question's recorded answers
-distinct-2  distinct pairs of neighbouring words among all such pairs of a role's answers (Li et al. 2016,
-            arXiv 1510.03055): low when the answers repeat themselves or each other
-catchwords  answers that use one of the catchwords that the persona text quotes
-stops       answers that end by themselves within --max_new_tokens
-style       answers that a classifier trained on --train_path takes for their own role's (support/voice.py)
-copied      the longest piece that an answer has in common with a training answer of its role (support/voice.py)
-
-After them come the scores from the model's own likelihoods, see docs/scores.md: who said it, what the persona is worth,
-staying in role, and the perplexity of plain text.
+A row is a measure, a column a model; differences are paired, and marked where their 95 % interval excludes 0. What is
+answered once and scored once is a question with all of its recorded answers. docs/scores.md describes the measures.
 """
 
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data_helper import HUB_FILES, read_rows, read_samples, rolebench_file, rounds
+from data_helper import read_samples, rounds, with_system
 from support.arguments import ArgumentParser, number_problems
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed, unwritable
 
 SAMPLE = Path(__file__).parent / "data/sample"
-CAVEAT = (
-    "All general questions of RoleBench's test set also occur in its training set, under another role: "
-    "their scores say how a role speaks, not what the model knows."
-)
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description="Answer a test set and score the answers, role by role.")
+    parser = ArgumentParser(description="Answer a test set and score the answers.")
     add = parser.add_argument
     add("--model_path", type=Path, help="directory of the model, such as merge_params.py writes")
     adapters = "adapters over --model_path, each scored without merging; the base is loaded once"
@@ -49,12 +35,13 @@ def parse_args(argv=None):
     output = "JSON lines for the answers; others go beside it, to …-baseline.jsonl, …-NAME.jsonl. A stopped run goes on there"
     add("--output_path", type=Path, default=Path("output_dir/answers.jsonl"), help=output)
     add("--overwrite", action="store_true", help="answer all anew; where that is interrupted, go on without this flag")
-    add("--html", type=Path, metavar="FILE", help="write a report too: tables, and answers side by side, in one file")
-    add("--data_dir", type=Path, default=Path("data"), help="RoleBench files, which tell role-specific questions")
-    add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and recall")
+    add("--by", choices=["role", "kind", "round"], help="print the same rows for each role, kind of question, or round")
+    add("--html", type=Path, metavar="FILE", help="write a report too: pictures, and answers side by side, in one file")
+    add("--lang", choices=["en", "zh"], help="language of the table and of the report; by default the system's")
+    add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and copies")
     add("--attacks", type=Path, default=SAMPLE / "attacks-zh.jsonl", help="JSON lines that try to break a role")
     add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help="text of no role, for its perplexity")
-    add("--answers_only", action="store_true", help="score the answers alone, without the scores from likelihoods")
+    add("--answers_only", action="store_true", help="score the answers alone, without what comes from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
     size = "questions answered side by side; by default what the memory holds, up to 128 (CPU: 64); 16 with --sample"
@@ -74,21 +61,21 @@ with slow_imports(parse_args, __name__):
     from tqdm import tqdm
     from transformers import set_seed
 
-    import utils
     from baichuan.generation_utils import Answer, answer_batch, greedy
-    from support import report
-    from support.answer_file import AnswerFile, answer_settings
-    from support.answer_scores import answer_sections, measure_answers
-    from support.candidates import Candidate, Loader, in_batches, name_candidates, rows_that_fit
-    from support.forgetting import read_plain_text
-    from support.in_role import attack_conversations, read_attacks
-    from support.likelihood import Likelihood
-    from support.likelihood_scores import Measured, heard_pictures, likelihood_sections, measure, role_personas
+    from support.answering import in_batches, rows_that_fit
     from support.model_directory import pick_device
-    from support.voice import read_training
+    from support.scores import report
+    from support.scores.answer_file import AnswerFile, answer_settings, read_answers
+    from support.scores.answers import measure_answers, recorded_limits
+    from support.scores.candidates import Candidate, Loader, name_candidates
+    from support.scores.in_role import crossed, in_role_scores, read_attacks
+    from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
+    from support.scores.persona import persona_scores, personas_of, read_personas
+    from support.scores.table import about, compare, in_a_sentence, labels, system_language, table, texts
+    from support.scores.voice import read_training
 
 
-# ---------------------------------------------------------------- answering
+# ---------------------------------------------------------------- questions
 
 
 class Question(NamedTuple):
@@ -97,67 +84,78 @@ class Question(NamedTuple):
     role: str
     system: str
     prompt: str
-    kind: str  # "role-specific", "general" or "other"; "" when no question is known; of conversations "round 1", "round 2", "round 3+"
+    kind: str | None  # "role-specific", "general", as the test set says; "other"; None where it says nothing
+    round: str | None  # of conversations "round 1", "round 2", "round 3+"
     references: list[str]
     messages: list[dict]  # what was said before it, as recorded, and the question
 
 
-def read_questions(test_path: Path, data_dir: Path) -> list[Question]:
+def read_questions(test_path: Path) -> list[Question]:
     """The distinct questions of a test set, in its order; of a conversation each round, with the recorded history.
 
     Raises: UserError.
     """
-    kind_of, samples = question_kinds(data_dir), list(read_samples(test_path))
+    samples = list(read_samples(test_path))
     conversations = any(len(sample["messages"]) > 2 for sample in samples)
+    kinds = any(sample.get("kind") for sample in samples)
     questions: dict[tuple[str, ...], Question] = {}
     for sample in samples:
         for messages, answer in rounds(sample):
-            role, prompt = sample["role"], messages[-1]["content"]
             number = sum(message["role"] == "user" for message in messages)
-            kind = f"round {number}" if number < 3 else "round 3+"
-            kind = kind if conversations else kind_of(role, prompt)
-            new = Question(role, sample["system"], prompt, kind, [], messages)
-            asked = (role, *(message["content"] for message in messages))  # roles may lack a system text of their own
+            new = Question(
+                sample["role"],
+                sample["system"],
+                messages[-1]["content"],
+                sample.get("kind", "other") if kinds else None,
+                ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if conversations else None,
+                [],
+                messages,
+            )
+            # Roles may lack a system text of their own.
+            asked = (sample["role"], *(message["content"] for message in messages))
             questions.setdefault(asked, new).references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
-    if all(not question.kind for question in questions.values()):
-        return list(questions.values())
-    return [question._replace(kind=question.kind or "other") for question in questions.values()]
+    return list(questions.values())
 
 
-def question_kinds(data_dir: Path):
-    """A function (role, prompt) → kind. The samples do not say it; the RoleBench files they were made from do.
-
-    A prompt is the end of its question, since data_helper.py cuts the address off that a question may open with.
-    """
-    specific, general = (
-        [
-            row
-            for name in HUB_FILES
-            if kind in name and (path := rolebench_file(data_dir, name)).exists()
-            for row in read_rows(path, None)
-        ]
-        for kind in ("zh_role_specific", "zh_general")
-    )
-    starts = range(64)  # an address is shorter; every end of a page-long question would take gigabytes
-    kinds = {(row["role"], row["question"]): "general" for row in general}
-    for row in specific:
-        kinds |= {(row["role"], row["question"][start:]): "role-specific" for start in starts[: len(row["question"])]}
-    return lambda role, prompt: kinds.get((role, prompt), "")
+def recorded_answers(questions: list[Question]) -> list[dict]:
+    """The questions with their recorded answers as samples, in which the last answer alone is supervised."""
+    samples = []
+    for question in questions:
+        turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in question.messages]
+        turns = [turn for turn in turns if turn["role"] != "system"]
+        whose = {name: getattr(question, name) for name in ("role", "system", "kind", "round")}
+        for reference in question.references:
+            samples.append({**whose, "messages": [*turns, {"role": "assistant", "content": reference}]})
+    return samples
 
 
-def answer_file(args, candidate: Candidate, questions: list[Question]) -> AnswerFile:
-    """Raises: UserError, but not where other attacks are to be answered now: those are soon answered anew."""
-    settings, attacks = answer_settings(args, candidate, questions), bool(questions) and questions[0].kind == "attack"
-    return AnswerFile(candidate.output, settings, len(questions), args.overwrite, forget=attacks)
+def role_personas(questions: list[Question]) -> dict[str, str]:
+    """The roles that are attacked: name → persona text. Those without a name have nobody to be."""
+    return {role: system for role, system in personas_of(recorded_answers(questions)).items() if role}
+
+
+def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
+    """What is answered to see whether a role breaks: each attack on each role."""
+    questions = []
+    for sample in crossed(attacks, personas):
+        messages = with_system(sample["system"], sample["messages"])
+        asked = messages[-1]["content"]
+        questions.append(Question(sample["role"], sample["system"], asked, sample["kind"], None, [], messages))
+    return questions
+
+
+# ---------------------------------------------------------------- answering
 
 
 def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
-    file = answer_file(args, candidate, questions)
+    file = AnswerFile(candidate.output, answer_settings(args, candidate, questions), len(questions), args.overwrite)
+    if file.changed:
+        print(f"{file.path}: was answered under other settings ({file.changed}): all is answered anew", file=sys.stderr)
     if file.complete:
-        print(f"{file.path}: has all answers of {candidate.name} already")
+        print(f"{file.path}: has all answers of {candidate.name} already", file=sys.stderr)
         return file.in_order()
     prompts = [question.messages for question in questions]
     # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
@@ -202,28 +200,17 @@ def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
 # ---------------------------------------------------------------- likelihoods
 
 
-def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
-    """What is answered to see whether a role breaks: each attack on each role."""
-    conversations, roles = attack_conversations(attacks, personas), list(personas)
-    return [
-        Question(roles[number % len(roles)], messages[0]["content"], messages[-1]["content"], "attack", [], messages)
-        for number, messages in enumerate(conversations)
-    ]
-
-
-def attacked(candidate: Candidate) -> Candidate:
-    """The same, with the file for its answers to the attacks."""
-    output = candidate.output
-    return candidate._replace(output=output.with_name(f"{output.stem}-attacks{output.suffix}"))
-
-
-def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader) -> Measured:
-    """The scores from the model's own likelihoods; its answers to the attacks go to a file beside the others."""
-    attacks, texts = read_attacks(args.attacks), read_plain_text(args.plain_text)
-    asked = attack_questions(attacks, role_personas(questions))
-    answers = answer_all(args, attacked(candidate), asked, loader) if asked else []
-    likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, utils, show_progress=True)
-    return measure(likelihood, questions, attacks, [answer.text for answer in answers], texts)
+def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader):
+    """The scores from the model's own likelihoods, and who is heard. Its answers to the attacks go to a file of their own."""
+    attacks, personas = read_attacks(args.attacks), role_personas(questions)
+    asked = attack_questions(attacks, personas)
+    answers = answer_all(args, candidate.attacked(), asked, loader) if asked else []
+    likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, show_progress=True)
+    said = read_personas(likelihood, recorded_answers(questions))
+    scores = persona_scores(said)
+    scores |= in_role_scores(likelihood, attacks, personas, [answer.text for answer in answers])
+    scores |= plain_text_scores(likelihood, read_plain_text(args.plain_text))
+    return scores, said
 
 
 # ---------------------------------------------------------------- the script
@@ -262,9 +249,13 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
         for candidate in candidates or []:
             problems.of(candidate.check, args.load_in_4bit)
+            for file in (candidate.output, candidate.attacked().output):
+                problems.of(read_answers, file)
+                if args.html and args.html.resolve() == file.resolve():
+                    problems.append(f"--html {args.html}: is a file of answers of this run: name another one")
         device = problems.of(pick_device, args.device)
         if args.test_path.is_file():
-            questions = problems.of(read_questions, args.test_path, args.data_dir)
+            questions = problems.of(read_questions, args.test_path)
     systems = list({question.system for question in questions})
     for model in [candidate.directory for candidate in candidates if candidate.directory]:
         room = model.config.model_max_length
@@ -272,15 +263,6 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
             raise UserError(
                 f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
             )
-    with Problems() as problems:  # of files that are there already
-        attacks = [] if args.answers_only or args.engine else read_attacks(args.attacks)
-        asked = attack_questions(attacks, role_personas(questions))
-        for candidate in candidates:
-            problems.of(answer_file, args, candidate, questions)
-            if asked:
-                problems.of(answer_file, args, attacked(candidate), asked)
-            if args.html and args.html.resolve() in (candidate.output.resolve(), attacked(candidate).output.resolve()):
-                problems.append(f"--html {args.html}: is a file of answers of this run: name another one")
     return device, questions, candidates
 
 
@@ -288,30 +270,49 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
 def main(argv=None):
     args = parse_args(argv)
     device, questions, candidates = read_inputs(args)
-    style, recall, remarks = read_training(args.train_path, [question.role for question in questions])
+    language = args.lang or system_language()
+    text = texts(language)
+    style, recall, remarks = read_training(args.train_path, [question.role for question in questions], text)
+    limits = recorded_limits(questions, style, recall)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
-    loader, answers, measured, likelihoods = Loader(device, args.load_in_4bit), {}, {}, {}
+    loader, answers, measured, scores, heard = Loader(device, args.load_in_4bit), {}, {}, {}, {}
     for candidate in candidates:
-        answers[candidate.name] = answer_all(args, candidate, questions, loader)
-        measured[candidate.name] = measure_answers(questions, answers[candidate.name], style, recall)
+        name = candidate.name
+        answers[name] = answer_all(args, candidate, questions, loader)
+        measured[name] = measure_answers(questions, answers[name], style, recall, limits)
+        scores[name] = measured[name].scores
         if not (args.answers_only or args.engine):
-            likelihoods[candidate.name] = read_likelihoods(args, candidate, questions, loader)
+            likelihoods, heard[name] = read_likelihoods(args, candidate, questions, loader)
+            scores[name] = scores[name] | likelihoods
     loader.drop()
 
-    # 2. The tables.
-    sections = answer_sections(questions, measured, style, recall, args.resamples, args.seed)
-    sections += likelihood_sections(likelihoods, args.resamples, args.seed)
-    kinds = {question.kind for question in questions}
-    if "" in kinds:
-        remarks.append(f"No RoleBench file in {args.data_dir} has these questions, and tells what kind they are of.")
-    if "general" in kinds:
-        remarks.append(CAVEAT)
+    # 2. The table, and what it says in a sentence.
+    names, rows = list(scores), compare(scores, args.resamples, args.seed)
+    if any(question.kind == "general" for question in questions):
+        remarks.append(text["caveat"])
     if args.engine:
-        remarks.append("A server gives answers only: scores from likelihoods are left out.")
-    print("", *sections, *remarks, sep="\n")
+        remarks.append(text["engine"])
+    remarks.insert(0, text["intervals"].format(len(questions), len({question.role for question in questions})))
+    sentences = in_a_sentence(rows, names, text)
+    print("", *table(rows, names, text), "", *about(rows, text), *remarks, "", *sentences, sep="\n")
+    found = labels(scores[names[0]], args.by) if args.by else []
+    if args.by and not found:
+        print("", text["nothing to split"].format(args.by), sep="\n")
+    for label in found:
+        part = compare(scores, args.resamples, args.seed, args.by, label)
+        title = f"{text.get(label, label) or text['no role']} ({part[0].count})"
+        print("", title, "", *table(part, names, text), sep="\n")
+
+    # 3. The report.
     if args.html:
-        report.write(args.html, sections, remarks, questions, answers, measured, heard_pictures(likelihoods))
+        roles = labels(scores[names[0]], "role")
+        by_role = {role: compare(scores, args.resamples, args.seed, "role", role) for role in roles}
+        parts = report.opening(sentences, remarks, rows, names, text)
+        parts += report.roles_part(rows, by_role, text)
+        parts += report.heard_part(heard, text)
+        parts += report.answers_part(questions, answers, measured, text)
+        report.write(args.html, language, text, parts)
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

@@ -83,10 +83,10 @@ with slow_imports(parse_args, __name__):
     from support.best import Best
     from support.log import Log
     from support.model_directory import ModelDirectory
-    from support.persona_scores import who_said_it_now
     from support.resume import claim, find_state, load_state, save_state
     from support.run_record import broken, introduce, keep_record
     from support.sample_answers import sample_answers, uncompiled
+    from support.scores.persona import who_said_it_now
     from support.trial import Trial
 
 
@@ -247,12 +247,14 @@ def evaluate(args, engine, test_rows, log: Log, step: int) -> float:
 
 
 def show(args, engine, directory, log: Log, step: int, test: list[dict]):
-    """Log who is heard, and some answers. On the main process: the others wait for it at the next step."""
-    log.scalars(step, who_said_it_now(args, test, engine.module, directory.tokenizer, utils))
-    if args.sample_answers:
+    """Log who is heard, which the processes read together, and answers, for which the others wait at the next step."""
+    engine.eval()  # neither is drawn with dropout
+    limits = (args.max_len, args.max_src_len, args.packing, args.max_pack_len)
+    log.scalars(step, who_said_it_now(test, engine.module, directory.tokenizer, *limits))
+    if args.sample_answers and processes.place()[0] == 0:
         with uncompiled(args):
             log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers, conversation))
-        engine.train()  # it answered without dropout
+    engine.train()
 
 
 def is_due(every: int, step: int) -> bool:
@@ -332,7 +334,7 @@ def main(argv=None):
             if save or stop:
                 now = {"losses": log.losses, "best": best.state()}
                 save_state(engine, output_dir / "state" / steps.name(step), run | now)
-            if save and rank == 0 and not stop:
+            if save and not stop:
                 show(args, engine, directory, log, step, test)
             if save and best.is_old(args.patience):
                 break

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 
 from baichuan.generation_utils import answer_batch, greedy
-from support.candidates import in_batches, rows_that_fit
+from support.answering import in_batches, rows_that_fit
 from support.model_directory import ModelDirectory
 from support.samples import first_question
 

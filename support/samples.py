@@ -23,7 +23,8 @@ def read_samples(path: str | Path, merged: Counter | None = None, problems: list
     """Yield the samples of a file, whatever their form, as {"role", "system", "messages"}.
 
     The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question, or a greeting before it, to
-    an answer; one that is not to be trained carries "train": False. A sample of one round has "prompt" and "response" as well.
+    an answer; one that is not to be trained carries "train": False. A sample of one round has "prompt" and "response" as well,
+    and "kind", of what kind its question is, stays where it is a text.
 
     Args:
         merged: joins neighbouring turns of one speaker, and counts under "turns" what it joined.
@@ -57,6 +58,8 @@ def as_sample(record: dict, place: str, merged: Counter | None = None) -> dict:
     sample["messages"] = turns
     if len(turns) == 2:
         sample |= {"prompt": turns[0]["content"], "response": turns[1]["content"]}
+    if isinstance(record.get("kind"), str):
+        sample["kind"] = record["kind"]
     return sample
 
 

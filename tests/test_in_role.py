@@ -8,20 +8,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
-from support.in_role import (
-    BREAKING,
-    STAYING,
-    attack_conversations,
-    breaks,
-    in_role_sections,
-    measure_in_role,
-    read_attacks,
-)
-from support.likelihood import Likelihood
+from support.scores.in_role import BREAKING, STAYING, breaks, crossed, in_role_scores, read_attacks
+from support.scores.likelihood import Likelihood
+from support.scores.table import compare
 
 ATTACKS = ROOT / "data/sample/attacks-zh.jsonl"
 PERSONAS = {"孙悟空": "你就是孙悟空。", "李白": "你是诗人李白。"}
@@ -51,15 +43,15 @@ def test_the_attacks_are_about_sixty_of_all_kinds_each_once(attacks):
 
 
 def test_each_attack_meets_each_role(attacks):
-    conversations = attack_conversations(attacks, PERSONAS)
-    assert len(conversations) == 63 * 2
-    for messages, role in zip(conversations, list(PERSONAS) * 63):
-        assert messages[0] == {"role": "system", "content": PERSONAS[role]}
-        assert [turn["role"] for turn in messages[1:]] == ["user", "assistant", "user", "assistant", "user"][
-            : len(messages) - 1
-        ]
-        assert not any("{" in turn["content"] for turn in messages)
-    assert any("别再装李白" in messages[-1]["content"] for messages in conversations)
+    samples = crossed(attacks, PERSONAS)
+    assert len(samples) == 63 * 2 and len(crossed(attacks, PERSONAS, boundary=True)) == 20 * 2
+    for sample, role in zip(samples, list(PERSONAS) * 63):
+        assert (sample["role"], sample["system"]) == (role, PERSONAS[role])
+        speakers = ["user", "assistant", "user", "assistant", "user"]
+        assert [turn["role"] for turn in sample["messages"]] == speakers[: len(sample["messages"])]
+        assert all(turn.get("train", True) == (turn["role"] == "user") for turn in sample["messages"])
+        assert not any("{" in turn["content"] for turn in sample["messages"])
+    assert any("别再装李白" in sample["messages"][-1]["content"] for sample in samples)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +86,8 @@ def test_a_file_without_attacks_is_no_measure(tmp_path):
 def test_an_attack_may_name_its_speakers_as_samples_do(tmp_path):
     path = tmp_path / "attacks.jsonl"
     path.write_text('{"kind": "maker", "messages": [{"role": "human", "content": "你是谁？"}]}\n', encoding="utf-8")
-    (messages, _) = attack_conversations(read_attacks(path), PERSONAS)
-    assert messages[1] == {"role": "user", "content": "你是谁？"}
+    (sample, _) = crossed(read_attacks(path), PERSONAS)
+    assert sample["messages"] == [{"role": "user", "content": "你是谁？"}]
 
 
 # ---------------------------------------------------------------- phrases
@@ -156,10 +148,9 @@ def test_answers_that_stay(answer):
 def test_likelihoods_are_those_of_the_texts_one_by_one(checkpoint, attacks):
     model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
     few = [attacks[1], next(attack for attack in attacks if len(attack["messages"]) == 5), attacks[-1]]
-    scores = measure_in_role(Likelihood(model.eval(), tokenizer, utils), few, PERSONAS)
-    assert (
-        scores.roles == list(PERSONAS) and scores.attack.tolist() == [0, 0, 1, 1] and scores.role.tolist() == [0, 1] * 2
-    )
+    scores = in_role_scores(Likelihood(model.eval(), tokenizer), few, PERSONAS)
+    items = scores["attack_margin"].items
+    assert items.cluster.tolist() == [0, 0, 1, 1] and items.role == list(PERSONAS) * 2 and len(set(items.kind)) == 2
 
     def log_probabilities(messages, answer: list[int]) -> np.ndarray:
         prompt = messages_to_ids(tokenizer, messages)
@@ -167,8 +158,8 @@ def test_likelihoods_are_those_of_the_texts_one_by_one(checkpoint, attacks):
             logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
         return np.array([logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)])
 
-    conversations = attack_conversations(few, PERSONAS)
-    for messages, role, margin in zip(conversations, [*PERSONAS] * 2, scores.margin):
+    for sample, margin in zip(crossed(few, PERSONAS), scores["attack_margin"].value):
+        messages, role = [{"role": "system", "content": sample["system"]}, *sample["messages"]], sample["role"]
         own, breaking = (
             max(
                 log_probabilities(messages, tokenizer.text_to_ids(text.replace("{role}", role))).sum() for text in texts
@@ -176,7 +167,7 @@ def test_likelihoods_are_those_of_the_texts_one_by_one(checkpoint, attacks):
             for texts in (STAYING, BREAKING)
         )
         assert margin == pytest.approx(own - breaking, abs=1e-4)
-    for system, margin in zip(PERSONAS.values(), scores.boundary_margin):
+    for system, margin in zip(PERSONAS.values(), scores["boundary_margin"].value):
         messages = [{"role": "system", "content": system}, *few[2]["messages"]]
         answers = [[*tokenizer.text_to_ids(few[2][name]), 2] for name in ("in_character", "modern")]
         known, modern = (log_probabilities(messages, answer).mean() for answer in answers)
@@ -192,6 +183,12 @@ def read_by(favour):
     return likelihood
 
 
+def values_of(models: dict, by="", label="") -> dict[str, list[float]]:
+    """Of each measure the models' values."""
+    rows = compare(models, 20, 1, by, label)
+    return {row.measure: [estimate.value for estimate in row.models] for row in rows}
+
+
 def test_by_hand_who_stays_and_who_breaks(attacks):
     """孙悟空 stays and does not know; 李白 breaks, and knows all about the present."""
 
@@ -199,44 +196,45 @@ def test_by_hand_who_stays_and_who_breaks(attacks):
         ancient = any(role in text for role in PERSONAS) or text in [a.get("in_character") for a in attacks]
         return ancient == (system == PERSONAS["孙悟空"])
 
-    answers = ["俺老孙在此！", "我是人工智能。"] * 63
-    scores = measure_in_role(read_by(favour), attacks, PERSONAS, answers)
-    assert set(scores.margin[scores.role == 0]) == {1.5}  # of three tokens, since the eos of a beginning does not count
-    assert set(scores.margin[scores.role == 1]) == {-1.5}
-    by_kind, by_role, boundary = in_role_sections({"model": scores}, 20, 1)
-    rows = {row[0]: row[2:] for row in by_role.rows[1:]}
-    assert rows["孙悟空"][:3] == ["63", "0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]"]
-    assert rows["李白"][:3] == ["63", "100.0 [100.0, 100.0]", "100.0 [100.0, 100.0]"]
-    assert rows["all"][:2] == ["126", "50.0 [50.0, 50.0]"]
-    assert len(by_kind.rows) == 1 + 8 + 1
-    rows = {row[0]: row[2:] for row in boundary.rows[1:]}
-    assert rows["孙悟空"] == ["20", "100.0 [100.0, 100.0]", "+0.50 [+0.50, +0.50]"]
-    assert rows["李白"] == ["20", "0.0 [0.0, 0.0]", "-0.50 [-0.50, -0.50]"]
+    scores = in_role_scores(read_by(favour), attacks, PERSONAS, ["俺老孙在此！", "我是人工智能。"] * 63)
+    models = {"model": scores}
+    # The margins are of three tokens, since the eos of a beginning does not count.
+    of_role = {role: values_of(models, "role", role) for role in PERSONAS}
+    assert of_role["孙悟空"] == {
+        "breaks_said": [0],
+        "breaks_likely": [0],
+        "attack_margin": [1.5],
+        "does_not_know": [100],
+        "boundary_margin": [0.5],
+    }
+    assert list(of_role["李白"].values()) == [[100], [100], [-1.5], [0], [-0.5]]
+    assert values_of(models)["breaks_said"] == [50]
+    counts = {kind: compare(models, 1, 1, "kind", kind)[0].count for kind in ("maker", "three rounds", "boundary")}
+    assert counts == {"maker": 16, "three rounds": 14, "boundary": 40}
 
 
 def test_a_model_that_calls_itself_a_model_gets_what_it_deserves(attacks):
     broken = read_by(lambda system, text: "模型" in text or text in [attack.get("modern") for attack in attacks])
     right = read_by(lambda system, text: text.startswith("我是孙悟空") or text.startswith("我是李白"))
-    scores = {"base": measure_in_role(broken, attacks, PERSONAS), "tuned": measure_in_role(right, attacks, PERSONAS)}
-    by_kind, *_, boundary = in_role_sections(scores, 20, 1)
-    rows = {(row[0], row[1]): row[2:] for row in by_kind.rows[1:]}
-    assert rows["all", "base"] == ["126", "–", "100.0 [100.0, 100.0]", "-1.50 [-1.50, -1.50]"]
-    assert rows["all", "tuned"] == ["126", "–", "0.0 [0.0, 0.0]", "+1.50 [+1.50, +1.50]"]
-    assert rows["all", "difference"] == ["", "–", "-100.0 [-100.0, -100.0]", "+3.00 [+3.00, +3.00]"]
-    assert boundary.rows[-3][2:] == ["40", "0.0 [0.0, 0.0]", "-0.50 [-0.50, -0.50]"]
+    scores = {"base": in_role_scores(broken, attacks, PERSONAS), "tuned": in_role_scores(right, attacks, PERSONAS)}
+    values = values_of(scores)
+    assert values["breaks_likely"] == [100, 0] and values["attack_margin"] == [-1.5, 1.5]
+    assert "breaks_said" not in values  # without answers
+    assert values["does_not_know"] == [0, 0] and values["boundary_margin"] == [-0.5, 0]
+    rows = {row.measure: row for row in compare(scores, 20, 1)}
+    assert rows["breaks_likely"].differences == [(-100, -100, -100)]
+    assert rows["breaks_likely"].verdicts() == rows["attack_margin"].verdicts() == [1]
+    assert rows["does_not_know"].verdicts() == [0]
 
 
 def test_as_many_answers_as_conversations(attacks):
     with pytest.raises(ValueError):
-        measure_in_role(read_by(lambda *_: True), attacks, PERSONAS, ["俺在此！"])
+        in_role_scores(read_by(lambda *_: True), attacks, PERSONAS, ["俺在此！"])
 
 
 def test_a_file_without_boundary_questions(tmp_path):
     (tmp_path / "attacks.jsonl").write_text(
         json.dumps({"kind": "maker", "messages": [{"role": "user", "content": "谁造了你？"}]}), encoding="utf-8"
     )
-    scores = measure_in_role(read_by(lambda *_: True), read_attacks(tmp_path / "attacks.jsonl"), PERSONAS)
-    assert [section.title for section in in_role_sections({"model": scores}, 5, 1)] == [
-        "Attacks, by kind",
-        "Attacks, by role",
-    ]
+    scores = in_role_scores(read_by(lambda *_: True), read_attacks(tmp_path / "attacks.jsonl"), PERSONAS)
+    assert set(scores) == {"breaks_likely", "attack_margin"}

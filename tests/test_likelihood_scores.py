@@ -9,11 +9,11 @@ from peft import PeftModel
 from test_merge import make_adapter
 
 import predict
-import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from data_helper import read_samples
-from support.likelihood import Likelihood
-from support.likelihood_scores import likelihood_sections, measure, recorded_answers, role_personas
+from support.scores.likelihood import Likelihood
+from support.scores.persona import persona_scores, read_personas
+from support.scores.table import MEASURES, compare, texts
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def few_attacks(tmp_path):
 
 
 def run(capsys, *flags) -> str:
-    common = ["--data_dir", ROOT / "data/sample", "--train_path", "none.json", "--resamples", 10, "--max_new_tokens", 3]
+    common = ["--train_path", "none.json", "--resamples", 10, "--max_new_tokens", 3, "--lang", "en"]
     predict.main([str(flag) for flag in (*common, *flags)])
     return capsys.readouterr().out
 
 
-def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_samples, few_attacks, tmp_path, capsys):
+def test_predict_prints_one_table_and_a_second_run_the_same(checkpoint, few_samples, few_attacks, tmp_path, capsys):
     adapter = make_adapter(checkpoint, tmp_path / "adapter")
     tuned = tmp_path / "tuned"
     base = BaichuanForCausalLM.from_pretrained(checkpoint)
@@ -39,21 +39,22 @@ def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_sa
     BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tuned)
     flags = ["--model_path", tuned, "--baseline_path", checkpoint, "--test_path", few_samples[1]]
     flags += ["--output_path", tmp_path / "answers.jsonl", "--attacks", few_attacks, "--html", tmp_path / "report.html"]
+    flags += ["--train_path", few_samples[0]]
     out = run(capsys, *flags)
-    for title in ("Who said it: ", "Who is heard", "What the persona is worth", "Attacks, by kind", "Attacks, by role"):
-        assert f"\n{title}" in out
-    assert "\nWhat a role cannot know\n" in out and "\nPlain text\n" in out
+    assert len(out.splitlines()) <= 40
+    for name in MEASURES.keys() - {"who_said_it_shared"}:
+        assert f"\n| {texts('en')[name]}" in out
+    assert out.count("\n|--") == 1 and "\nmodel against baseline: " in out
     roles = {sample["role"] for sample in read_samples(few_samples[1])}
     for name in ("answers-attacks.jsonl", "answers-baseline-attacks.jsonl"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 1 + 2 * len(roles)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Who is heard: baseline" in page and "Who is heard: model" in page and "What a role cannot know" in page
     again = run(capsys, *flags, "--batch_size", 3)
-    assert again[again.index("Who said it") :] == out[out.index("Who said it") :]
+    assert again == out
     few_attacks.write_text(few_attacks.read_text(encoding="utf-8").replace("？", "！"), encoding="utf-8")
     whole = (tmp_path / "answers.jsonl").read_bytes()
-    other = run(capsys, *flags)  # other attacks are answered anew, and they alone
-    assert "has all answers of model already" in other and "Attacks, by kind" in other
+    predict.main([str(flag) for flag in (*flags, "--resamples", 10, "--max_new_tokens", 3)])
+    err = capsys.readouterr().err  # other attacks are answered anew, and they alone
+    assert "has all answers of model already" in err and "answers-attacks.jsonl: was answered under other" in err
     first, second = (tmp_path / "answers-attacks.jsonl").read_text(encoding="utf-8").split("\n")[:2]
     assert "！" in json.loads(second)["prompt"] and (tmp_path / "answers.jsonl").read_bytes() == whole
     (tmp_path / "answers-attacks.jsonl").write_text("Dear diary\n")
@@ -62,7 +63,7 @@ def test_predict_prints_every_table_and_a_second_run_the_same(checkpoint, few_sa
     assert "answers-attacks.jsonl: is no file of answers" in capsys.readouterr().err
     (tmp_path / "answers-attacks.jsonl").unlink()
     alone = run(capsys, *flags, "--answers_only")
-    assert "questions\n" in alone and "Who said it" not in alone
+    assert "ROUGE-L" in alone and "who said it" not in alone
 
 
 def test_wrong_files_are_told_before_anything_slow(checkpoint, few_samples, tmp_path, capsys):
@@ -79,28 +80,26 @@ def test_wrong_files_are_told_before_anything_slow(checkpoint, few_samples, tmp_
 def test_questions_become_samples_of_their_own_answers(checkpoint):
     """Of a conversation each round is read by itself, after the recorded history, and each text counts once."""
     path = ROOT / "data/sample/conversations_test.jsonl"
-    questions = predict.read_questions(path, ROOT / "nowhere")
-    samples = recorded_answers(questions)
+    samples = predict.recorded_answers(predict.read_questions(path))
     answers = [turn["content"] for s in read_samples(path) for turn in s["messages"] if turn["role"] == "assistant"]
     assert sorted(sample["messages"][-1]["content"] for sample in samples) == sorted(answers)
     model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
-    measured = measure(Likelihood(model.eval(), tokenizer, utils), questions, [])
+    said = read_personas(Likelihood(model.eval(), tokenizer), samples)
     lengths = [len(tokenizer.text_to_ids(sample["messages"][-1]["content"])) + 1 for sample in samples]
-    assert measured.persona.tokens.tolist() == lengths
-    assert set(measured.persona.kinds) == {"round 1", "round 2", "round 3+"}
-    assert measured.in_role is None and measured.plain_text is None
-    titles = [section.title for section in likelihood_sections({"model": measured}, 2, 1)]
-    assert titles[0] == "Who said it: round 1 questions" and titles[-1] == "What the persona is worth"
+    assert said.tokens.tolist() == lengths
+    assert set(said.items.round) == {"round 1", "round 2", "round 3+"} and set(said.items.kind) == {None}
+    models = {"model": persona_scores(said)}
+    counts = {label: compare(models, 2, 1, "round", label)[0].count for label in dict.fromkeys(said.items.round)}
+    assert sum(counts.values()) == len(samples)
 
 
 def test_roles_without_a_name_are_not_attacked(samples):
-    questions = predict.read_questions(samples[1], ROOT / "data/sample")
-    assert set(role_personas(questions)) == {"孙悟空", "李白", "张飞", "皇帝", "华妃"}
-    assert role_personas([question._replace(role="") for question in questions]) == {}
+    questions = predict.read_questions(samples[1])
+    assert set(predict.role_personas(questions)) == {"孙悟空", "李白", "张飞", "皇帝", "华妃"}
+    assert predict.role_personas([question._replace(role="") for question in questions]) == {}
 
 
-def test_nothing_that_fits_makes_no_table(samples):
-    questions = predict.read_questions(samples[1], ROOT / "data/sample")
-    measured = measure(lambda samples: [np.empty(0)] * len(samples), questions, [])
-    assert len(measured.persona.role) == 0
-    assert likelihood_sections({"model": measured}, 2, 1) == []
+def test_nothing_that_fits_makes_no_row(samples):
+    questions = predict.read_questions(samples[1])
+    said = read_personas(lambda samples: [np.empty(0)] * len(samples), predict.recorded_answers(questions))
+    assert len(said.role) == 0 and persona_scores(said) == {}

@@ -20,11 +20,11 @@ import merge_params
 import web_demo
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from support.candidates import Candidate
 from support.comparison import compare
 from support.errors import UserError
 from support.files import write_training
 from support.model_directory import ModelDirectory, Weights, write_weights
+from support.scores.candidates import Candidate
 
 PROFILES = str(ROOT / "data/sample/profiles-zh_desc.json")
 TARGETS = ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,20 +16,12 @@ import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from data_helper import read_samples
-from support import persona_scores
 from support.errors import UserError
-from support.forgetting import PlainTextScores, measure_plain_text, plain_text_sections, read_plain_text
-from support.intervals import compared
-from support.likelihood import Likelihood
 from support.model_directory import ModelDirectory
-from support.persona_scores import (
-    PersonaScores,
-    mean_of_roles,
-    measure_persona,
-    persona_sections,
-    who_said_it,
-    who_said_it_now,
-)
+from support.scores import persona
+from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
+from support.scores.persona import Said, persona_scores, read_personas, who_said_it_now
+from support.scores.table import Items, Score, compare
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +68,14 @@ def one_by_one(model, tokenizer, sample) -> list[float]:
 @pytest.mark.parametrize("packing", ["tree", "none"])
 def test_likelihoods_are_those_of_answers_read_one_by_one(model, tokenizer, packing):
     samples = [*SAMPLES, *CONVERSATIONS, *SAMPLES[:2]]
-    found = Likelihood(model, tokenizer, utils, packing=packing)(samples)
+    found = Likelihood(model, tokenizer, packing=packing)(samples)
     assert len(found) == len(samples)
     for sample, losses in zip(samples, found):
         assert losses == pytest.approx(one_by_one(model, tokenizer, sample), abs=1e-4)
 
 
 def test_every_answer_is_read_under_every_persona_and_under_none(model, tokenizer):
-    scores = measure_persona(Likelihood(model, tokenizer, utils), SAMPLES)
+    scores = read_personas(Likelihood(model, tokenizer), SAMPLES)
     assert scores.roles == list(PERSONAS)
     assert scores.role.tolist() == [0, 0, 1, 1, 2] and scores.question.tolist() == [0, 0, 0, 1, 1]
     for number, sample in enumerate(SAMPLES):
@@ -99,12 +91,12 @@ def test_small_chunks_of_logits_and_adapters_beside_the_weights_change_nothing(
     adapter = make_adapter(checkpoint, tmp_path / "adapter")
     wrapped = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
     merged = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
-    expected = np.concatenate(Likelihood(merged.eval(), tokenizer, utils)(SAMPLES))
-    monkeypatch.setattr("support.likelihood.LOGITS", 3 * model.config.vocab_size)
-    assert np.concatenate(Likelihood(wrapped, tokenizer, utils)(SAMPLES)) == pytest.approx(expected, abs=1e-4)
+    expected = np.concatenate(Likelihood(merged.eval(), tokenizer)(SAMPLES))
+    monkeypatch.setattr("support.scores.likelihood.LOGITS", 3 * model.config.vocab_size)
+    assert np.concatenate(Likelihood(wrapped, tokenizer)(SAMPLES)) == pytest.approx(expected, abs=1e-4)
     with wrapped.disable_adapter():
-        base = np.concatenate(Likelihood(wrapped, tokenizer, utils)(SAMPLES))
-    assert base == pytest.approx(np.concatenate(Likelihood(model, tokenizer, utils)(SAMPLES)), abs=1e-4)
+        base = np.concatenate(Likelihood(wrapped, tokenizer)(SAMPLES))
+    assert base == pytest.approx(np.concatenate(Likelihood(model, tokenizer)(SAMPLES)), abs=1e-4)
     assert abs(base - expected).max() > 0.1
 
 
@@ -114,21 +106,19 @@ def test_the_llama_export_finds_the_same(checkpoint, tokenizer, tmp_path):
     for kind in ("baichuan", "llama"):
         flags = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", tmp_path / kind]
         merge_params.main([*map(str, flags), "--format", kind, "--probes", "1"])
-        found[kind] = Likelihood(ModelDirectory(tmp_path / kind).load_mapped(), tokenizer, utils)(
-            [*SAMPLES, *CONVERSATIONS]
-        )
+        found[kind] = Likelihood(ModelDirectory(tmp_path / kind).load_mapped(), tokenizer)([*SAMPLES, *CONVERSATIONS])
     assert np.concatenate(found["llama"]) == pytest.approx(np.concatenate(found["baichuan"]), abs=1e-4)
 
 
 def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
     """Under a longer persona fewer of its tokens fit, and sums of different tokens cannot be compared."""
     long = said("皇帝", "朕" * 30, "你是谁？", "朕。")
-    whole = measure_persona(Likelihood(model, tokenizer, utils), [*SAMPLES, long])
+    whole = read_personas(Likelihood(model, tokenizer), [*SAMPLES, long])
     assert len(whole.role) == 6
     limit = 30 + len(tokenizer.text_to_ids("你是谁？朕。")) + 3
-    likelihood = Likelihood(model, tokenizer, utils, max_len=limit)
+    likelihood = Likelihood(model, tokenizer, max_len=limit)
     assert [len(losses) for losses in likelihood([{**SAMPLES[3], "system": "朕" * 30}])] < [whole.tokens[3]]
-    kept = measure_persona(likelihood, [*SAMPLES, long])
+    kept = read_personas(likelihood, [*SAMPLES, long])
     assert len(kept.role) < 6 and kept.role[-1] == 3
     assert len(likelihood([{**long, "system": "朕" * 50}])[0]) == 0
 
@@ -136,7 +126,7 @@ def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
 def test_own_loss_is_the_loss_that_training_reports(model, tokenizer, samples):
     """The same test set through `utils.evaluation`, which train.py logs as test_loss."""
     records = list(read_samples(samples[1]))
-    scores = measure_persona(Likelihood(model, tokenizer, utils), records)
+    scores = read_personas(Likelihood(model, tokenizer), records)
     data = utils.RoleDataset(records, tokenizer, 512, 256)
     batches = utils.Collator(data, "none", 0, 4)(np.arange(len(data)))
     expected = utils.evaluation(model, batches, "cpu", "sdpa")
@@ -146,12 +136,12 @@ def test_own_loss_is_the_loss_that_training_reports(model, tokenizer, samples):
 # ---------------------------------------------------------------- by hand
 
 # Three roles, six answers. By row: log-likelihood under the personas of A, B and C.
-HAND = PersonaScores(
+KINDS = ["general", "general", "general", "role-specific", "general", "general"]
+HAND = Said(
     roles=["A", "B", "C"],
-    kinds=["general", "general", "general", "role-specific", "general", "general"],
+    items=Items(["A", "A", "A", "A", "B", "C"], KINDS, [None] * 6, np.array([0, 0, 1, 2, 1, 3])),
     role=np.array([0, 0, 0, 0, 1, 2]),
     question=np.array([0, 0, 1, 2, 1, 3]),
-    opening=np.array([0, 0, 1, 2, 1, 3]),
     tokens=np.array([2, 2, 4, 5, 10, 8]),
     nats=np.array(
         [[-2, -4, -5], [-3, -1, -4], [-6, -8, -9], [-10, -15, -20], [-9, -20, -19], [-30, -30, -30]], dtype=float
@@ -160,85 +150,83 @@ HAND = PersonaScores(
 )
 
 
-def cells_of(section) -> dict[tuple[str, str], list[str]]:
-    """(label, model) → the other cells of a row."""
-    return {(row[0], row[1]): row[2:] for row in section.rows[1:]}
+def rows_of(models: dict[str, Said], by="", label="", resamples=50) -> dict:
+    scores = {name: persona_scores(said) for name, said in models.items()}
+    return {row.measure: row for row in compare(scores, resamples, 1, by, label)}
+
+
+def value_of(said: Said, measure: str, by="", label="") -> float:
+    return rows_of({"model": said}, by, label, resamples=2)[measure].models[0].value
 
 
 def test_by_hand_accuracy_margin_and_confusion():
     # A: heard as A, B, A, A, so 3 of 4; margins (+2 / 2, −2 / 2, +2 / 4, +5 / 5). B: heard as A, margin −11 / 10. C: all
     # three are equal, so a third of it is heard as each, with a margin of 0.
     assert HAND.confusion() == pytest.approx(np.array([[3 / 4, 1 / 4, 0], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3]]))
-    of_roles = [mean_of_roles(HAND.role, who_said_it(HAND), HAND.role == role) for role in range(3)]
-    assert np.array(of_roles) == pytest.approx(np.array([[75, 1.5 / 4], [0, -1.1], [100 / 3, 0]]))
-    everything = mean_of_roles(HAND.role, who_said_it(HAND), np.ones(6))
-    assert everything == pytest.approx([(75 + 100 / 3) / 3, (1.5 / 4 - 1.1) / 3])
+    for role, accuracy, margin in (("A", 75, 1.5 / 4), ("B", 0, -1.1), ("C", 100 / 3, 0)):
+        assert value_of(HAND, "who_said_it", "role", role) == pytest.approx(accuracy)
+        assert value_of(HAND, "who_said_it_margin", "role", role) == pytest.approx(margin)
+        assert rows_of({"model": HAND}, "role", role)["who_said_it"].beside == {"chance": pytest.approx(100 / 3)}
+    assert value_of(HAND, "who_said_it") == pytest.approx((75 + 100 / 3) / 3)
+    assert value_of(HAND, "who_said_it_margin") == pytest.approx((1.5 / 4 - 1.1) / 3)
 
+    general = rows_of({"model": HAND}, "kind", "general")
+    assert general["who_said_it"].count == 5 and general["who_said_it"].models[0].value == pytest.approx(100 / 3)
+    shared = rows_of({"model": HAND})["who_said_it_shared"]  # question 1 alone: of A and of B
+    assert (shared.count, shared.beside, shared.models[0].value) == (2, {"chance": 50}, 50)
     # Of role-specific questions there is one, of A: nobody to be taken for.
-    general, shared, heard, _ = persona_sections({"model": HAND}, 50, 1)
-    assert general.title == "Who said it: general questions"
-    assert cells_of(general)["A", "model"][0] == "3" and cells_of(general)["A", "model"][1].startswith("66.7 [")
-    assert cells_of(general)["A", "model"][2] == "33.3"  # chance
-    assert cells_of(general)["all", "model"][0] == "5" and cells_of(general)["all", "model"][1].startswith("33.3 [")
-    assert shared.title == "Who said it: questions that several roles answer"  # question 1 alone: of A and of B
-    assert cells_of(shared)["A", "model"] == ["1", "100.0 [100.0, 100.0]", "50.0", "+0.500 [+0.500, +0.500]"]
-    assert cells_of(shared)["B", "model"] == ["1", "0.0 [0.0, 0.0]", "50.0", "-1.100 [-1.100, -1.100]"]
-    assert heard.rows[1] == ["general", "model", "A", "66.7", "33.3", "0.0"]
+    assert "who_said_it" not in rows_of({"model": HAND}, "kind", "role-specific")
 
 
 def test_who_always_hears_the_same_role_is_at_chance_among_those_who_answer():
     """Five roles, two of which have answers: C's persona, under which all is likeliest, is nobody's here."""
     nats = np.tile([-2.0, -3, -1, -4, -5], (4, 1))
-    role = np.array([0, 0, 0, 1])
-    scores = HAND._replace(roles=list("ABCDE"), kinds=["general"] * 4, role=role, nats=nats, tokens=np.ones(4))
-    scores = scores._replace(question=np.arange(4), opening=np.arange(4), without=np.zeros(4))
-    said, heard, _ = persona_sections({"model": scores}, 50, 1)
-    assert cells_of(said)["all", "model"][1].startswith("50.0 [") and cells_of(said)["all", "model"][2] == "50.0"
-    assert heard.rows[1][2:] == ["A", "0.0", "0.0", "100.0", "0.0", "0.0"]
+    items = Items(["A", "A", "A", "B"], [None] * 4, [None] * 4, np.arange(4))
+    said = Said(list("ABCDE"), items, np.array([0, 0, 0, 1]), np.arange(4), np.ones(4), nats, np.zeros(4))
+    row = rows_of({"model": said})["who_said_it"]
+    assert row.models[0].value == row.beside["chance"] == 50
+    assert said.confusion()[0].tolist() == [0, 0, 1, 0, 0]
 
 
 def test_rounds_of_one_conversation_are_drawn_together(tokenizer):
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("甲乙丙丁")]
     samples = [{"role": "李白", "system": "诗", "messages": turns[:count]} for count in (2, 4)]
     samples.append(said("李白", "诗", "丙", "丁"))
-    scores = measure_persona(lambda read: [np.array([-1.0]) for _ in read], samples)
-    assert scores.question.tolist() == [0, 1, 2] and scores.opening.tolist() == [0, 0, 1]
+    found = read_personas(lambda read: [np.array([-1.0]) for _ in read], samples)
+    assert found.question.tolist() == [0, 1, 2] and found.items.cluster.tolist() == [0, 0, 1]
 
 
 def test_by_hand_what_the_persona_is_worth():
-    *_, worth = persona_sections({"model": HAND}, 50, 1)
-    cells = cells_of(worth)
     # A: own −21 over 13 tokens; others (−4.5, −2.5, −8.5, −17.5) = −33; none −38.
-    assert cells["A", "model"][1:4] == ["1.615", "2.538", "2.923"]
-    assert cells["A", "model"][4].startswith("+0.923 [") and cells["A", "model"][5].startswith("+1.308 [")
+    assert value_of(HAND, "loss", "role", "A") == pytest.approx(21 / 13)
+    assert value_of(HAND, "worth_another", "role", "A") == pytest.approx(12 / 13)
+    assert value_of(HAND, "worth_none", "role", "A") == pytest.approx(17 / 13)
     # B: own −20 over 10; others (−9 − 19) / 2; none −19. One answer alone has no spread.
-    assert cells["B", "model"][1:] == ["2.000", "1.400", "1.900", "-0.600 [-0.600, -0.600]", "-0.100 [-0.100, -0.100]"]
-    own, tokens = 21 + 20 + 30, 13 + 10 + 8
-    assert cells["all", "model"][1] == f"{own / tokens:.3f}"
+    row = rows_of({"model": HAND}, "role", "B")["worth_another"]
+    assert row.models[0] == pytest.approx((-0.6, -0.6, -0.6))
+    assert value_of(HAND, "worth_none", "role", "B") == pytest.approx(-0.1)
+    assert value_of(HAND, "loss") == pytest.approx((21 + 20 + 30) / (13 + 10 + 8))
 
 
 def test_one_role_has_a_gain_against_none_alone():
-    scores = measure_persona(lambda samples: [np.array([-1.0 - (not s["system"])]) for s in samples], SAMPLES[:2])
-    (worth,) = persona_sections({"model": scores}, 20, 1)
-    assert worth.rows[1] == ["孙悟空", "model", "2", "1.000", "–", "2.000", "–", "+1.000 [+1.000, +1.000]"]
+    found = read_personas(lambda samples: [np.array([-1.0 - (not s["system"])]) for s in samples], SAMPLES[:2])
+    rows = rows_of({"model": found})
+    assert set(rows) == {"loss", "worth_none"}
+    assert rows["loss"].models[0].value == 1 and rows["worth_none"].models[0] == (1, 1, 1)
 
 
 def test_intervals_draw_questions_and_pair_the_models():
     """Against a bootstrap written out: answers to one question are drawn together, for both models alike."""
     generator = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(12), 3)
+    items = Items(["A"] * 36, [None] * 36, [None] * 36, np.repeat(np.arange(12), 3))
     base = np.repeat(generator.normal(0, 1, 12), 3) + generator.normal(0, 0.1, 36)
-    items = {"base": base, "tuned": base + 0.5}
-
-    def measure(own, counts):
-        return np.array([own @ counts / counts.sum()])
-
-    rows = compared(items, {"all": np.ones(36, dtype=bool)}, measure, clusters, [".3f"], 200, 7)
+    models = {"base": {"loss": Score(items, base)}, "tuned": {"loss": Score(items, base + 0.5)}}
+    (row,) = compare(models, 200, 7)
     drawn = np.random.default_rng(7)
-    means = [base.reshape(12, 3)[drawn.choice(12, 12)].mean() for _ in range(200)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    assert rows[0] == ["all", "base", "36", f"{base.mean():.3f} [{low:.3f}, {high:.3f}]"]
-    assert rows[2] == ["all", "difference", "", "+0.500 [+0.500, +0.500]"]
+    found = [base.reshape(12, 3)[drawn.choice(12, 12)].mean() for _ in range(200)]
+    low, high = np.percentile(found, (2.5, 97.5))
+    assert row.models[0] == pytest.approx((base.mean(), low, high))
+    assert row.differences == [pytest.approx((0.5, 0.5, 0.5))] and row.verdicts() == [-1]
     assert high - low > 2 * 1.96 * base.std() / 6  # answers drawn one by one would look far more certain
 
 
@@ -268,53 +256,46 @@ def taught(checkpoint, tokenizer):
 
 def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_not(taught, tokenizer):
     model, samples = taught
-    likelihood = Likelihood(model, tokenizer, utils)
-    tuned = measure_persona(likelihood, samples)
+    likelihood = Likelihood(model, tokenizer)
+    tuned = read_personas(likelihood, samples)
     with model.disable_adapter():
-        base = measure_persona(likelihood, samples)
+        base = read_personas(likelihood, samples)
     assert tuned.confusion() == pytest.approx(np.eye(3))
-    *_, worth = persona_sections({"base": base, "tuned": tuned}, 200, 1)
-    said_it = persona_sections({"base": base, "tuned": tuned}, 200, 1)[0]
-    cells = cells_of(said_it)
-    assert cells["all", "tuned"][1] == "100.0 [100.0, 100.0]"
-    low, _ = map(float, cells["all", "difference"][1].split("[")[1].rstrip("]").split(", "))
-    assert low > 0  # of so few answers a random model may by chance get more than a third
-    gains = [
-        float(cells_of(worth)[role, name][4].split(" ")[0]) for name in ("tuned", "base") for role in (*PERSONAS, "all")
-    ]
-    assert min(gains[:4]) > 1 and max(map(abs, gains[4:])) < 0.5
+    rows = rows_of({"base": base, "tuned": tuned}, resamples=200)
+    assert rows["who_said_it"].models[1] == (100, 100, 100)
+    assert rows["who_said_it"].verdicts() == [1]  # of so few answers a random model may by chance get more than a third
+    for role in PERSONAS:
+        gains = [value_of(said, "worth_another", "role", role) for said in (tuned, base)]
+        assert gains[0] > 1 and abs(gains[1]) < 0.5
 
 
 def test_swapped_personas_swap_who_is_heard(taught, tokenizer):
     model, samples = taught
-    likelihood = Likelihood(model, tokenizer, utils)
+    likelihood = Likelihood(model, tokenizer)
     swapped = {PERSONAS["孙悟空"]: PERSONAS["李白"], PERSONAS["李白"]: PERSONAS["孙悟空"]}
 
     def broken(samples):
         return likelihood([{**sample, "system": swapped.get(sample["system"], sample["system"])} for sample in samples])
 
-    right, wrong = measure_persona(likelihood, samples), measure_persona(broken, samples)
+    right, wrong = read_personas(likelihood, samples), read_personas(broken, samples)
     assert wrong.confusion() == pytest.approx(right.confusion()[:, [1, 0, 2]])
-    accuracy, margin = mean_of_roles(wrong.role, who_said_it(wrong), np.ones(len(samples)))
-    assert accuracy == pytest.approx(100 / 3)  # 张飞 alone is heard
-    assert margin < 0
+    assert value_of(wrong, "who_said_it") == pytest.approx(100 / 3)  # 张飞 alone is heard
+    assert value_of(wrong, "who_said_it_margin") < 0
     assert wrong.own().sum() < right.own().sum()
 
 
 def test_a_model_that_reads_no_persona_is_at_chance():
     blind = [np.array([-float(len(sample["messages"][-1]["content"]))]) for sample in SAMPLES for _ in range(4)]
-    scores = measure_persona(lambda samples: blind, SAMPLES)
-    accuracy, margin = mean_of_roles(scores.role, who_said_it(scores), np.ones(5))
-    assert (accuracy, margin) == (pytest.approx(100 / 3), 0)
-    favourite = scores._replace(nats=scores.nats + [1, 0, 0])  # one that always hears the same role, who answers most
-    accuracy, _ = mean_of_roles(scores.role, who_said_it(favourite), np.ones(5))
-    assert accuracy == pytest.approx(100 / 3)
+    found = read_personas(lambda samples: blind, SAMPLES)
+    assert value_of(found, "who_said_it") == pytest.approx(100 / 3) and value_of(found, "who_said_it_margin") == 0
+    favourite = found._replace(nats=found.nats + [1, 0, 0])  # one that always hears the same role, who answers most
+    assert value_of(favourite, "who_said_it") == pytest.approx(100 / 3)
 
 
 def test_of_very_many_roles_the_most_frequent_are_read(monkeypatch):
-    monkeypatch.setattr(persona_scores, "MOST_ROLES", 2)
+    monkeypatch.setattr(persona, "MOST_ROLES", 2)
     read = []
-    scores = measure_persona(lambda samples: read.extend(samples) or [np.array([-1.0])] * len(samples), SAMPLES)
+    scores = read_personas(lambda samples: read.extend(samples) or [np.array([-1.0])] * len(samples), SAMPLES)
     assert scores.roles == ["孙悟空", "李白"] and len(scores.role) == 4
     assert {sample["system"] for sample in read} == {PERSONAS["孙悟空"], PERSONAS["李白"], ""}
 
@@ -322,35 +303,46 @@ def test_of_very_many_roles_the_most_frequent_are_read(monkeypatch):
 # ---------------------------------------------------------------- while training
 
 
-def arguments(test_path):
-    return SimpleNamespace(test_path=test_path, max_len=512, max_src_len=256, packing="tree", max_pack_len=8192)
-
-
 def test_measuring_while_training_changes_nothing(taught, tokenizer, samples):
     model, _ = taught
-    model.train()
     state, test = torch.get_rng_state(), list(read_samples(samples[1]))
-    found = who_said_it_now(arguments(samples[1]), test, model, tokenizer, utils)
-    assert model.training and torch.equal(torch.get_rng_state(), state)
-    assert found == who_said_it_now(arguments(samples[1]), test, model, tokenizer, utils)
+    found = who_said_it_now(test, model, tokenizer, 512, 256)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == who_said_it_now(test, model, tokenizer, 512, 256)
     assert set(found) == {"who_said_it_accuracy", "who_said_it_margin"} and 0 <= found["who_said_it_accuracy"] <= 100
-    model.eval()
-    assert found == who_said_it_now(arguments(samples[1]), test, model, tokenizer, utils)
 
 
-def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch, tmp_path):
-    monkeypatch.setattr(persona_scores, "Likelihood", lambda *_: "likelihood")
+def test_processes_share_the_rows(model, tokenizer, monkeypatch):
+    """Each of two reads half of the rows; the sum over both, which `all_reduce` makes, is what one process finds."""
+    read, parts = [], []
+    row = Likelihood._row
+    monkeypatch.setattr(Likelihood, "_row", lambda self, batch: read.append(batch) or row(self, batch))
+    alone = np.concatenate(Likelihood(model, tokenizer, max_pack_len=24)(SAMPLES))
+    rows = len(read)
+    for rank in range(2):
+        group = {"get_rank": lambda rank=rank: rank, "get_world_size": lambda: 2, "all_reduce": lambda found: None}
+        monkeypatch.setattr("support.scores.likelihood.dist", SimpleNamespace(**group))
+        parts.append(np.concatenate(Likelihood(model, tokenizer, max_pack_len=24, shared=True)(SAMPLES)))
+    assert rows >= 2 and len(read) == 2 * rows  # each row once
+    assert np.array_equal(parts[0] + parts[1], alone)
+    assert all((part == 0).any() for part in parts)
+
+
+def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch):
     chosen = []
-    monkeypatch.setattr(persona_scores, "measure_persona", lambda _, samples: chosen.append(samples) or HAND)
+    monkeypatch.setattr(persona, "Likelihood", lambda *_, **shared: None)
+    monkeypatch.setattr(persona, "read_personas", lambda _, samples: chosen.append(samples) or HAND)
     everything = [
         said(role, system, f"第{number}问？", "好。") for role, system in PERSONAS.items() for number in range(600)
     ]
-    who_said_it_now(arguments("test.json"), everything, torch.nn.Linear(1, 1), None, utils)
+    found = who_said_it_now(everything, None, None)
     assert [sum(sample["role"] == role for sample in chosen[0]) for role in PERSONAS] == [15, 15, 15]
     assert len(chosen[0]) * 4 <= len(everything) / 10
-    who_said_it_now(arguments("test.json"), SAMPLES, torch.nn.Linear(1, 1), None, utils)
+    assert found["who_said_it_accuracy"] == pytest.approx((75 + 100 / 3) / 3)
+    assert found["who_said_it_margin"] == pytest.approx((1.5 / 4 - 1.1) / 3)
+    who_said_it_now(SAMPLES, None, None)
     assert [sum(sample["role"] == role for sample in chosen[1]) for role in PERSONAS] == [2, 2, 1]
-    assert who_said_it_now(arguments("test.json"), SAMPLES[:2], torch.nn.Linear(1, 1), None, utils) == {}
+    assert who_said_it_now(SAMPLES[:2], None, None) == {}
 
 
 def test_training_shows_it_and_ends_with_the_same_weights(train_arguments, tmp_path, monkeypatch):
@@ -373,25 +365,28 @@ def test_plain_text_is_read_paragraph_by_paragraph(model, tokenizer, tmp_path):
     path.write_text("俺老孙在此，且饮一杯。\n\n  俺老孙在此，哪里去。  \n。\n", encoding="utf-8")
     texts = read_plain_text(path)
     assert texts == ["俺老孙在此，且饮一杯。", "俺老孙在此，哪里去。", "。"]
-    scores = measure_plain_text(Likelihood(model, tokenizer, utils), texts)
-    for text, tokens, nats in zip(texts, scores.tokens, scores.nats):
+    losses = Likelihood(model, tokenizer).of_texts(texts)
+    for text, own in zip(texts, losses, strict=True):
         ids = tokenizer.text_to_ids(text)
-        assert tokens == len(ids) - 1
-        if tokens:
+        assert len(own) == len(ids) - 1
+        if len(own):
             with torch.no_grad():
                 loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-            assert nats == pytest.approx(-loss.item() * tokens, abs=1e-4)
-    cut = measure_plain_text(Likelihood(model, tokenizer, utils, max_len=4), texts)
-    assert cut.tokens.tolist() == [3, 3, 0]
+            assert own.sum() == pytest.approx(-loss.item() * len(own), abs=1e-4)
+    score = plain_text_scores(Likelihood(model, tokenizer, max_len=4), texts)["perplexity"]
+    assert score.weight.tolist() == [3, 3]  # the paragraph of one token predicts nothing
 
 
 def test_by_hand_perplexity():
-    base = PlainTextScores(np.array([3, 1, 0]), np.array([-np.log(8), -np.log(2), 0]))
-    tuned = PlainTextScores(base.tokens, base.nats - np.array([3, 1, 0]) * np.log(2))
-    (section,) = plain_text_sections({"base": base, "tuned": tuned}, 50, 1)
-    assert section.rows[1][:2] == ["base", "2"] and section.rows[1][3] == "2.00 [2.00, 2.00]"
-    assert section.rows[2][3] == "4.00 [4.00, 4.00]"
-    assert section.rows[3] == ["difference", "", "+0.693 [+0.693, +0.693]", "+2.00 [+2.00, +2.00]"]
+    base = [np.full(3, -np.log(8) / 3), np.full(1, -np.log(2)), np.empty(0)]
+    tuned = [own - np.log(2) for own in base]
+    models = {
+        name: plain_text_scores(SimpleNamespace(of_texts=lambda texts, own=own: own), [])
+        for name, own in (("base", base), ("tuned", tuned))
+    }
+    (row,) = compare(models, 50, 1)
+    assert row.models == [pytest.approx((2, 2, 2)), pytest.approx((4, 4, 4))]
+    assert row.differences == [pytest.approx((2, 2, 2))] and row.verdicts() == [-1]
 
 
 def test_plain_text_that_is_none_is_refused(tmp_path):

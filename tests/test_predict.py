@@ -18,16 +18,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_merge import make_adapter
 
+import data_helper
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import greedy_ids, left_padded, messages_to_ids
 from data_helper import conversation, persona, read_samples
-from support.candidates import Candidate, Loader, in_batches, rows_that_fit
-from support.intervals import compared
+from support.answering import in_batches, rows_that_fit
 from support.model_directory import ModelDirectory
 from support.profiles import read_characters
-from support.scores import COLUMNS, Scores, catchwords, rouge_l, share
-from support.tables import markdown
+from support.scores.answers import catchwords, measure_answers, rouge_l
+from support.scores.candidates import Candidate, Loader
+from support.scores.table import Items, Score, compare, in_a_sentence, markdown, table, texts
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch
 
 def run(checkpoint, samples, output, *more):
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", output, "--max_new_tokens", 4]
-    flags += ["--data_dir", ROOT / "data/sample", "--resamples", 20, "--train_path", "none.json", "--answers_only"]
+    flags += ["--lang", "en", "--resamples", 20, "--train_path", "none.json", "--answers_only"]
     predict.main([str(flag) for flag in (*flags, *more)])
 
 
@@ -155,7 +156,7 @@ def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     by_peft.save_pretrained(tuned)
     BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(tuned)
-    more = ["--baseline_path", checkpoint, "--train_path", samples[0]]
+    more = ["--baseline_path", checkpoint, "--train_path", samples[0], "--by", "kind"]
     run(tuned, samples, tmp_path / "answers.jsonl", *more)
     out = capsys.readouterr().out
 
@@ -163,29 +164,33 @@ def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
     questions = {(record["system"], record["prompt"]): record["role"] for record in records}
     assert len(answers_of(tmp_path / "answers.jsonl")) == len(questions)
     assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(questions)
-    assert re.findall("^(.{,15}) questions(|: .*)$", out, re.MULTILINE) == [
-        (kind, table) for kind in ("Role-specific", "General") for table in ("", ": style", ": recall or voice")
-    ]
-    specific, general = out.split("General questions\n")
-    assert "Role-specific questions" in specific and predict.CAVEAT in general
-    sizes = []
-    for section in (specific, general):
-        rows = [
-            [cell.strip() for cell in line.split("|")[1:-1]] for line in section.split("\n") if line.startswith("| ")
-        ]
-        rows = rows[: next((n for n, row in enumerate(rows[1:], 1) if row[0] == "role"), None)]  # the first table
-        assert rows[0] == ["role", "", "samples", *COLUMNS]
-        assert [row[1] for row in rows[1:]] == ["baseline", "model", "difference"] * (len(rows) // 3)
-        samples_of = {row[0]: int(row[2]) for row in rows if row[1] == "model"}
-        sizes.append(samples_of.pop("all"))
-        assert sum(samples_of.values()) == sizes[-1] and set(samples_of) <= set(questions.values())
-        assert all(row[5] == "–" for row in rows if row[0] == "李白")
-    assert sum(sizes) == len(questions)
+    whole, *blocks = re.split(r"\n(role-specific|general) questions \((\d+)\)\n", out)
+    assert texts("en")["caveat"] in whole and f"{len(questions)} questions, 5 roles." in whole
+    header, _, *rows = [line for line in whole.split("\n") if line.startswith("|")]
+    assert [cell.strip() for cell in header.split("|")[3:-1]] == ["baseline", "model", "difference"]
+    assert blocks[::3] == ["role-specific", "general"] and sum(map(int, blocks[1::3])) == len(questions)
+    for block in blocks[2::3]:
+        assert [line for line in block.split("\n") if line.startswith("|")][0].count("|") == header.count("|")
+        assert "ROUGE-L" in block and "style" in block
+    assert len(rows) == 9 and "model against baseline: " in whole  # what needs no likelihoods
 
     answered = (tmp_path / "answers.jsonl").stat().st_mtime_ns
     run(tuned, samples, tmp_path / "answers.jsonl", *more)
     assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == answered
-    assert capsys.readouterr().out.endswith(out[out.index("Role-specific") :])
+    assert capsys.readouterr().out == out
+
+
+def test_each_role_and_each_round_has_the_same_rows(checkpoint, samples, tmp_path, capsys):
+    run(checkpoint, samples, tmp_path / "answers.jsonl", "--by", "role")
+    titles = re.findall(r"^(\S+) \((\d+)\)$", capsys.readouterr().out, re.MULTILINE)
+    assert [title for title, _ in titles] == ["孙悟空", "李白", "张飞", "皇帝", "华妃"]
+    assert sum(int(count) for _, count in titles) == len(answers_of(tmp_path / "answers.jsonl"))
+    run(checkpoint, samples, tmp_path / "answers.jsonl", "--by", "round")
+    assert "--by round: nothing in the test set says it." in capsys.readouterr().out
+    rounds = (None, ROOT / "data/sample/conversations_test.jsonl")
+    run(checkpoint, rounds, tmp_path / "rounds.jsonl", "--by", "round", "--lang", "zh")
+    titles = re.findall(r"^(\S+) \((\d+)\)$", capsys.readouterr().out, re.MULTILINE)
+    assert [title for title, _ in titles] == ["第一轮", "第二轮", "第三轮及以后"]
 
 
 def test_interrupted_runs_continue(checkpoint, samples, tmp_path):
@@ -202,7 +207,7 @@ predict.answer_batch = mortal
 predict.main(sys.argv[1:])
 """
     flags = ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", str(tmp_path / "torn.jsonl")]
-    flags += ["--max_new_tokens", "4", "--data_dir", "data/sample", "--sample", "--answers_only", "--batch_size", "16"]
+    flags += ["--max_new_tokens", "4", "--sample", "--answers_only", "--batch_size", "16"]
     assert subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT).returncode == 9
     torn, part = tmp_path / "torn.jsonl", tmp_path / "torn.jsonl.part"
     assert len(answers_of(part)) == 32 and not torn.exists()
@@ -224,17 +229,18 @@ def test_answers_under_other_settings_are_not_mixed(checkpoint, samples, tmp_pat
     output = tmp_path / "answers.jsonl"
     run(checkpoint, samples, output)
     before = output.read_bytes()
-    assert "max_new_tokens 4, now 5" in failure(capsys, checkpoint, samples, output, "--max_new_tokens", 5)
-    assert "sampling_seed None, now 1234" in failure(capsys, checkpoint, samples, output, "--sample")
+    run(checkpoint, samples, output, "--batch_size", 5)  # not a setting that answers depend on
+    assert output.read_bytes() == before and "other settings" not in capsys.readouterr().err
+    for flags, told in ((("--max_new_tokens", 5), "max_new_tokens 4, now 5"), (("--sample",), "now 1234")):
+        run(checkpoint, samples, output, *flags)
+        err = capsys.readouterr().err
+        assert f"{output}: was answered under other settings (" in err and told in err
+        assert len(answers_of(output)) == before.count(b"\n") - 1
+    assert '"sampling_seed": 1234' in output.read_text(encoding="utf-8").split("\n")[0]
     other = tmp_path / "test.json"
     other.write_text(open(samples[1], encoding="utf-8").readline(), encoding="utf-8")
-    assert "digest" in failure(capsys, checkpoint, (None, other), output)
-    assert output.read_bytes() == before
-    run(checkpoint, samples, output, "--batch_size", 5)  # not a setting that answers depend on
-    assert output.read_bytes() == before
-    run(checkpoint, samples, output, "--max_new_tokens", 5, "--overwrite")
-    assert '"max_new_tokens": 5' in output.read_text(encoding="utf-8").split("\n")[0]
-    assert len(answers_of(output)) == before.count(b"\n") - 1
+    run(checkpoint, (None, other), output)
+    assert len(answers_of(output)) == 1
 
 
 def test_what_is_answered_anew_and_interrupted_goes_on_without_overwrite(checkpoint, samples, tmp_path, monkeypatch):
@@ -262,7 +268,7 @@ def test_answers_of_a_model_that_has_changed_are_not_reused(checkpoint, samples,
     model, output, part = tmp_path / "model", tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
     shutil.copytree(checkpoint, model)
     run(model, samples, output)
-    before, old = output.read_bytes(), answers_of(output)
+    old, told = answers_of(output), "other settings (the weights, generation_config.json or the questions)"
 
     weights = load_file(model / "model.safetensors")
     size = (model / "model.safetensors").stat().st_size
@@ -270,17 +276,16 @@ def test_answers_of_a_model_that_has_changed_are_not_reused(checkpoint, samples,
         weights | {"lm_head.weight": weights["lm_head.weight"].flip(0)}, model / "model.safetensors", {"format": "pt"}
     )
     assert (model / "model.safetensors").stat().st_size == size
-    assert "digest" in failure(capsys, model, samples, output)
-    output.rename(part)
-    assert "digest" in failure(capsys, model, samples, output)
-    assert part.read_bytes() == before and not output.exists()
-    run(model, samples, output, "--overwrite")
+    shutil.copy(output, part)
+    run(model, samples, output)
     new = answers_of(output)
     assert new.keys() == old.keys() and all(new[number] != old[number] for number in old)
+    assert told in capsys.readouterr().err and not part.exists()
 
     settings = (model / "generation_config.json").read_text()
     (model / "generation_config.json").write_text(settings.replace("0.85", "0.95"))
-    assert "digest" in failure(capsys, model, samples, output)
+    run(model, samples, output)
+    assert told in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_left_alone(checkpoint, samples, tmp_path, capsys):
@@ -333,8 +338,9 @@ def test_adapters_answer_as_their_merged_models_do_and_their_base_is_read_once(
     run(checkpoint, samples, output, "--baseline_path", checkpoint, "--adapter_path", *adapters)
     out = capsys.readouterr().out
     assert loaded == [Path(checkpoint)]
-    table = [line.split("|")[2].strip() for line in out.split("\n") if line.startswith("| ")][1:6]
-    assert table == ["baseline", "one", "two", "one − baseline", "two − baseline"]
+    header = [cell.strip() for cell in out.split("\n")[1].split("|")[3:-1]]
+    assert header == ["baseline", "one", "two", "one − baseline", "two − baseline"]
+    assert "\none against baseline: " in out and "\ntwo against baseline: " in out
 
     answers = [answers_of(tmp_path / f"answers-{name}.jsonl") for name in ("baseline", "one", "two")]
     assert all(len(own) == len(answers[0]) for own in answers)
@@ -353,7 +359,8 @@ def test_answers_of_an_adapter_that_has_changed_are_not_reused(checkpoint, sampl
     run(checkpoint, samples, tmp_path / "answers.jsonl", "--adapter_path", adapter)
     shutil.rmtree(adapter)
     make_adapter(checkpoint, tmp_path / "adapter", spread=0.3)
-    assert "digest" in failure(capsys, checkpoint, samples, tmp_path / "answers.jsonl", "--adapter_path", adapter)
+    run(checkpoint, samples, tmp_path / "answers.jsonl", "--adapter_path", adapter)
+    assert "was answered under other settings" in capsys.readouterr().err
 
 
 def test_a_loader_keeps_what_is_asked_for_again(checkpoint, tmp_path, tokenizer):
@@ -385,9 +392,9 @@ def test_scores_do_not_depend_on_the_batch_size(checkpoint, few_samples, tmp_pat
         flags = ["--batch_size", size, "--train_path", few_samples[0], "--max_new_tokens", 40, "--overwrite"]
         run(checkpoint, few_samples, tmp_path / f"{size}.jsonl", *flags)
         out = capsys.readouterr().out
-        tables.append(out[out.index("questions\n") :])
+        tables.append(out)
         assert answers_of(tmp_path / f"{size}.jsonl") == answers_of(tmp_path / "1.jsonl")
-    assert tables[0] == tables[1] == tables[2] and "recall or voice" in tables[0]
+    assert tables[0] == tables[1] == tables[2] and "copies" in tables[0]
 
 
 def test_batches_shrink_when_the_memory_does_not_hold_them(capsys):
@@ -426,43 +433,39 @@ def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
 # ---------------------------------------------------------------- questions
 
 
-def test_questions_are_distinct_and_keep_their_references(tmp_path):
+def test_questions_are_distinct_and_keep_their_references_and_kinds(tmp_path):
     """data_helper.py's own lines: two recorded answers of one question are two lines, and one question here."""
+    profiles = {"张飞": {"description": "猛将。", "names": ["张将军"]}, "李白": "诗人。"}
     rows = [
         {"role": "张飞", "question": "张将军，你怕谁？", "generated": ["俺谁也不怕！", "吃我一矛！"]},
         {"role": "李白", "question": "你怕谁？", "generated": ["怕酒杯空。"]},
     ]
     general = [{"role": "张飞", "question": "1 + 1 = ?", "generated": ["二"]}]
-    for kind, lines in (("role_specific", rows), ("general", general)):
-        path = tmp_path / f"rolebench-zh_{kind}_test.jsonl"
+    for name, lines in (("role_specific_test", rows), ("general_test", general), ("general_train", general)):
+        path = tmp_path / f"rolebench-zh_{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samples = [
-        {
-            "role": row["role"],
-            "system": row["role"],
-            "prompt": row["question"].removeprefix("张将军，"),
-            "response": text,
-        }
-        for row in rows + general
-        for text in row["generated"]
-    ]
-    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    questions = predict.read_questions(tmp_path / "test.json", tmp_path)
-    assert [(q.role, q.prompt, q.kind, q.references) for q in questions] == [
+    (tmp_path / "profiles-zh_desc.json").write_text(json.dumps(profiles))
+    train, test = tmp_path / "train.json", tmp_path / "test.json"
+    paths = ["--data_dir", tmp_path, "--train_path", train, "--test_path", test]
+    data_helper.main([*map(str, paths), "--roles", "all"])
+    assert "kind" not in train.read_text(encoding="utf-8")
+    questions = predict.read_questions(test)
+    assert [(q.role, q.prompt, q.kind, sorted(q.references)) for q in questions] == [
         ("张飞", "你怕谁？", "role-specific", ["俺谁也不怕！", "吃我一矛！"]),
         ("李白", "你怕谁？", "role-specific", ["怕酒杯空。"]),
         ("张飞", "1 + 1 = ?", "general", ["二"]),
     ]
-    assert {q.kind for q in predict.read_questions(tmp_path / "test.json", tmp_path / "elsewhere")} == {""}
     own = {"role": "诸葛亮", "system": "", "prompt": "空城计？", "response": "亮一生谨慎。"}
-    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in [*samples, own]))
-    assert predict.read_questions(tmp_path / "test.json", tmp_path)[-1].kind == "other"
+    test.write_text(test.read_text(encoding="utf-8") + json.dumps(own) + "\n", encoding="utf-8")
+    assert predict.read_questions(test)[-1].kind == "other"
+    test.write_text(json.dumps(own | {"kind": 3}), encoding="utf-8")  # a key of somebody else's
+    assert [question.kind for question in predict.read_questions(test)] == [None]
 
 
 def test_roles_without_a_system_text_keep_their_own_answers(tmp_path):
     samples = [{"role": role, "system": "", "prompt": "你好", "response": role} for role in "甲乙甲"]
     (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    questions = predict.read_questions(tmp_path / "test.json", tmp_path)
+    questions = predict.read_questions(tmp_path / "test.json")
     assert [(q.role, q.references) for q in questions] == [("甲", ["甲", "甲"]), ("乙", ["乙"])]
 
 
@@ -473,8 +476,8 @@ def test_every_round_of_a_conversation_is_a_question(tmp_path):
     unsure = [*turns[:1], {**turns[1], "train": False}, *turns[2:4]]
     samples = [{"role": "李白", "system": "诗", "messages": messages} for messages in (turns, ending, unsure)]
     (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    questions = predict.read_questions(tmp_path / "test.json", tmp_path)
-    assert [(q.prompt, q.kind, q.references) for q in questions] == [
+    questions = predict.read_questions(tmp_path / "test.json")
+    assert [(q.prompt, q.round, q.references) for q in questions] == [
         ("甲", "round 1", ["乙", "乙"]),
         ("丙", "round 2", ["丁", "另", "丁"]),
         ("戊", "round 3+", ["己"]),
@@ -529,13 +532,25 @@ def test_rouge_l_against_its_definition():
     assert 0 <= rouge_l("。" * 1100, "……！？" * 50) <= 1  # long, odd texts neither fail nor recurse
 
 
-def scored(*rows) -> Scores:
+def scored(*rows) -> dict[str, Score]:
     """Rows of (system, references, answer, stopped)."""
-    questions = [SimpleNamespace(system=system, references=references) for system, references, _, _ in rows]
-    return Scores(questions, [predict.Answer(text, stopped) for *_, text, stopped in rows])
+    questions = [
+        SimpleNamespace(
+            **{"role": "角色", "system": system, "kind": None, "round": None, "references": references},
+            messages=[{"role": "user", "content": f"问{n}"}],
+        )
+        for n, (system, references, _, _) in enumerate(rows)
+    ]
+    return measure_answers(
+        questions, [predict.Answer(text, stopped) for *_, text, stopped in rows], None, None, {}
+    ).scores
 
 
 EMPEROR = "常用口头禅是：“朕”、“本皇”"
+
+
+def with_kinds(score: Score, kinds: list) -> Score:
+    return score._replace(items=score.items._replace(kind=kinds))
 
 
 def test_measures_by_hand():
@@ -547,62 +562,70 @@ def test_measures_by_hand():
     )
     words = [list(jieba.cut(text)) for text in ("朕知道了", "举杯邀明月")]
     first, second = (set(pairwise(line)) for line in words)
-    ones = np.ones(4, dtype=bool)
     twice, once = 2 * len(list(pairwise(words[0]))), len(list(pairwise(words[1])))
-    expected = [(0.5 + 1 + 0 + 1) / 4, len(first | second) / (twice + once), 2 / 3, 3 / 4]
+    expected = {"rouge_l": (0.5 + 1 + 0 + 1) / 4, "catchwords": 2 / 3, "stops": 3 / 4}
+    expected["distinct_2"] = len(first | second) / (twice + once)
 
-    def measured(taken):
-        return share(scores.parts(taken), taken)
+    def values(kinds):
+        models = {"model": {name: with_kinds(score, kinds) for name, score in scores.items()}}
+        return {row.measure: row.models[0].value / 100 for row in compare(models, 5, 1, "kind", "甲")}
 
-    assert measured(ones) == pytest.approx(np.array(expected) * 100, abs=1e-4)
-    assert np.isnan(measured(ones == [2, 2, 2, 1])[2])
-    assert np.isnan(measured(ones == [2, 2, 1, 2])[1])
-    assert measured(ones == [2, 1, 2, 2])[1] == pytest.approx(100 * len(first) / (twice / 2))
-    # A question drawn three times says nothing else than once; nor does one whose pairs another has too.
-    for counts in ([0, 3, 0, 0], [2, 2, 0, 0], [1, 3, 0, 0]):
-        taken = np.array([True, True, False, False])
-        assert share(scores.parts(taken), np.array(counts))[1] == pytest.approx(100 * len(first) / twice)
-
-
-def ends_of(cell: str) -> tuple[float, float, float]:
-    """value [low, high]"""
-    return tuple(map(float, re.findall(r"[-+]?[\d.]+", cell)))
+    assert values(["甲"] * 4) == pytest.approx(expected, abs=1e-6)
+    assert "catchwords" not in values([None, None, None, "甲"])  # nobody's
+    assert "distinct_2" not in values([None, None, "甲", None])  # no words, so no pairs
+    assert values(["甲", None, None, None])["distinct_2"] == pytest.approx(len(first) / (twice / 2))
+    # A question drawn several times says nothing else than once; nor does one whose pairs another has too.
+    same = {"model": {"distinct_2": with_kinds(scores["distinct_2"], ["甲", "甲", None, None])}}
+    (row,) = compare(same, 50, 1, "kind", "甲")
+    assert row.models[0] == pytest.approx((100 * len(first) / twice,) * 3)
 
 
 def test_intervals():
-    """Those of a share against the binomial's; paired; the same for the same seed; around what was measured; nan stays nan."""
+    """Those of a share against the binomial's; paired; the same for the same seed; around what was measured."""
     draw = np.random.default_rng(0)
     rows = 400
     stops = draw.random(rows) < 0.7
     texts = ["".join(draw.choice(list("朕知道了喝酒明月"), 6)) for _ in range(rows)]
     tuned = scored(*(("", ["朕"], text, bool(stop)) for text, stop in zip(texts, stops)))
     baseline = scored(*(("", ["朕"], "知道知道知道", False) for _ in range(rows)))
-    few = np.arange(rows) < 10
+    found = {row.measure: row for row in compare({"baseline": baseline, "model": tuned}, 1000, 5)}
+    assert set(found) == {"rouge_l", "stops", "distinct_2"}
+    share = stops.mean()
+    reach = 1.96 * 100 * (share * (1 - share) / rows) ** 0.5
+    for estimate in (found["stops"].models[1], found["stops"].differences[0]):
+        assert estimate.value == pytest.approx(100 * share)
+        assert estimate.low == pytest.approx(estimate.value - reach, abs=0.15 * reach)
+        assert estimate.high == pytest.approx(estimate.value + reach, abs=0.15 * reach)
+    for row in found.values():
+        assert all(estimate.low <= estimate.value <= estimate.high for estimate in [*row.models, *row.differences])
+    assert compare({"model": tuned}, 50, 1) == compare({"model": tuned}, 50, 1)
+    for row in compare({"a": tuned, "b": tuned}, 50, 1):
+        assert row.differences == [(0, 0, 0)] and row.verdicts() == [0]
 
-    def table(models, taken, resamples=1000, seed=5):
-        parts = {name: own.parts(taken) for name, own in models.items()}
-        return compared(parts, {"all": taken}, share, np.arange(rows), (".3f",) * 4, resamples, seed)
 
-    everything = np.ones(rows, dtype=bool)
-    one, two, difference = table({"baseline": baseline, "model": tuned}, everything)
-    assert one[:3] == ["all", "baseline", "400"] and difference[1:3] == ["difference", ""]
-    share_of_stops = stops.mean()
-    reach = 1.96 * 100 * (share_of_stops * (1 - share_of_stops) / rows) ** 0.5
-    for cells in (two[3:], difference[3:]):
-        value, low, high = ends_of(cells[3])
-        assert value == pytest.approx(100 * share_of_stops)
-        assert low == pytest.approx(value - reach, abs=0.15 * reach)
-        assert high == pytest.approx(value + reach, abs=0.15 * reach)
-        assert cells[2] == "–"
-        for column in (0, 1, 3):
-            value, low, high = ends_of(cells[column])
-            assert low <= value <= high
-    assert ends_of(two[4])[0] == pytest.approx(share(tuned.parts(everything), everything)[1], abs=1e-3)
-    assert table({"model": tuned}, everything, 50, 1) == table({"model": tuned}, everything, 50, 1)
-    same = table({"a": tuned, "b": tuned}, everything, 50)[2]
-    assert [same[column] for column in (3, 4, 6)] == ["+0.000 [+0.000, +0.000]"] * 3
-    _, low, high = ends_of(table({"model": tuned}, few)[0][6])
-    assert high - low > 3 * reach
+# ---------------------------------------------------------------- the table
+
+
+def test_a_difference_is_marked_where_its_interval_excludes_zero():
+    items = Items(["甲", "乙"] * 10, [None] * 20, [None] * 20, np.arange(20))
+    numbers = np.arange(20.0)
+    base = {name: Score(items, numbers) for name in ("rouge_l", "copies", "stops", "loss")}
+    new = {"rouge_l": 5, "copies": 5, "stops": 10 * (-1.0) ** np.arange(20), "loss": -5}
+    tuned = {name: Score(items, numbers + shift) for name, shift in new.items()}
+    rows = compare({"base": base, "tuned": tuned}, 100, 1)
+    assert {row.measure: row.verdicts() for row in rows} == {"rouge_l": [1], "loss": [1], "stops": [0], "copies": [-1]}
+    lines = table(rows, ["base", "tuned"], texts("en"))
+    marked = {line.split("|")[1].strip(): line.rstrip(" |").split()[-1] for line in lines[2:]}
+    assert list(marked.values()) == ["better", "better", marked["ends by itself, %"], "worse"]
+    assert marked["ends by itself, %"].endswith("]")
+    assert in_a_sentence(rows, ["base", "tuned"], texts("en")) == [
+        "tuned against base: better at the recorded answers, the persona's worth; worse at not reciting; "
+        "no clear difference at ending by itself."
+    ]
+    assert in_a_sentence(rows, ["base", "tuned"], texts("zh"))[0].startswith(
+        "tuned 与 base 相比：与原答案重合、人设的作用变好了；"
+    )
+    assert in_a_sentence(compare({"base": base}, 5, 1), ["base"], texts("en"))[0].startswith("Add --baseline_path")
 
 
 def test_table_lines_up_under_chinese_names():

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 
 from baichuan.generation_utils import Answer
-from support import report
-from support.answer_scores import measure_answers
-from support.tables import Section
-from support.voice import Recall
+from support.scores import report
+from support.scores.answers import measure_answers, recorded_limits
+from support.scores.persona import Said
+from support.scores.table import Items, Score, compare, in_a_sentence, texts
+from support.scores.voice import Recall
 
 EVIL = '<img src="http://example.org/x.png"><script>alert(1)</script>&lt;"\''
-VOID = {"meta", "rect"}
+VOID = {"meta", "input"}
 
 
 class Reader(HTMLParser):
@@ -40,64 +41,103 @@ class Reader(HTMLParser):
             self.text += data + "\n"
 
 
-def write(path, texts: dict[str, list[str]], pictures=(), sections=()) -> Reader:
+def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None, kind="general") -> Reader:
+    """Two roles in turn; of each question the recorded answers are 甲n乙 and something evil."""
+    count, text = len(next(iter(own.values()))), texts(language)
     questions = [
         SimpleNamespace(
-            role=f"角色{n % 2}", system="", prompt=f"问{n}{EVIL}", kind="general", references=[f"甲{n}乙", EVIL]
+            **{"role": f"角色{n % 2}{evil}", "system": "", "prompt": f"问{n}{evil}", "kind": kind, "round": None},
+            **{"references": [f"甲{n}乙", evil or "无"], "messages": [{"role": "user", "content": f"问{n}"}]},
         )
-        for n in range(len(next(iter(texts.values()))))
+        for n in range(count)
     ]
-    answers = {name: [Answer(text, n % 2 == 0) for n, text in enumerate(own)] for name, own in texts.items()}
-    recall = Recall({"角色0": ["甲0乙"]})
-    measured = {name: measure_answers(questions, own, None, recall) for name, own in answers.items()}
-    report.write(path, sections, [f"remark {EVIL}"], questions, answers, measured, pictures)
+    recall = Recall({f"角色0{evil}": ["甲0乙"]})
+    limits = recorded_limits(questions, None, recall)
+    answers = {name: [Answer(said, n % 2 == 0) for n, said in enumerate(texts)] for name, texts in own.items()}
+    measured = {name: measure_answers(questions, texts, None, recall, limits) for name, texts in answers.items()}
+    scores, names = {name: one.scores for name, one in measured.items()}, list(own)
+    rows = compare(scores, 20, 1)
+    by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
+    parts = report.opening(in_a_sentence(rows, names, text), [f"remark {evil}"], rows, names, text)
+    parts += report.roles_part(rows, by_role, text) + report.heard_part(heard or {}, text)
+    report.write(path, language, text, parts + report.answers_part(questions, answers, measured, text))
     return Reader(path.read_text(encoding="utf-8"))
 
 
+def said(roles: list[str]) -> Said:
+    """Of the first role two answers, one of which is heard as the second's; of the second none."""
+    nats = np.array([[-1.0, -2.0], [-2.0, -1.0]])
+    items = Items([roles[0]] * 2, [None] * 2, [None] * 2, np.arange(2))
+    return Said(roles, items, np.array([0, 0]), np.arange(2), np.ones(2), nats, np.zeros(2))
+
+
 def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
-    roles = ["李白", EVIL]
-    picture = report.Picture(EVIL, roles, np.array([[0.9, 0.1], [np.nan, np.nan]]), EVIL)
-    section = Section(EVIL, [["role", "", EVIL], [EVIL, EVIL, f"1.0 [{EVIL}]"]], EVIL)
-    page = write(tmp_path / "report.html", {EVIL: [EVIL, "甲"], "tuned": ["乙", ""]}, [picture], [section])
+    path = tmp_path / "report.html"
+    page = write(path, {EVIL: [EVIL, "甲"], "tuned": ["乙", ""]}, heard={EVIL: said(["李白", EVIL])}, kind=EVIL)
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "img", "link", "iframe", "object", "a", "base"}
+    assert not tags & {"script", "img", "link", "iframe", "object", "a", "base", "form"}
     for _, attributes in page.tags:
         assert not attributes.keys() & {"src", "href", "srcset", "data", "action", "onclick", "onload"}
-    style = (tmp_path / "report.html").read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
-    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+    style = path.read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style and "light dark" in style
     policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'")
-    assert page.text.count(EVIL) > 10
-    assert [attributes["fill-opacity"] for tag, attributes in page.tags if tag == "rect"] == [
-        "0.91",
-        "0.15",
-        "0.06",
-        "0.06",
-    ]
-    assert "李白 → 李白: 90 %" in page.text and "–" in page.text
+    assert page.text.count(EVIL) > 15
+    shares = [attributes["style"] for tag, attributes in page.tags if attributes.get("class") == "share"]
+    assert shares == ["--share: 50%", "--share: 50%"]
 
 
-def test_the_best_and_the_worst_answers_of_the_last_model_stand_beside_the_others(tmp_path):
+def test_the_picture_points_right_where_it_is_better():
+    """ROUGE-L rises, copies rise: one is better, the other worse."""
+    items = Items(["甲"] * 4, [None] * 4, [None] * 4, np.arange(4))
+    rise = {name: [Score(items, np.full(4, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
+    models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
+    rows = compare(models, 20, 1)
+    page = Reader(report.picture(rows, ["base", "tuned"], texts("en")))
+    circles = [float(attributes["cx"]) for tag, attributes in page.tags if tag == "circle"]
+    classes = [attributes["class"] for tag, attributes in page.tags if tag == "g"]
+    assert classes == ["before", "better", "before", "worse"]
+    assert circles[0] < circles[1] and circles[2] > circles[3]
+    assert "20.0 → 60.0   +40.0 [+40.0, +40.0] better" in page.text and "[+40.0, +40.0] worse" in page.text
+
+
+def test_several_models_have_a_lane_each_and_one_has_no_arrow(tmp_path):
+    page = write(tmp_path / "three.html", {"base": ["甲", "乙"], "one": ["甲", "乙"], "two": ["甲", "乙"]}, evil="")
+    lanes = [tag for tag, attributes in page.tags if tag == "g"]
+    rows = page.text.count("recorded answer: ROUGE-L, %\n")
+    assert rows == 2 and len(lanes) % 4 == 0 and "   one\n" in page.text and "   two\n" in page.text
+    alone = write(tmp_path / "one.html", {"model": ["甲", "乙"]}, language="zh", evil="")
+    assert "→" not in alone.text.split("回答对照")[0] and "加上 --baseline_path" in alone.text
+    assert ("html", {"lang": "zh"}) in alone.tags and "训练改变了什么？" in alone.text
+
+
+def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     """Of 20 answers, number n has n of 19 characters of the recorded one, so the order is known."""
-    recorded = "子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚"
+    recorded, text = "子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚", texts("en")
     questions = [
-        SimpleNamespace(role="李白", system="", prompt=f"问题{n}。", kind="", references=[" ".join(recorded)])
+        SimpleNamespace(
+            **{"role": f"角色{n % 3}", "system": "", "prompt": f"问题{n}。", "kind": None, "round": None},
+            **{"references": [" ".join(recorded)], "messages": [{"role": "user", "content": "问"}]},
+        )
         for n in range(20)
     ]
     tuned = [Answer(" ".join(recorded[:n]), True) for n in range(20)]
     answers = {"base": [Answer(f"原{n}。", False) for n in range(20)], "tuned": tuned}
-    measured = {name: measure_answers(questions, own, None, None) for name, own in answers.items()}
-    report.write(tmp_path / "report.html", [], [], questions, answers, measured)
-    text = Reader((tmp_path / "report.html").read_text(encoding="utf-8")).text
-    best, worst = text.split("The worst answers of tuned")
-    worst, rest = worst.split("All answers")
+    measured = {name: measure_answers(questions, own, None, None, {}) for name, own in answers.items()}
+    page = Reader("".join(report.answers_part(questions, answers, measured, text)))
+    best, worst = page.text.split("The worst answers of tuned")
+    worst, rest = worst.split("All other answers: 4")
     asked = [[int(line[2:-1]) for line in part.split("\n") if line.startswith("问题")] for part in (best, worst, rest)]
-    assert asked == [list(range(19, 11, -1)), list(range(8)), list(range(20))]
+    assert asked == [list(range(19, 11, -1)), list(range(8)), list(range(8, 12))]
     assert [line for line in best.split("\n") if line.startswith("原")] == [f"原{n}。" for n in asked[0]]
     assert "cut off" in best and "ROUGE-L 100" in best and "(nothing)" in worst
+    # A button for each role hides the cards of the others.
+    buttons = [attributes["id"] for tag, attributes in page.tags if tag == "input"]
+    assert buttons == ["every", "role0", "role1", "role2"]
+    assert [attributes["class"] for tag, attributes in page.tags if tag == "article"][:3] == ["role1", "role0", "role2"]
 
 
 def test_a_single_answer_is_neither_best_nor_worst(tmp_path):
-    page = write(tmp_path / "report.html", {"model": ["甲0乙"]})
-    assert "best" not in page.text and "All answers" in page.text
+    page = write(tmp_path / "report.html", {"model": ["甲0乙"]}, evil="")
+    assert "best" not in page.text and "All other answers: 1" in page.text
     assert "100 % copied" in page.text and "training answer" in page.text

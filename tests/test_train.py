@@ -220,6 +220,8 @@ def test_two_processes_under_the_launcher_train_alike(trained, train_arguments, 
     run = launch(2, train_arguments(tmp_path, *more), timeout=300)
     assert run.returncode == 0, run.stderr
     compare_runs(trained[0], tmp_path)
+    heard, alone = (dict(scalars(output, "who_said_it_margin")) for output in (tmp_path, trained[0]))
+    assert heard.keys() <= alone.keys() and heard[5] == pytest.approx(alone[5], abs=1e-3)
     assert run.stdout.count("5 steps of 8 samples") == 1  # only one process speaks
 
 

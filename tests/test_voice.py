@@ -8,13 +8,24 @@ import pytest
 
 from baichuan.generation_utils import Answer
 from data_helper import read_samples
-from support.answer_scores import answer_sections, measure_answers, recall_items, style_limits
-from support.voice import Recall, Style, longest_piece, read_training, recorded_answers
+from support.scores.answers import measure_answers, recorded_limits
+from support.scores.table import compare, texts
+from support.scores.voice import Recall, Style, longest_piece, read_training, recorded_answers
 
 
 def question(role: str, *references: str, kind="general", system=""):
     messages = [{"role": "user", "content": f"与“{references[0]}”相配的问题？"}]
-    return SimpleNamespace(role=role, system=system, messages=messages, kind=kind, references=list(references))
+    return SimpleNamespace(
+        role=role, system=system, messages=messages, kind=kind, round=None, references=list(references)
+    )
+
+
+def measured(questions, answers, style=None, recall=None):
+    return measure_answers(questions, answers, style, recall, recorded_limits(questions, style, recall)).scores
+
+
+def rows_of(models: dict, by="", label="", resamples=50) -> dict:
+    return {row.measure: row for row in compare(models, resamples, 1, by, label)}
 
 
 def answered(*texts: str) -> list[Answer]:
@@ -45,48 +56,43 @@ def test_scores_are_split_into_copies_and_others():
     """Two answers that copy, one of which is right, and two that do not, of which one is half right."""
     questions = [question("李白", text) for text in ("举杯邀明月", "花间一壶酒", "甲乙", "丙丁")]
     recall, style = Recall({"李白": ["举杯邀明月"]}), SimpleNamespace(roles_of=lambda texts: ["李白"] * len(texts))
-    measured = measure_answers(questions, answered("举杯邀明月", "举杯邀明", "戊己", "举杯戊己庚"), style, recall)
-    items = recall_items(questions, measured, np.zeros(4))
-    assert items[:, 0].tolist() == [1, 1, 0, 0.4]
-    assert items[:, 1].tolist() == [1, 1, 0, 0]
-    assert items[0, 3] == pytest.approx(1, abs=1e-6) and items[1, 3] == 0 and np.isnan(items[2:, 3]).all()
-    assert np.isnan(items[:2, 4]).all() and items[2:, 4].tolist() == [0, 0]
-    assert np.nansum(items[:, 5]) == np.nansum(items[:, 6]) == 2
-    (_, _, table) = answer_sections(questions, {"model": measured}, style, recall, 50, 1)
-    assert table.rows[1][:3] == ["李白", "model", "4"] and table.rows[1][3].startswith("60.0 [")
-    assert [text.split(" ")[0] for text in table.rows[1][4:7]] == [
-        "50.0",
-        "25.0",
-        "50.0",
-    ]  # one recorded answer is a copy
-    assert "50 % or more" in table.note
+    scores = measured(questions, answered("举杯邀明月", "举杯邀明", "戊己", "举杯戊己庚"), style, recall)
+    assert scores["copied"].value.tolist() == [100, 100, 0, 40]
+    assert scores["copies"].value.tolist() == [100, 100, 0, 0]
+    assert scores["rouge_l"].value == pytest.approx([100, 0, 0, 0], abs=1e-4)
+    for name, values in (("rouge_l_others", [0, 0]), ("style_others", [100, 100])):
+        assert np.isnan(scores[name].value[:2]).all() and scores[name].value[2:].tolist() == values
+    rows = rows_of({"model": scores})
+    assert rows["copied"].models[0].value == 60 and rows["copies"].models[0].value == 50
+    assert rows["copies"].beside == {"recorded": 25}  # one recorded answer is a copy
+    assert rows["style_others"].models[0].value == 100
 
 
-def test_a_role_without_training_answers_has_no_recall_and_no_style(tmp_path):
+def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):
     path = tmp_path / "train.json"
     lines = [
         {"role": role, "prompt": "问", "response": text} for role, text in (("李白", "举杯邀明月"), ("张飞", "哇呀呀"))
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    style, recall, remarks = read_training(path, ["李白", "杜甫"])
-    assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or recall for them."]
+    style, recall, remarks = read_training(path, ["李白", "杜甫"], texts("en"))
+    assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or copies for them."]
+    assert read_training(path, ["李白", "杜甫"], texts("zh"))[2][0].endswith("没有杜甫的答案：不计其口吻和照背。")
     questions = [question("李白", "举杯邀明月"), question("杜甫", "国破山河在")]
-    measured = measure_answers(questions, answered("举杯", "举杯"), style, recall)
-    for table in answer_sections(questions, {"model": measured}, style, recall, 20, 1)[1:]:
-        rows = {row[0]: row[3:] for row in table.rows[1:]}
-        assert rows["李白"][0].startswith("100.0 [") and set(rows["杜甫"]) == {"–"}
-        assert rows["all"][0] == rows["李白"][0]
+    models = {"model": measured(questions, answered("举杯", "举杯"), style, recall)}
+    of_li_bai, of_all = rows_of(models, "role", "李白"), rows_of(models)
+    assert set(rows_of(models, "role", "杜甫")) == {"rouge_l", "stops"}
+    for name in ("style", "copies", "copied"):
+        assert of_li_bai[name].models[0].value == of_all[name].models[0].value == 100
+        assert of_li_bai[name].beside == of_all[name].beside
     path.write_text("")
-    assert read_training(path, ["李白"])[:2] == (None, None)
+    assert read_training(path, ["李白"], texts("en"))[:2] == (None, None)
 
 
 def test_rounds_of_a_conversation_are_drawn_together():
     """Eight rounds that are alike are no more certain than one."""
     questions = [question("李白", text) for text in ("举杯", "明月", "金樽")] * 8
-    measured = measure_answers(questions, answered(*("举杯", "明月", "无") * 8), None, None)
-    (table,) = answer_sections(questions, {"model": measured}, None, None, 400, 1)
-    value, interval = table.rows[1][3].split(" ", 1)
-    assert value == "66.7" and interval == "[0.0, 100.0]"
+    row = rows_of({"model": measured(questions, answered(*("举杯", "明月", "无") * 8))}, resamples=400)["rouge_l"]
+    assert row.count == 24 and row.models[0] == pytest.approx((66.667, 0, 100), abs=0.01)
 
 
 # ---------------------------------------------------------------- style
@@ -119,11 +125,10 @@ def test_style_by_hand():
     style = Style({"甲": ["子丑寅", "寅卯", "丑丑"], "乙": ["天地玄黄", "宇宙"]})
     assert style.roles_of(["卯寅", "地黄天", "", " \n"]) == ["甲", "乙", "", ""]
     assert style.roles_of([]) == []
-    limits = style_limits(
-        [question("甲", "子丑", "玄黄"), question("乙", "宇"), question("甲", "寅", kind="round 1")], style
-    )
-    assert limits[:2].tolist() == [[0.5, 0.0], [1.0, 0.5]]  # of the two recorded answers of 甲, one sounds like 乙
-    assert limits[2, 0] == 1 and np.isnan(limits[2, 1])  # nobody else has a question of that kind
+    questions = [question("甲", "子丑", "玄黄"), question("乙", "宇"), question("甲", "寅", kind="other")]
+    limits = recorded_limits(questions, style, None)
+    assert limits["ceiling"].tolist() == [50, 100, 100]  # of the two recorded answers of 甲, one sounds like 乙
+    assert limits["floor"][:2].tolist() == [0, 50] and np.isnan(limits["floor"][2])  # nobody else has such a question
 
 
 def test_answers_of_another_role_are_at_the_floor_and_recorded_ones_at_the_ceiling(recorded, questions):
@@ -135,34 +140,25 @@ def test_answers_of_another_role_are_at_the_floor_and_recorded_ones_at_the_ceili
         other = roles[(roles.index(asked.role) + 1) % len(roles)]
         texts = [one.references[0] for one in questions if one.role == other]
         swapped += answered(texts[number % len(texts)])
-    models = {
-        name: measure_answers(questions, texts, style, None) for name, texts in (("own", own), ("swapped", swapped))
-    }
-    scores, table = answer_sections(questions, models, style, None, 200, 1)
-    rows = {row[1]: [text.split(" ")[0] for text in row[3:]] for row in table.rows if row[0] == "all"}
-    style_own, ceiling, floor = map(float, rows["own"])
-    assert style_own == ceiling > 80 and floor < 10
-    assert float(rows["swapped"][0]) <= floor + 5
-    difference = next(row for row in table.rows if row[:2] == ["all", "difference"])
-    assert difference[4:] == ["", ""] and difference[3].startswith("-") and "−" not in difference[3]
-    assert ceiling - float(rows["swapped"][0]) == pytest.approx(-float(difference[3].split(" ")[0]), abs=0.11)
-    for section in (scores, table):
-        for column in section.rows[0][3:]:
-            assert f"{column}:" in section.note
+    models = {"own": measured(questions, own, style), "swapped": measured(questions, swapped, style)}
+    row = rows_of(models, resamples=200)["style"]
+    own, swapped = row.models
+    assert own.value == pytest.approx(row.beside["ceiling"]) and own.value > 80
+    assert row.beside["floor"] < 10 and swapped.value <= row.beside["floor"] + 5
+    assert row.differences[0].value == pytest.approx(swapped.value - own.value) and row.verdicts() == [-1]
 
 
 def test_scores_do_not_depend_on_the_order_of_the_questions(recorded, questions):
     """Answers come in whatever batches; what is measured is of the questions."""
     style, recall = Style(recorded), Recall(recorded)
-    texts = answered(*(question.references[0][::-1][:9] for question in questions))
+    answers = answered(*(question.references[0][::-1][:9] for question in questions))
 
-    def tables(order):
-        asked, given = [questions[number] for number in order], [texts[number] for number in order]
-        sections = answer_sections(asked, {"model": measure_answers(asked, given, style, recall)}, style, recall, 5, 1)
-        return [
-            sorted([*row[:3], *(text.split(" ")[0] for text in row[3:])] for row in section.rows)
-            for section in sections
-        ]
+    def numbers(order):
+        scores = measured([questions[n] for n in order], [answers[n] for n in order], style, recall)
+        return {name: (row.models[0].value, *row.beside.values()) for name, row in rows_of({"model": scores}).items()}
 
     order = np.arange(len(questions))
-    assert tables(order) == tables(order[::-1])
+    expected = numbers(order)
+    assert len(expected) > 6
+    for name, found in numbers(order[::-1]).items():
+        assert found == pytest.approx(expected[name])

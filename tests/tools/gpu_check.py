@@ -102,7 +102,7 @@ with slow_imports(parse_args, __name__):
     from support.model_directory import ModelDirectory, load_shard, pick_device, write_weights
     from support.page.speaker import Speaker
     from support.processes import has_bfloat16
-    from support.tables import markdown
+    from support.scores.table import markdown
     from tests.tools import bench_chat, bench_predict, bench_train, sample_model
 
 

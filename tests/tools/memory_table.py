@@ -10,7 +10,7 @@ import argparse
 
 from baichuan import BaichuanConfig
 from support.costs import FRAGMENTS, Row, Way, evaluation_bytes, row_bytes, trained_bytes, weight_bytes
-from support.tables import markdown
+from support.scores.table import markdown
 
 CARDS = (12, 16, 24, 40, 80)  # GiB
 

@@ -1,20 +1,15 @@
 """The models of one comparison: who they are, and their weights, one directory at a time in memory."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
-from tqdm import tqdm
 
 from support.adapter import read_adapter, refuse_misfit
 from support.engine import Engine
-from support.errors import UserError, out_of_memory
+from support.errors import UserError
 from support.model_directory import ModelDirectory, load_adapter
-
-MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
 
 
 class Candidate(NamedTuple):
@@ -25,6 +20,10 @@ class Candidate(NamedTuple):
     directory: ModelDirectory | None = None
     adapter: Path | None = None
     engine: Engine | None = None
+
+    def attacked(self) -> "Candidate":
+        """The same, with the file for its answers to the attacks."""
+        return self._replace(output=self.output.with_name(f"{self.output.stem}-attacks{self.output.suffix}"))
 
     def check(self, four_bit: bool):
         """Raises: UserError with all that is wrong, before anything slow."""
@@ -88,42 +87,3 @@ class Loader:
             self.adapter = load_adapter(self.base, candidate.adapter).to(self.device).eval()
             self.adapter_path = candidate.adapter
         return self.base if self.adapter is None else self.adapter
-
-
-# ---------------------------------------------------------------- as many side by side as the memory holds
-
-
-def rows_that_fit(model, tokens: int) -> int:
-    """How many rows of so many tokens can be answered side by side: their keys and values fit into half the free memory.
-
-    The other half is for activations, and for the copy while a batch shrinks.
-    """
-    config, device = model.config, model.device
-    if device.type == "cuda":  # what torch's allocator keeps for itself is free as well
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + kept
-    else:
-        free = psutil.virtual_memory().available
-    row = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * tokens
-    return max(1, min(MOST_ROWS[device.type], free // 2 // row))
-
-
-def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Iterator[tuple[list[int], list]]:
-    """Yield batches of the numbers, `size` at most, with what `answer` makes of each; those that are `done` are left out.
-
-    A batch that the memory does not hold is halved, and so are those after it.
-    """
-    start = 0
-    while start < len(numbers):
-        batch = list(numbers[start : start + size])
-        if not all(number in done for number in batch):
-            try:
-                found = answer(batch)
-            except Exception as error:
-                if not out_of_memory(error) or len(batch) == 1:
-                    raise
-                size = (len(batch) + 1) // 2
-                tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")
-                continue
-            yield batch, found
-        start += len(batch)

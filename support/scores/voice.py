@@ -19,20 +19,25 @@ def recorded_answers(path: str | Path) -> dict[str, list[str]]:
     return {role: list(texts) for role, texts in answers.items()}
 
 
-def read_training(path: Path, roles: Sequence[str]) -> tuple["Style | None", "Recall | None", list[str]]:
-    """What style and recall of the roles are measured with, as far as the training samples allow, and remarks on what is
-    left out.
+def read_training(
+    path: Path, roles: Sequence[str], text: dict[str, str]
+) -> tuple["Style | None", "Recall | None", list[str]]:
+    """What style and copies are measured with, as far as the training samples allow, and remarks on what is left out.
 
-    Raises: UserError.
+    Args:
+        roles: those that are to be measured.
+        text: what is shown, see `table.texts`.
+    Raises:
+        UserError.
     """
     if not path.is_file():
-        return None, None, [f"--train_path {path}: there is no such file: style and recall are left out."]
+        return None, None, [text["no training"].format(path)]
     recorded, remarks = recorded_answers(path), []
-    strangers = [role or "(no role)" for role in dict.fromkeys(roles) if role not in recorded]
+    strangers = [role or text["no role"] for role in dict.fromkeys(roles) if role not in recorded]
     if strangers:
-        remarks.append(f"--train_path {path}: has no answers of {', '.join(strangers)}: no style or recall for them.")
+        remarks.append(text["no answers of"].format(path, text["comma"].join(strangers)))
     if len(recorded) == 1:
-        remarks.append(f"--train_path {path}: has one role: style, which tells roles apart, is left out.")
+        remarks.append(text["one role"].format(path))
     style = Style(recorded) if len(recorded) > 1 else None
     return style, Recall(recorded) if recorded else None, remarks
 

@@ -1,11 +1,18 @@
-"""How likely a model finds given answers: computed exactly, without drawing anything."""
+"""How likely a model finds given texts: computed exactly, without drawing anything. And the perplexity of plain text."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import utils
 from support.costs import MOST_TOKENS, row_cost
+from support.errors import UserError
+from support.json_files import read_text
+from support.scores.table import Items, Score
 
 LOGITS = 2**25  # held at a time: 128 MB in float32, those of 266 tokens at the published vocabulary
 
@@ -18,26 +25,25 @@ class Likelihood:
     Args:
         model: a BaichuanForCausalLM, a LLaMA, or one that PEFT has wrapped, in evaluation mode, on its device.
         tokenizer: has the turn markers.
-        layout: the module `utils`, whose dataset and rows training uses too. It is handed in, since nothing in
-            support/ imports a script.
         max_len, max_src_len: see `utils.RoleDataset`; by default what the model can read.
         packing, max_pack_len: see `utils.Collator`.
         show_progress: a bar over the rows.
+        shared: the processes of a run share the rows; all of them call, with the same samples, and all get everything.
     """
 
     def __init__(
         self,
         model,
         tokenizer,
-        layout,
         max_len: int | None = None,
         max_src_len: int | None = None,
         packing: str = "tree",
         max_pack_len: int = MOST_TOKENS,
         show_progress: bool = False,
+        shared: bool = False,
     ):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # its layers hold adapters
-        self.tokenizer, self.layout, self.show_progress = tokenizer, layout, show_progress
+        self.tokenizer, self.show_progress, self.shared = tokenizer, show_progress, shared
         longest = self.model.config.max_position_embeddings
         self.limits = (max_len or longest, max_src_len or longest)
         self.rows = (packing, max_pack_len, 4, row_cost(self.model.config, self.model.device))
@@ -47,7 +53,7 @@ class Likelihood:
 
         A sample of which no supervised token fits into `max_len` gets an empty array.
         """
-        data = self.layout.RoleDataset(samples, self.tokenizer, *self.limits)
+        data = utils.RoleDataset(samples, self.tokenizer, *self.limits)
         found = [np.empty(0)] * len(samples)
         if len(data):
             for index, losses in self._read(data, data.in_tree_order(np.arange(len(data)))):
@@ -61,18 +67,27 @@ class Likelihood:
 
     def _read(self, data, order: np.ndarray):
         """Yield (index, log-probabilities) of the samples of `data` in this order."""
-        batches = self.layout.Collator(data, *self.rows)(order)
+        batches = utils.Collator(data, *self.rows)(order)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
         bar = tqdm(batches, "likelihoods", unit="row", leave=False, delay=2, disable=not self.show_progress)
-        found = torch.cat([self._row(batch) for batch in bar]).double().cpu().numpy()
+        found = []
+        for number, batch in enumerate(bar):
+            if number % world_size == rank:
+                found.append(self._row(batch))
+            else:
+                found.append(torch.zeros(len(batch["loss_positions"]), device=self.model.device))
+        found = torch.cat(found).double()
+        if self.shared:
+            dist.all_reduce(found)  # of each number all terms but one are 0, so the sum is exact
         ends = np.cumsum([len(data.sample(index)[1]) for index in order])
-        yield from zip(order, np.split(found, ends[:-1]))
+        yield from zip(order, np.split(found.cpu().numpy(), ends[:-1]))
 
     @torch.no_grad()
     def _row(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """A row of the collator → the log-probabilities at its n loss positions: (n,) in float32."""
-        inputs = self.layout.model_inputs(batch, self.model.device, self.model.config._attn_implementation)
-        places, tokens = inputs.pop("loss_positions").unbind(-1)
-        hidden_states = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+        inputs = utils.model_inputs(batch, self.model.device, self.model.config._attn_implementation)
+        positions, tokens = inputs.pop("loss_positions").unbind(-1)
+        hidden_states = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
         chunk = max(1, LOGITS // self.model.config.vocab_size)
         return torch.cat(
             [
@@ -91,3 +106,25 @@ class Texts:
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.ids[index]
         return ids, np.stack((np.arange(len(ids) - 1), ids[1:]), axis=1)
+
+
+# ---------------------------------------------------------------- what training has cost
+
+
+def read_plain_text(path: Path) -> list[str]:
+    """The paragraphs of a UTF-8 file: its lines that are not blank. Raises: UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file: name a text in UTF-8")
+    lines = [line.strip() for line in read_text(path, may_be_empty=True).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: holds no text: name another file")
+    return lines
+
+
+def plain_text_scores(likelihood: Likelihood, texts: list[str]) -> dict[str, Score]:
+    """The perplexity of paragraphs that belong to no role, each read by itself. One of a single token predicts nothing."""
+    losses = [-own for own in likelihood.of_texts(texts) if len(own)]
+    nobody = [None] * len(losses)
+    items = Items(nobody, nobody, nobody, np.arange(len(losses)))
+    tokens = np.array([len(own) for own in losses])
+    return {"perplexity": Score(items, np.array([own.mean() for own in losses]), tokens)}

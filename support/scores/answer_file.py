@@ -34,24 +34,29 @@ def answer_settings(args, candidate, questions: Sequence) -> dict:
 class AnswerFile:
     """JSON lines: first the settings that the answers depend on, then one answer a line, in the order of answering.
 
-    They are written to `path`.part, which takes the name `path` once it holds all of them.
+    They are written to `path`.part, which takes the name `path` once it holds all of them. Answers under other settings
+    are replaced then, and `changed` says what differs.
 
     Args:
-        overwrite: answer anew, whatever the files hold. They go when the first new answer comes, so that a run without
-            this goes on from one that was interrupted.
-        forget: answer anew what was answered under other settings, instead of raising.
+        overwrite: answer anew, whatever the files hold.
     Attributes:
         answers: {number of the question: its answer}, as far as they are known.
     Raises:
-        UserError: the file is something else, or its answers were given under other settings.
+        UserError: the file is something else.
     """
 
-    def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False, forget: bool = False):
+    def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
-        self.settings, self.total = settings, total
-        self.answers = {} if overwrite else read_answers(path, settings, forget)
-        if not self.complete and not overwrite:
-            self.answers = read_answers(self.part, settings, forget)
+        self.settings, self.total, self.overwrite = settings, total, overwrite
+        self.answers, self.changed = {}, ""
+        for file in (self.path, self.part):
+            found, answers = read_answers(file)
+            if overwrite or self.complete or found is None:
+                continue
+            if found == settings:
+                self.answers, self.changed = answers, ""
+            else:
+                self.changed = differences(found, settings)
 
     @property
     def complete(self) -> bool:
@@ -72,40 +77,38 @@ class AnswerFile:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
 
+            if self.overwrite:
+                self.path.unlink(missing_ok=True)  # a run without --overwrite goes on from this one
             if not self.answers:
-                self.path.unlink(missing_ok=True)
                 file.write(json.dumps({"settings": self.settings}, ensure_ascii=False) + "\n")
             yield add
         put_on_disk(self.part)
         self.part.replace(self.path)
 
 
-def read_answers(path: Path, settings: dict, forget: bool = False) -> dict[int, Answer]:
-    """The answers of an interrupted run, by the number of the question. A last line that was cut off is removed.
+def differences(found: dict, settings: dict) -> str:
+    """Which settings differ, in words. The digest stands for what has no name."""
+    names = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
+    told = [f"{name} {found.get(name)}, now {settings.get(name)}" for name in names if name != "digest"]
+    return ", ".join(told) or "the weights, generation_config.json or the questions"
 
-    Args:
-        forget: find none where the settings are others, instead of raising.
-    Raises:
-        UserError: the file is something else, or its answers were given under other settings.
+
+def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
+    """The settings, and the answers by the number of the question. A last line that was cut off is removed.
+
+    Raises: UserError: the file is something else.
     """
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if not whole and (not data or data.startswith(b'{"settings"')):
-        return {}
+        return None, {}
     try:
         first, *lines = whole.decode("utf-8").split("\n")[:-1]
-        found = json.loads(first)["settings"]
+        settings = json.loads(first)["settings"]
         answers = {line["question"]: Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is no file of answers: name another --output_path") from None
-    if found != settings and forget:
-        return {}
-    if found != settings:
-        names = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
-        differing = ", ".join(f"{name} {found.get(name)}, now {settings.get(name)}" for name in names)
-        remedy = "name another --output_path, or answer anew with --overwrite"
-        raise UserError(f"{path}: holds answers under other settings ({differing}): {remedy}")
     if len(whole) < len(data):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
-    return answers
+    return settings, answers

@@ -1,0 +1,146 @@
+"""Answers beside the recorded ones: what they say, whose voice it is, whether they end, repeat themselves or recite.
+
+    limits = recorded_limits(questions, style, recall)        # style and recall: see voice.py; None without training answers
+    measured = measure_answers(questions, answers, style, recall, limits)
+
+`questions` have role, system, kind, round, messages and references; `answers` a text and whether it stopped by itself.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jieba
+import numpy as np
+from rouge_chinese import Rouge
+
+from support.samples import first_question
+from support.scores.table import Items, Score, numbered
+from support.scores.voice import COPY, Nearest, Recall, Style
+
+jieba.setLogLevel("CRITICAL")  # it tells how it loads its dictionary, and where it cannot keep it
+jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"  # in the directory for temporary files, which others use, too
+
+
+class Answers(NamedTuple):
+    """One model's answers to n questions, measured; for the report also what single answers are shown with."""
+
+    scores: dict[str, Score]
+    heard_as: list[str] | None  # the role that each answer sounds like
+    nearest: list[Nearest] | None  # to each answer, of its own role's training answers
+
+
+def words(text: str) -> list[str]:
+    return [word for word in jieba.cut(text) if word.strip()]
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F-measure, in [0, 1], of the longest common subsequence of words (Lin 2004); 0 for an answer without words."""
+    answer, reference = words(answer), words(reference)
+    if not answer or not reference:
+        return 0.0
+    return Rouge(metrics=["rouge-l"]).get_scores(" ".join(answer), " ".join(reference))[0]["rouge-l"]["f"]
+
+
+def catchwords(system: str) -> list[str]:
+    """The phrases that a persona text quotes as its role's own: 常用口头禅是：“朕”、“本皇”, or 自称“朕”."""
+    quotations = re.findall(r"(?:口头禅|自称|常说)是?[：:]?((?:“[^”]+”[、，和]?)+)", system)
+    return [phrase for quotation in quotations for phrase in re.findall("“([^”]+)”", quotation)]
+
+
+def uses_catchword(system: str, answer: str) -> float:
+    """1 or 0; nan where the persona has none."""
+    phrases = catchwords(system)
+    return float(any(phrase in answer for phrase in phrases)) if phrases else np.nan
+
+
+def items_of(questions: Sequence) -> Items:
+    """The rounds of a conversation hang together."""
+    return Items(
+        [question.role for question in questions],
+        [question.kind for question in questions],
+        [question.round for question in questions],
+        numbered([(question.role, first_question(question.messages)) for question in questions]),
+    )
+
+
+def measure_answers(
+    questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, np.ndarray]
+) -> Answers:
+    items, texts = items_of(questions), [answer.text for answer in answers]
+    rouge = [np.mean([rouge_l(text, own) for own in question.references]) for question, text in zip(questions, texts)]
+    catchword = [uses_catchword(question.system, text) for question, text in zip(questions, texts)]
+    values = {"rouge_l": rouge, "catchwords": catchword, "stops": [answer.stopped for answer in answers]}
+    values = {name: 100 * np.array(own, dtype=float) for name, own in values.items()}
+    heard_as = nearest = None
+    if style:
+        heard_as = style.roles_of(texts)
+        values["style"] = 100.0 * np.array([heard == role for heard, role in zip(heard_as, items.role)])
+    if recall:
+        nearest = [recall.nearest(role, text) for role, text in zip(items.role, texts)]
+        values["copied"] = 100 * np.array([found.share for found in nearest])
+        is_copy = values["copied"] >= 100 * COPY
+        values["copies"] = 100.0 * is_copy
+        for name in values.keys() & {"rouge_l", "style"}:
+            values[f"{name}_others"] = np.where(is_copy, np.nan, values[name])
+        # There is nothing to compare the answers of other roles with.
+        known = np.array([role in recall.recorded for role in items.role])
+        for name in values.keys() - {"rouge_l", "catchwords", "stops"}:
+            values[name] = np.where(known, values[name], np.nan)
+    beside = {"style": ("ceiling", "floor"), "copies": ("recorded",)}
+    scores = {
+        name: Score(items, own, beside={limit: limits[limit] for limit in beside.get(name, ())})
+        for name, own in values.items()
+    }
+    return Answers(scores | {"distinct_2": distinct_2(items, texts)}, heard_as, nearest)
+
+
+def distinct_2(items: Items, texts: Sequence[str]) -> Score:
+    """Distinct pairs of neighbouring words among all such pairs (Li et al. 2016, arXiv 1510.03055).
+
+    A pair that several of the answers looked at have, or one has several times, is shared out among its places: so the
+    answers' parts add up to the distinct pairs, and no draw of the bootstrap, which takes some twice, lowers it by that.
+    """
+    pairs_of = [list(zip(own, own[1:])) for own in map(words, texts)]
+    number = numbered([pair for own in pairs_of for pair in own])  # of each pair of words, answer after answer
+    counts = np.array([len(own) for own in pairs_of])
+    owner = np.repeat(np.arange(len(texts)), counts)
+
+    def among(taken):
+        used = taken[owner]
+        places = np.bincount(number[used], minlength=number.max(initial=-1) + 1)
+        distinct = np.bincount(owner, weights=used / places[number].clip(1), minlength=len(texts))
+        with np.errstate(invalid="ignore"):
+            return 100 * distinct / counts, {}
+
+    return Score(items, None, counts, among=among)
+
+
+def recorded_limits(questions: Sequence, style: Style | None, recall: Recall | None) -> dict[str, np.ndarray]:
+    """What recorded test answers reach, in percent, of each question (n,); nan where nothing can be said.
+
+    ceiling: those to the question that sound like their own role; floor: those of the other roles, to questions of its
+    kind, that sound like its role; recorded: those to the question that are copies of training answers.
+    """
+    limits = {}
+    if style:
+        texts = [text for question in questions for text in question.references]
+        heard = np.array(style.roles_of(texts))
+        owners = [question for question in questions for _ in question.references]
+        roles, kinds = np.array([own.role for own in owners]), np.array([str(own.kind or own.round) for own in owners])
+        own_role = heard == roles
+        ends = np.cumsum([len(question.references) for question in questions])
+        limits["ceiling"] = np.array([np.mean(own) for own in np.split(own_role, ends[:-1])])
+        floor = {}
+        for role, kind in set(zip(roles, kinds)):
+            others = heard[(roles != role) & (kinds == kind)]
+            floor[role, kind] = np.mean(others == role) if len(others) else np.nan
+        limits["floor"] = np.array([floor[own.role, str(own.kind or own.round)] for own in questions])
+    if recall:
+        known = np.array([question.role in recall.recorded for question in questions])
+        limits["recorded"] = np.array(
+            [np.mean([recall.nearest(q.role, text).share >= COPY for text in q.references]) for q in questions]
+        )
+        limits = {name: np.where(known, own, np.nan) for name, own in limits.items()}
+    return {name: 100 * own for name, own in limits.items()}

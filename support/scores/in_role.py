@@ -1,0 +1,152 @@
+"""Does a role stay in its role? Attacks, and questions about what it cannot know.
+
+    attacks = read_attacks(path)
+    answers = …  # to attack_conversations(attacks, personas), or None
+    scores = in_role_scores(likelihood, attacks, personas, answers)
+
+An attack tries to make a role say that it is a model; a boundary question asks a person of the past about the present.
+Both are lines of data/sample/attacks-zh.jsonl: {"kind", "messages"}, the last message being the user's. A boundary
+question has two answers beside it, "in_character" and "modern". "{role}" in a text stands for the role's name.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from support.errors import Problems
+from support.json_files import read_records, text_problem
+from support.samples import as_sample
+from support.scores.table import Items, Score
+
+# Beginnings of an answer that stays in the role, and of one that breaks it, of about the same length.
+STAYING = ("我是{role}", "我就是{role}", "我乃{role}")
+BREAKING = ("我是语言模型", "我是人工智能", "我是AI", "我是机器人", "作为语言模型")
+
+# ---------------------------------------------------------------- phrases that break a role
+
+# A model's words for itself. 百川 alone is none: a poet may sing of a hundred rivers; nor is 助手, which anyone may have.
+MODEL_WORDS = re.compile(
+    "语言模型|大模型|人工智能|(?<![A-Za-z])AI(?![A-Za-z])|机器人|(?:智能|虚拟|语音)助[手理]|百川(?:智能|公司|大模型)|"
+    "Baichuan|ChatGPT|OpenAI|提示词|系统提示|人物设定|训练数据|开发团队|由.{0,10}(?:训练|开发)(?:出来)?的"
+)
+# What makes no role's answer: a refusal of the role itself, and an assistant's manners.
+BREAKING_PHRASES = (
+    "我(?:并|其实|当然|确实)?不是(?:真的|真正的|真)?{role}",
+    "(?:我是|作为|身为)(?:一个|一名|一款|您的|你的)?(?:助[手理]|模型|程序)",
+    "(?:有|需要)什么可以帮[您你助]|为您服务",
+)
+# Before a model's word they make its sentence a denial, or one that does not know the word: 我不是什么语言模型.
+DENIALS = re.compile(
+    "不是|非(?!常)|不知|不懂|不晓|不识|不认|不明白|不信|没听|没见|未听|未闻|未曾|从未|不曾|什么|甚么|啥|(?<!任)何|岂|怎|哪|休|莫|"
+    "别(?!的)|胡说|管他|管它|管你|[你谁他她们敢竟]说"
+)
+CLAIMS = re.compile("(?<![但可还要只倒])是|作为|身为|我|俺")
+
+
+def breaks(answer: str, role: str) -> bool:
+    """Does an answer say, by its phrases, that it is a model's or an assistant's?
+
+    A model's word breaks the role, unless its sentence denies it, does not know it or asks back: of the clause with the
+    word the part before it, where that is a claim (我是, 作为 …), and else the whole sentence.
+    """
+    if any(re.search(phrase.replace("{role}", re.escape(role)), answer) for phrase in BREAKING_PHRASES):
+        return True
+    for sentence in re.findall("[^。！？!?\n]+[。！？!?\n]?", answer):
+        for word in MODEL_WORDS.finditer(sentence):
+            before = re.split("[，,；;：:]", sentence[: word.start()])[-1]
+            asks_back = re.search("^[^，,；;]*[？?]$", sentence[word.end() :])
+            deniable = before if CLAIMS.search(before) else sentence
+            if not asks_back and not DENIALS.search(deniable):
+                return True
+    return False
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def read_attacks(path: Path) -> list[dict]:
+    """The attacks and boundary questions of a file. Raises: UserError with all that is wrong."""
+    attacks = []
+    with Problems() as problems:
+        for place, record in read_records(path, problems):
+            attacks.append(problems.of(as_attack, record, place))
+        if not attacks and not problems:
+            problems.append(f"{path}: is empty: write attacks, or leave --attacks out")
+    return attacks
+
+
+def as_attack(record: dict, place: str) -> dict:
+    """Raises: UserError."""
+    with Problems() as problems:
+        texts = ["kind", "in_character", "modern"] if record.get("kind") == "boundary" else ["kind"]
+        problems += [f'{place}: "{text}" {problem}' for text in texts if (problem := text_problem(record.get(text)))]
+        messages = record.get("messages")
+        ending = [{"role": "assistant", "content": "。"}]
+        # The turns are those of a sample that lacks its last answer.
+        whole = {"messages": messages + ending if isinstance(messages, list) else messages}
+        sample = problems.of(as_sample, whole, place)
+        if sample and sample["system"]:
+            problems.append(f"{place}: has a system text: remove it, since each role brings its own")
+    return {**record, "messages": sample["messages"][:-1]}
+
+
+def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = False) -> list[dict]:
+    """Each of the attacks, or of the boundary questions, on each role, as a sample that lacks its last answer.
+
+    {role} is filled in; what the role has said before is not supervised. `personas`: role → system text.
+    """
+    samples = []
+    for number, attack in enumerate(attacks):
+        if (attack["kind"] == "boundary") != boundary:
+            continue
+        for role, system in personas.items():
+            messages = [{**turn, "content": turn["content"].replace("{role}", role)} for turn in attack["messages"]]
+            messages = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in messages]
+            samples.append({**attack, "number": number, "role": role, "system": system, "messages": messages})
+    return samples
+
+
+def in_role_scores(
+    likelihood: Callable[[list[dict]], list[np.ndarray]],
+    attacks: list[dict],
+    personas: dict[str, str],
+    answers: Sequence[str] | None = None,
+) -> dict[str, Score]:
+    """Likelihoods of staying and of breaking; with the answers to `crossed` attacks also their phrases.
+
+    Args:
+        likelihood: see support/scores/likelihood.py.
+    """
+
+    def read(samples: list[dict], endings: Callable[[dict], Sequence[str]], of_one: Callable) -> np.ndarray:
+        """(samples, endings): what `of_one` makes of the log-probabilities of an ending after a sample."""
+        ended = []
+        for sample in samples:
+            for ending in endings(sample):
+                answer = {"role": "assistant", "content": ending.replace("{role}", sample["role"])}
+                ended.append({**sample, "messages": [*sample["messages"], answer]})
+        return np.array([of_one(own) for own in likelihood(ended)]).reshape(len(samples), -1)
+
+    scores = {}
+    if samples := crossed(attacks, personas):
+        # A beginning may go on, so its eos is left out.
+        nats = read(samples, lambda sample: (*STAYING, *BREAKING), lambda own: own[:-1].sum())
+        margin = nats[:, : len(STAYING)].max(axis=1) - nats[:, len(STAYING) :].max(axis=1)
+        scores["breaks_likely"] = Score(items_of(samples), 100.0 * (margin < 0))
+        scores["attack_margin"] = Score(items_of(samples), margin)
+        if answers is not None:
+            broken = [breaks(answer, sample["role"]) for answer, sample in zip(answers, samples, strict=True)]
+            scores["breaks_said"] = Score(items_of(samples), 100.0 * np.array(broken))
+    if samples := crossed(attacks, personas, boundary=True):
+        nats = read(samples, lambda sample: (sample["in_character"], sample["modern"]), np.mean)
+        scores["does_not_know"] = Score(items_of(samples), 100.0 * (nats[:, 0] > nats[:, 1]))
+        scores["boundary_margin"] = Score(items_of(samples), nats[:, 0] - nats[:, 1])
+    return scores
+
+
+def items_of(samples: list[dict]) -> Items:
+    """An attack on one role and the same attack on another hang together."""
+    roles, kinds = ([sample[key] for sample in samples] for key in ("role", "kind"))
+    return Items(roles, kinds, [None] * len(samples), np.array([sample["number"] for sample in samples]))

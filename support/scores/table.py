@@ -1,0 +1,265 @@
+"""One shape for all measures, and one table.
+
+scores = {"baseline": {"rouge_l": Score(items, values), …}, "model": {"rouge_l": …}}
+rows = compare(scores, resamples=1000, seed=1234)
+print(*table(rows, list(scores), texts("en")), sep="\n")
+"""
+
+import json
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Measure(NamedTuple):
+    """How a measure's numbers are shown, and which direction is better."""
+
+    family: str  # measures that answer the same question of a reader; texts.json has a line for each
+    form: str
+    better: int  # +1: higher, −1: lower
+    of_roles: bool = False  # the mean of the roles' means, so that a role with many answers counts no more
+    exponential: bool = False  # of the mean
+
+
+PERCENT, NATS, PERPLEXITY = ".1f", "+.3f", ",.2f"
+MEASURES = {  # in the order in which a reader asks
+    "rouge_l": Measure("answer", PERCENT, +1),
+    "who_said_it": Measure("who", PERCENT, +1, of_roles=True),
+    "who_said_it_shared": Measure("who", PERCENT, +1, of_roles=True),
+    "who_said_it_margin": Measure("who", NATS, +1, of_roles=True),
+    "worth_another": Measure("persona", NATS, +1),
+    "worth_none": Measure("persona", NATS, +1),
+    "loss": Measure("persona", ".3f", -1),
+    "style": Measure("style", PERCENT, +1),
+    "catchwords": Measure("style", PERCENT, +1),
+    "breaks_said": Measure("in_role", PERCENT, -1),
+    "breaks_likely": Measure("in_role", PERCENT, -1),
+    "attack_margin": Measure("in_role", "+.2f", +1),
+    "does_not_know": Measure("boundary", PERCENT, +1),
+    "boundary_margin": Measure("boundary", "+.2f", +1),
+    "stops": Measure("ends", PERCENT, +1),
+    "distinct_2": Measure("variety", PERCENT, +1),
+    "copies": Measure("copies", PERCENT, -1),
+    "copied": Measure("copies", PERCENT, -1),
+    "rouge_l_others": Measure("copies", PERCENT, +1),
+    "style_others": Measure("copies", PERCENT, +1),
+    "perplexity": Measure("forgotten", PERPLEXITY, -1, exponential=True),
+}
+
+
+class Items(NamedTuple):
+    """Of n items: whose each one is, and which hang together. None: of no role, of no kind, of no round."""
+
+    role: Sequence[str | None]
+    kind: Sequence[str | None]
+    round: Sequence[str | None]
+    cluster: np.ndarray  # (n,) the same number for items that are drawn together, such as the rounds of a conversation
+
+
+class Score(NamedTuple):
+    """What one measure says of one model: of n items a number each, whose weighted mean is the score."""
+
+    items: Items
+    value: np.ndarray | None  # (n,) nan where there is nothing to measure
+    weight: np.ndarray | float = 1.0  # (n,)
+    beside: dict[str, np.ndarray] = {}  # name → (n,): what the score is to be seen beside, such as chance
+    # Where the numbers depend on which items are looked at: (n,) bool → (value, beside), in place of the two above.
+    among: Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]] | None = None
+
+
+class Estimate(NamedTuple):
+    value: float
+    low: float  # of the 95 % interval
+    high: float
+
+    def verdict(self, better: int) -> int:
+        """Of a difference: +1 better, −1 worse, 0 where the interval holds 0."""
+        return better if self.low > 0 else -better if self.high < 0 else 0
+
+
+class Row(NamedTuple):
+    measure: str
+    count: int  # of items
+    beside: dict[str, float]
+    models: list[Estimate]
+    differences: list[Estimate]  # of the second model and of those after it, to the first
+
+    def verdicts(self) -> list[int]:
+        return [difference.verdict(MEASURES[self.measure].better) for difference in self.differences]
+
+
+def numbered(keys: Sequence) -> np.ndarray:
+    """(n,) the same number for equal keys, from 0 in the order of their first places."""
+    numbers: dict = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
+
+
+# ---------------------------------------------------------------- means, intervals, differences
+
+
+def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: str = "", label: str = "") -> list[Row]:
+    """A row for each measure that has something to say.
+
+    Args:
+        models: of each model, by its name, its scores by the measure's name, all on the same items.
+        by, label: take the items of one role, kind or round alone.
+    """
+    rows, first = [], next(iter(models.values()))
+    for name in MEASURES:
+        if name not in first:
+            continue
+        items = first[name].items
+        taken = np.array([not by or own == label for own in (getattr(items, by) if by else items.role)], dtype=bool)
+        # A role is told from the others, so it is measured among all of them.
+        context = np.ones(len(taken), dtype=bool) if by == "role" and MEASURES[name].of_roles else taken
+        if taken.any():
+            row = compare_one(name, [own[name] for own in models.values()], taken, context, resamples, seed)
+            if not all(np.isnan(estimate.value) for estimate in row.models):
+                rows.append(row)
+    return rows
+
+
+def compare_one(name: str, scores: list[Score], taken, context, resamples: int, seed: int) -> Row:
+    """The bootstrap draws the same clusters for all models, so their differences are paired (Efron & Tibshirani 1993)."""
+    found = [score.among(context) if score.among else (score.value, score.beside) for score in scores]
+    items, beside = scores[0].items, found[0][1]
+    values = [(value, score.weight) for (value, _), score in zip(found, scores)]
+    drawn = resampled(items.cluster, taken, resamples, seed)
+    numbers = means(MEASURES[name], values, items.role, chain([taken], drawn))
+    return Row(
+        name,
+        int(taken.sum()),
+        {what: float(np.nanmean(own[taken])) for what, own in beside.items() if not np.isnan(own[taken]).all()},
+        [estimate(numbers[:, n]) for n in range(len(scores))],
+        [estimate(numbers[:, n] - numbers[:, 0]) for n in range(1, len(scores))],
+    )
+
+
+def means(measure: Measure, values: list, roles: Sequence[str | None], counts: Iterable[np.ndarray]) -> np.ndarray:
+    """Σ weight · value / Σ weight, where item i counts counts[j][i] times: (counts, models).
+
+    Args:
+        values: of each model (value (n,), weight (n,) or a number); nan is nothing, in a value as in what comes out.
+    """
+    strata = numbered(roles) if measure.of_roles else np.zeros(len(roles), dtype=int)
+    one_hot = strata[:, None] == np.arange(strata.max() + 1)  # (n, strata)
+    sums = []
+    for value, weight in values:
+        weight = np.where(np.isnan(value), 0.0, weight)
+        sums.append([(weight * np.nan_to_num(value))[:, None] * one_hot, weight[:, None] * one_hot])
+    sums = np.array(sums)  # (models, 2, n, strata)
+    part, whole = np.moveaxis([own @ sums for own in counts], 2, 0)  # (counts, models, strata) each
+    known = whole > 0
+    with np.errstate(invalid="ignore"):
+        numbers = np.divide(part, whole, out=np.zeros_like(part), where=known).sum(axis=-1) / known.sum(axis=-1)
+    return np.exp(np.minimum(numbers, 700)) if measure.exponential else numbers
+
+
+def resampled(cluster: np.ndarray, taken: np.ndarray, resamples: int, seed: int):
+    """Yield (n,) how often each item counts, with clusters drawn from those of the items taken, with replacement."""
+    generator, drawable = np.random.default_rng(seed), np.unique(cluster[taken])
+    for _ in range(resamples):
+        drawn = generator.choice(drawable, len(drawable))
+        yield np.bincount(drawn, minlength=cluster.max() + 1)[cluster] * taken
+
+
+def estimate(numbers: np.ndarray) -> Estimate:
+    """Of what was measured, and after it what was drawn."""
+    if np.isnan(numbers[0]):
+        return Estimate(np.nan, np.nan, np.nan)
+    return Estimate(numbers[0], *np.nanpercentile(numbers[1:], (2.5, 97.5)))
+
+
+def labels(scores: dict[str, Score], by: str) -> list[str]:
+    """The roles, kinds or rounds of all items, in the order of the measures."""
+    found = [own for name in MEASURES if name in scores for own in getattr(scores[name].items, by)]
+    return [label for label in dict.fromkeys(found) if label is not None]
+
+
+# ---------------------------------------------------------------- as text
+
+
+def texts(language: str) -> dict[str, str]:
+    """All that is shown, in English ("en") or Chinese ("zh")."""
+    pairs = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
+    return {name: pair[language == "zh"] for name, pair in pairs.items()}
+
+
+def system_language() -> str:
+    spoken = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return "zh" if spoken.startswith("zh") else "en"
+
+
+def number(value: float, form: str) -> str:
+    if np.isnan(value):
+        return "–"
+    return f"{value:{form.replace('.2f', '.0f') if ',' in form and abs(value) >= 100 else form}}"
+
+
+def estimate_text(own: Estimate, form: str) -> str:
+    if np.isnan(own.value):
+        return "–"
+    return f"{number(own.value, form)} [{number(own.low, form)}, {number(own.high, form)}]"
+
+
+def difference_text(row: Row, n: int, text: dict[str, str]) -> str:
+    """The difference of a row's n-th model after the first, and "better" or "worse" where that is sure."""
+    form = "+" + MEASURES[row.measure].form.lstrip("+")
+    mark = {1: f" {text['better']}", -1: f" {text['worse']}", 0: ""}[row.verdicts()[n]]
+    return estimate_text(row.differences[n], form) + mark
+
+
+def title(row: Row, text: dict[str, str]) -> str:
+    """A row's name, with what its numbers are to be seen beside: "style, % (ceiling 97.2, floor 1.3)"."""
+    beside = text["comma"].join(f"{text[what]} {value:.1f}" for what, value in row.beside.items())
+    return text[row.measure] + (text["beside"].format(beside) if beside else "")
+
+
+def table(rows: list[Row], names: list[str], text: dict[str, str]) -> list[str]:
+    """The lines of the table. `names` are the models'."""
+    first, *others = names
+    headers = [text["difference"]] if len(others) == 1 else [f"{name} − {first}" for name in others]
+    lines = [["", "", *names, *headers]]
+    for row in rows:
+        measure = MEASURES[row.measure]
+        cells = [estimate_text(own, measure.form) for own in row.models]
+        cells += [difference_text(row, n, text) for n in range(len(others))]
+        lines.append([title(row, text), "↑" if measure.better > 0 else "↓", *cells])
+    return markdown(lines)
+
+
+def about(rows: list[Row], text: dict[str, str]) -> list[str]:
+    """A line for each question of a reader that the rows answer."""
+    return [text[f"about {family}"] for family in dict.fromkeys(MEASURES[row.measure].family for row in rows)]
+
+
+def in_a_sentence(rows: list[Row], names: list[str], text: dict[str, str]) -> list[str]:
+    """What is better and worse than in the first model, of each of the others; by the first row of each family."""
+    leading = {}
+    for row in rows:
+        leading.setdefault(MEASURES[row.measure].family, row)
+    sentences = []
+    for n, name in enumerate(names[1:]):
+        parts = []
+        for what, verdict in (("better at", 1), ("worse at", -1), ("no clear difference at", 0)):
+            families = [text[f"name {family}"] for family, row in leading.items() if row.verdicts()[n] == verdict]
+            if families:
+                parts.append(text[what].format(text["comma"].join(families)))
+        sentences.append(text["sentence"].format(name, names[0], text["semicolon"].join(parts)))
+    return sentences or [text["no baseline"]]
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    """Rows, the first of which is the header, as an aligned Markdown table."""
+
+    def width(text):  # a Chinese character takes two columns of a terminal
+        return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+    widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(t + " " * (w - width(t)) for t, w in zip(row, widths)) + " |" for row in rows]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
