@@ -308,11 +308,8 @@ def main(argv=None):
     if args.html:
         roles = labels(scores[names[0]], "role")
         by_role = {role: compare(scores, args.resamples, args.seed, "role", role) for role in roles}
-        parts = report.opening(sentences, remarks, rows, names, text)
-        parts += report.roles_part(rows, by_role, text)
-        parts += report.heard_part(heard, text)
-        parts += report.answers_part(questions, answers, measured, text)
-        report.write(args.html, language, text, parts)
+        lines = {"sentences": sentences, "remarks": [*about(rows, text), *remarks]}
+        report.write(args.html, language, lines, rows, by_role, heard, questions, answers, measured)
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

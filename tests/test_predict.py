@@ -619,8 +619,8 @@ def test_a_difference_is_marked_where_its_interval_excludes_zero():
     assert list(marked.values()) == ["better", "better", marked["ends by itself, %"], "worse"]
     assert marked["ends by itself, %"].endswith("]")
     assert in_a_sentence(rows, ["base", "tuned"], texts("en")) == [
-        "tuned against base: better at the recorded answers, the persona's worth; worse at not reciting; "
-        "no clear difference at ending by itself."
+        "tuned against base: better in recorded answers, persona's worth; worse in own words; "
+        "no clear difference in ending by itself."
     ]
     assert in_a_sentence(rows, ["base", "tuned"], texts("zh"))[0].startswith(
         "tuned 与 base 相比：与原答案重合、人设的作用变好了；"

@@ -4,16 +4,17 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from baichuan.generation_utils import Answer
 from support.scores import report
-from support.scores.answers import measure_answers, recorded_limits
+from support.scores.answers import Answers, measure_answers, recorded_limits
 from support.scores.persona import Said
 from support.scores.table import Items, Score, compare, in_a_sentence, texts
 from support.scores.voice import Recall
 
 EVIL = '<img src="http://example.org/x.png"><script>alert(1)</script>&lt;"\''
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "path", "circle"}
 
 
 class Reader(HTMLParser):
@@ -58,9 +59,8 @@ def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None,
     scores, names = {name: one.scores for name, one in measured.items()}, list(own)
     rows = compare(scores, 20, 1)
     by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
-    parts = report.opening(in_a_sentence(rows, names, text), [f"remark {evil}"], rows, names, text)
-    parts += report.roles_part(rows, by_role, text) + report.heard_part(heard or {}, text)
-    report.write(path, language, text, parts + report.answers_part(questions, answers, measured, text))
+    lines = {"sentences": in_a_sentence(rows, names, text), "remarks": [f"remark {evil}"]}
+    report.write(path, language, lines, rows, by_role, heard or {}, questions, answers, measured)
     return Reader(path.read_text(encoding="utf-8"))
 
 
@@ -87,17 +87,22 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
     assert shares == ["--share: 50%", "--share: 50%"]
 
 
-def test_the_picture_points_right_where_it_is_better():
-    """ROUGE-L rises, copies rise: one is better, the other worse."""
+def test_the_picture_points_right_where_it_is_better(tmp_path):
+    """ROUGE-L rises, and so do copies: one is better, the other worse."""
     items = Items(["甲"] * 4, [None] * 4, [None] * 4, np.arange(4))
     rise = {name: [Score(items, np.full(4, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
-    rows = compare(models, 20, 1)
-    page = Reader(report.picture(rows, ["base", "tuned"], texts("en")))
+    measured = {name: Answers(own, None, None) for name, own in models.items()}
+    question = SimpleNamespace(role="甲", prompt="问", kind=None, round=None, references=["答"])
+    answers = {name: [Answer("答", True)] * 4 for name in models}
+    path, lines = tmp_path / "report.html", {"sentences": [], "remarks": []}
+    report.write(path, "en", lines, compare(models, 20, 1), {}, {}, [question] * 4, answers, measured)
+    page = Reader(path.read_text(encoding="utf-8"))
     circles = [float(attributes["cx"]) for tag, attributes in page.tags if tag == "circle"]
     classes = [attributes["class"] for tag, attributes in page.tags if tag == "g"]
     assert classes == ["before", "better", "before", "worse"]
     assert circles[0] < circles[1] and circles[2] > circles[3]
+    assert circles[1] - circles[0] == pytest.approx(0.4 * 350 * 0.9)  # of 350 pixels less the margins
     assert "20.0 → 60.0   +40.0 [+40.0, +40.0] better" in page.text and "[+40.0, +40.0] worse" in page.text
 
 
@@ -105,7 +110,7 @@ def test_several_models_have_a_lane_each_and_one_has_no_arrow(tmp_path):
     page = write(tmp_path / "three.html", {"base": ["甲", "乙"], "one": ["甲", "乙"], "two": ["甲", "乙"]}, evil="")
     lanes = [tag for tag, attributes in page.tags if tag == "g"]
     rows = page.text.count("recorded answer: ROUGE-L, %\n")
-    assert rows == 2 and len(lanes) % 4 == 0 and "   one\n" in page.text and "   two\n" in page.text
+    assert rows == 2 and len(lanes) % 4 == 0 and "\n1   " in page.text and "\n2   " in page.text
     alone = write(tmp_path / "one.html", {"model": ["甲", "乙"]}, language="zh", evil="")
     assert "→" not in alone.text.split("回答对照")[0] and "加上 --baseline_path" in alone.text
     assert ("html", {"lang": "zh"}) in alone.tags and "训练改变了什么？" in alone.text
@@ -113,7 +118,7 @@ def test_several_models_have_a_lane_each_and_one_has_no_arrow(tmp_path):
 
 def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     """Of 20 answers, number n has n of 19 characters of the recorded one, so the order is known."""
-    recorded, text = "子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚", texts("en")
+    recorded = "子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚"
     questions = [
         SimpleNamespace(
             **{"role": f"角色{n % 3}", "system": "", "prompt": f"问题{n}。", "kind": None, "round": None},
@@ -124,7 +129,11 @@ def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     tuned = [Answer(" ".join(recorded[:n]), True) for n in range(20)]
     answers = {"base": [Answer(f"原{n}。", False) for n in range(20)], "tuned": tuned}
     measured = {name: measure_answers(questions, own, None, None, {}) for name, own in answers.items()}
-    page = Reader("".join(report.answers_part(questions, answers, measured, text)))
+    rows = compare({name: own.scores for name, own in measured.items()}, 5, 1)
+    report.write(
+        tmp_path / "report.html", "en", {"sentences": [], "remarks": []}, rows, {}, {}, questions, answers, measured
+    )
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     best, worst = page.text.split("The worst answers of tuned")
     worst, rest = worst.split("All other answers: 4")
     asked = [[int(line[2:-1]) for line in part.split("\n") if line.startswith("问题")] for part in (best, worst, rest)]

@@ -76,7 +76,7 @@ def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     style, recall, remarks = read_training(path, ["李白", "杜甫"], texts("en"))
     assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or copies for them."]
-    assert read_training(path, ["李白", "杜甫"], texts("zh"))[2][0].endswith("没有杜甫的答案：不计其口吻和照背。")
+    assert read_training(path, ["李白", "杜甫"], texts("zh"))[2][0].endswith("没有杜甫的答案：不计其风格和照抄。")
     questions = [question("李白", "举杯邀明月"), question("杜甫", "国破山河在")]
     models = {"model": measured(questions, answered("举杯", "举杯"), style, recall)}
     of_li_bai, of_all = rows_of(models, "role", "李白"), rows_of(models)

@@ -114,9 +114,10 @@ def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: 
         if name not in first:
             continue
         items = first[name].items
-        taken = np.array([not by or own == label for own in (getattr(items, by) if by else items.role)], dtype=bool)
+        everything = np.ones(len(items.cluster), dtype=bool)
+        taken = np.array([own == label for own in getattr(items, by)], dtype=bool) if by else everything
         # A role is told from the others, so it is measured among all of them.
-        context = np.ones(len(taken), dtype=bool) if by == "role" and MEASURES[name].of_roles else taken
+        context = everything if by == "role" and MEASURES[name].of_roles else taken
         if taken.any():
             row = compare_one(name, [own[name] for own in models.values()], taken, context, resamples, seed)
             if not all(np.isnan(estimate.value) for estimate in row.models):
@@ -195,10 +196,16 @@ def system_language() -> str:
     return "zh" if spoken.startswith("zh") else "en"
 
 
+def signed(form: str) -> str:
+    return "+" + form.lstrip("+")
+
+
 def number(value: float, form: str) -> str:
     if np.isnan(value):
         return "–"
-    return f"{value:{form.replace('.2f', '.0f') if ',' in form and abs(value) >= 100 else form}}"
+    if "," in form and abs(value) >= 100:
+        form = form.replace(".2f", ".0f")
+    return f"{value:{form}}"
 
 
 def estimate_text(own: Estimate, form: str) -> str:
@@ -209,9 +216,8 @@ def estimate_text(own: Estimate, form: str) -> str:
 
 def difference_text(row: Row, n: int, text: dict[str, str]) -> str:
     """The difference of a row's n-th model after the first, and "better" or "worse" where that is sure."""
-    form = "+" + MEASURES[row.measure].form.lstrip("+")
     mark = {1: f" {text['better']}", -1: f" {text['worse']}", 0: ""}[row.verdicts()[n]]
-    return estimate_text(row.differences[n], form) + mark
+    return estimate_text(row.differences[n], signed(MEASURES[row.measure].form)) + mark
 
 
 def title(row: Row, text: dict[str, str]) -> str:
@@ -246,7 +252,7 @@ def in_a_sentence(rows: list[Row], names: list[str], text: dict[str, str]) -> li
     sentences = []
     for n, name in enumerate(names[1:]):
         parts = []
-        for what, verdict in (("better at", 1), ("worse at", -1), ("no clear difference at", 0)):
+        for what, verdict in (("better in", 1), ("worse in", -1), ("no clear difference in", 0)):
             families = [text[f"name {family}"] for family, row in leading.items() if row.verdicts()[n] == verdict]
             if families:
                 parts.append(text[what].format(text["comma"].join(families)))
