@@ -301,8 +301,8 @@ def main(argv=None):
         print("", text["nothing to split"].format(args.by), sep="\n")
     for label in found:
         part = compare(scores, args.resamples, args.seed, args.by, label)
-        title = f"{text.get(label, label) or text['no role']} ({part[0].count})"
-        print("", title, "", *table(part, names, text), sep="\n")
+        title = label or text["no role"] if args.by == "role" else text.get(f"label {label}", label)
+        print("", f"{title} ({part[0].count})", "", *table(part, names, text), sep="\n")
 
     # 3. The report.
     if args.html:

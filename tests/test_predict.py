@@ -623,7 +623,7 @@ def test_a_difference_is_marked_where_its_interval_excludes_zero():
         "no clear difference in ending by itself."
     ]
     assert in_a_sentence(rows, ["base", "tuned"], texts("zh"))[0].startswith(
-        "tuned 与 base 相比：与原答案重合、人设的作用变好了；"
+        "tuned 与 base 相比：与原文重合、人设的作用变好了；"
     )
     assert in_a_sentence(compare({"base": base}, 5, 1), ["base"], texts("en"))[0].startswith("Add --baseline_path")
 
