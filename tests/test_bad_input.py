@@ -282,7 +282,7 @@ CHECK = ("merge_params.py", "merged-llama/*.json merged-llama/model.safetensors"
          + " --check_only")  # fmt: skip
 PREDICT = ("predict.py", "test.json model/*.json model/tokenizer.model",
            "--model_path {}/model --test_path {}/test.json --output_path {}/out/answers.jsonl --max_new_tokens 2 "
-           "--resamples 2 --answers_only --data_dir {}/rolebench")  # fmt: skip
+           "--resamples 2 --answers_only")  # fmt: skip
 ASK = ("web_demo.py", "rolebench/profiles* adapter/adapter_* model/*.json model/tokenizer.model",
        "--model_path {}/model --adapter_path {}/adapter --desc_path {}/rolebench/profiles-zh_desc.json --ask 你是谁？")  # fmt: skip
 STAND_IN = ("support.stand_in", "sentences.json", "--save_dir {}/out/stand-in --train_path {}/sentences.json --hidden_size 32 --steps 0 "

@@ -106,7 +106,7 @@ def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
             url = llama_cpp.stdout.readline().strip()
             for name, who in ("theirs", ["--engine", url]), ("ours", ["--model_path", merged, "--answers_only"]):
                 path = tmp_path / f"{name}.jsonl"
-                files = ["--train_path", samples[0], "--test_path", samples[1], "--data_dir", str(ROOT / "data/sample")]
+                files = ["--train_path", samples[0], "--test_path", samples[1]]
                 predict.main([*who, *files, "--output_path", str(path), "--max_new_tokens", "64", "--resamples", "20"])
                 answers[name] = sorted(
                     path.read_text(encoding="utf-8").splitlines()[1:]
