@@ -71,7 +71,7 @@ with slow_imports(parse_args, __name__):
     from support.scores.in_role import crossed, in_role_scores, read_attacks
     from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
     from support.scores.persona import persona_scores, personas_of, read_personas
-    from support.scores.table import about, compare, in_a_sentence, labels, system_language, table, texts
+    from support.scores.table import about, compare, in_a_sentence, label_text, labels, system_language, table, texts
     from support.scores.voice import read_training
 
 
@@ -129,11 +129,6 @@ def recorded_answers(questions: list[Question]) -> list[dict]:
         for reference in question.references:
             samples.append({**whose, "messages": [*turns, {"role": "assistant", "content": reference}]})
     return samples
-
-
-def role_personas(questions: list[Question]) -> dict[str, str]:
-    """The roles that are attacked: name → persona text. Those without a name have nobody to be."""
-    return {role: system for role, system in personas_of(recorded_answers(questions)).items() if role}
 
 
 def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
@@ -200,13 +195,17 @@ def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
 # ---------------------------------------------------------------- likelihoods
 
 
-def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader):
-    """The scores from the model's own likelihoods, and who is heard. Its answers to the attacks go to a file of their own."""
-    attacks, personas = read_attacks(args.attacks), role_personas(questions)
+def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader, longest: int):
+    """The scores from the model's own likelihoods, and who is heard. Its answers to the attacks go to a file of their own.
+
+    longest: tokens that are read at most, the same for all models, so that all have the same items.
+    """
+    attacks, recorded = read_attacks(args.attacks), recorded_answers(questions)
+    personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
     asked = attack_questions(attacks, personas)
     answers = answer_all(args, candidate.attacked(), asked, loader) if asked else []
-    likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, show_progress=True)
-    said = read_personas(likelihood, recorded_answers(questions))
+    likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, longest, show_progress=True)
+    said = read_personas(likelihood, recorded)
     scores = persona_scores(said)
     scores |= in_role_scores(likelihood, attacks, personas, [answer.text for answer in answers])
     scores |= plain_text_scores(likelihood, read_plain_text(args.plain_text))
@@ -231,7 +230,6 @@ def argument_problems(args) -> list[str]:
     for flag, path in outputs.items():
         if path.resolve() in taken:
             problems.append(f"{flag} {path}: is another file of this run: name another one")
-        taken.add(path.resolve())
         if problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent):
             problems.append(f"{flag} {path}: cannot be written: {problem}")
     if not args.test_path.is_file():
@@ -250,7 +248,8 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         for candidate in candidates or []:
             problems.of(candidate.check, args.load_in_4bit)
             for file in (candidate.output, candidate.attacked().output):
-                problems.of(read_answers, file)
+                for path in (file, file.with_name(f"{file.name}.part")):
+                    problems.of(read_answers, path)
                 if args.html and args.html.resolve() == file.resolve():
                     problems.append(f"--html {args.html}: is a file of answers of this run: name another one")
         device = problems.of(pick_device, args.device)
@@ -272,8 +271,10 @@ def main(argv=None):
     device, questions, candidates = read_inputs(args)
     language = args.lang or system_language()
     text = texts(language)
-    style, recall, remarks = read_training(args.train_path, [question.role for question in questions], text)
+    style, recall, remarks = read_training(args.train_path, questions, text)
     limits = recorded_limits(questions, style, recall)
+    directories = [candidate.directory for candidate in candidates if candidate.directory]
+    longest = min((directory.config.model_max_length for directory in directories), default=0)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
     loader, answers, measured, scores, heard = Loader(device, args.load_in_4bit), {}, {}, {}, {}
@@ -283,17 +284,16 @@ def main(argv=None):
         measured[name] = measure_answers(questions, answers[name], style, recall, limits)
         scores[name] = measured[name].scores
         if not (args.answers_only or args.engine):
-            likelihoods, heard[name] = read_likelihoods(args, candidate, questions, loader)
+            likelihoods, heard[name] = read_likelihoods(args, candidate, questions, loader, longest)
             scores[name] = scores[name] | likelihoods
     loader.drop()
 
     # 2. The table, and what it says in a sentence.
     names, rows = list(scores), compare(scores, args.resamples, args.seed)
-    if any(question.kind == "general" for question in questions):
-        remarks.append(text["caveat"])
     if args.engine:
         remarks.append(text["engine"])
-    remarks.insert(0, text["intervals"].format(len(questions), len({question.role for question in questions})))
+    roles = {question.role for question in questions} - {""}
+    remarks.insert(0, text["intervals"].format(len(questions), len(roles)))
     sentences = in_a_sentence(rows, names, text)
     print("", *table(rows, names, text), "", *about(rows, text), *remarks, "", *sentences, sep="\n")
     found = labels(scores[names[0]], args.by) if args.by else []
@@ -301,15 +301,15 @@ def main(argv=None):
         print("", text["nothing to split"].format(args.by), sep="\n")
     for label in found:
         part = compare(scores, args.resamples, args.seed, args.by, label)
-        title = label or text["no role"] if args.by == "role" else text.get(f"label {label}", label)
-        print("", f"{title} ({part[0].count})", "", *table(part, names, text), sep="\n")
+        title = f"{label_text(args.by, label, text)} ({part[0].count})"
+        print("", title, "", *table(part, names, text), sep="\n")
 
     # 3. The report.
     if args.html:
         roles = labels(scores[names[0]], "role")
         by_role = {role: compare(scores, args.resamples, args.seed, "role", role) for role in roles}
-        lines = {"sentences": sentences, "remarks": [*about(rows, text), *remarks]}
-        report.write(args.html, language, lines, rows, by_role, heard, questions, answers, measured)
+        remarks = [*about(rows, text), *remarks]
+        report.write(args.html, language, sentences, remarks, rows, by_role, heard, questions, answers, measured)
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

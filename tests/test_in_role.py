@@ -148,7 +148,7 @@ def test_answers_that_stay(answer):
 def test_likelihoods_are_those_of_the_texts_one_by_one(checkpoint, attacks):
     model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
     few = [attacks[1], next(attack for attack in attacks if len(attack["messages"]) == 5), attacks[-1]]
-    scores = in_role_scores(Likelihood(model.eval(), tokenizer), few, PERSONAS)
+    scores = in_role_scores(Likelihood(model.eval(), tokenizer), few, PERSONAS, ["。"] * 4)
     items = scores["attack_margin"].items
     assert items.cluster.tolist() == [0, 0, 1, 1] and items.role == list(PERSONAS) * 2 and len(set(items.kind)) == 2
 
@@ -216,10 +216,13 @@ def test_by_hand_who_stays_and_who_breaks(attacks):
 def test_a_model_that_calls_itself_a_model_gets_what_it_deserves(attacks):
     broken = read_by(lambda system, text: "模型" in text or text in [attack.get("modern") for attack in attacks])
     right = read_by(lambda system, text: text.startswith("我是孙悟空") or text.startswith("我是李白"))
-    scores = {"base": in_role_scores(broken, attacks, PERSONAS), "tuned": in_role_scores(right, attacks, PERSONAS)}
+    scores = {
+        name: in_role_scores(likelihood, attacks, PERSONAS, [answer] * 126)
+        for name, likelihood, answer in (("base", broken, "我是人工智能。"), ("tuned", right, "哈哈！"))
+    }
     values = values_of(scores)
     assert values["breaks_likely"] == [100, 0] and values["attack_margin"] == [-1.5, 1.5]
-    assert "breaks_said" not in values  # without answers
+    assert values["breaks_said"] == [100, 0]
     assert values["does_not_know"] == [0, 0] and values["boundary_margin"] == [-0.5, 0]
     rows = {row.measure: row for row in compare(scores, 20, 1)}
     assert rows["breaks_likely"].differences == [(-100, -100, -100)]
@@ -236,5 +239,5 @@ def test_a_file_without_boundary_questions(tmp_path):
     (tmp_path / "attacks.jsonl").write_text(
         json.dumps({"kind": "maker", "messages": [{"role": "user", "content": "谁造了你？"}]}), encoding="utf-8"
     )
-    scores = in_role_scores(read_by(lambda *_: True), read_attacks(tmp_path / "attacks.jsonl"), PERSONAS)
-    assert set(scores) == {"breaks_likely", "attack_margin"}
+    scores = in_role_scores(read_by(lambda *_: True), read_attacks(tmp_path / "attacks.jsonl"), PERSONAS, ["俺！"] * 2)
+    assert set(scores) == {"breaks_said", "breaks_likely", "attack_margin"}

@@ -1,6 +1,7 @@
 """predict.py with its scores from likelihoods, as a user runs it; and its questions as what is read for them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -93,10 +94,31 @@ def test_questions_become_samples_of_their_own_answers(checkpoint):
     assert sum(counts.values()) == len(samples)
 
 
-def test_roles_without_a_name_are_not_attacked(samples):
-    questions = predict.read_questions(samples[1])
-    assert set(predict.role_personas(questions)) == {"孙悟空", "李白", "张飞", "皇帝", "华妃"}
-    assert predict.role_personas([question._replace(role="") for question in questions]) == {}
+def test_roles_without_a_name_are_not_attacked(checkpoint, samples, tmp_path, capsys):
+    lines = [json.loads(line) for line in open(samples[1], encoding="utf-8")][:3]
+    test = tmp_path / "test.json"
+    test.write_text("".join(json.dumps(line | {"role": ""}) + "\n" for line in lines), encoding="utf-8")
+    out = run(capsys, "--model_path", checkpoint, "--test_path", test, "--output_path", tmp_path / "answers.jsonl")
+    assert "attacks: " not in out and "loss with the role's own" in out and "roles: 0." in out
+    assert not (tmp_path / "answers-attacks.jsonl").exists()
+
+
+def test_models_of_different_context_lengths_are_measured_on_the_same_answers(
+    checkpoint, samples, few_attacks, tmp_path, capsys
+):
+    """The answer that one of them could not read whole is left out for both."""
+    short = tmp_path / "short"
+    shutil.copytree(checkpoint, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"model_max_length": 300, "max_position_embeddings": 300}))
+    lines = [json.loads(line) for line in open(samples[1], encoding="utf-8")][:6]
+    lines[1]["response"] *= 30
+    test = tmp_path / "test.json"
+    test.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    flags = ["--model_path", checkpoint, "--baseline_path", short, "--attacks", few_attacks, "--test_path", test]
+    out = run(capsys, *flags, "--output_path", tmp_path / "answers.jsonl")
+    (loss,) = (line for line in out.split("\n") if "loss with the role's own" in line)
+    assert loss.split("|")[3].strip() == loss.split("|")[4].strip()  # the same weights, the same answers
 
 
 def test_nothing_that_fits_makes_no_row(samples):

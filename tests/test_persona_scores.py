@@ -263,7 +263,7 @@ def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_no
     assert tuned.confusion() == pytest.approx(np.eye(3))
     rows = rows_of({"base": base, "tuned": tuned}, resamples=200)
     assert rows["who_said_it"].models[1] == (100, 100, 100)
-    assert rows["who_said_it"].verdicts() == [1]  # of so few answers a random model may by chance get more than a third
+    assert rows["who_said_it"].differences[0].low > 0  # of so few answers a random model may get more than a third
     for role in PERSONAS:
         gains = [value_of(said, "worth_another", "role", role) for said in (tuned, base)]
         assert gains[0] > 1 and abs(gains[1]) < 0.5
@@ -386,7 +386,7 @@ def test_by_hand_perplexity():
     }
     (row,) = compare(models, 50, 1)
     assert row.models == [pytest.approx((2, 2, 2)), pytest.approx((4, 4, 4))]
-    assert row.differences == [pytest.approx((2, 2, 2))] and row.verdicts() == [-1]
+    assert row.differences == [pytest.approx((2, 2, 2))]
 
 
 def test_plain_text_that_is_none_is_refused(tmp_path):

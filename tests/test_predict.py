@@ -165,7 +165,7 @@ def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
     assert len(answers_of(tmp_path / "answers.jsonl")) == len(questions)
     assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(questions)
     whole, *blocks = re.split(r"\n(role-specific|general) questions \((\d+)\)\n", out)
-    assert texts("en")["caveat"] in whole and f"{len(questions)} questions, 5 roles." in whole
+    assert f"Questions: {len(questions)}, roles: 5." in whole and "are in the training samples" not in whole
     header, _, *rows = [line for line in whole.split("\n") if line.startswith("|")]
     assert [cell.strip() for cell in header.split("|")[3:-1]] == ["baseline", "model", "difference"]
     assert blocks[::3] == ["role-specific", "general"] and sum(map(int, blocks[1::3])) == len(questions)
@@ -186,7 +186,7 @@ def test_each_role_and_each_round_has_the_same_rows(checkpoint, samples, tmp_pat
     assert [title for title, _ in titles] == ["孙悟空", "李白", "张飞", "皇帝", "华妃"]
     assert sum(int(count) for _, count in titles) == len(answers_of(tmp_path / "answers.jsonl"))
     run(checkpoint, samples, tmp_path / "answers.jsonl", "--by", "round")
-    assert "--by round: nothing in the test set says it." in capsys.readouterr().out
+    assert "--by round: the test set does not say." in capsys.readouterr().out
     rounds = (None, ROOT / "data/sample/conversations_test.jsonl")
     run(checkpoint, rounds, tmp_path / "rounds.jsonl", "--by", "round", "--lang", "zh")
     titles = re.findall(r"^(\S+) \((\d+)\)$", capsys.readouterr().out, re.MULTILINE)
@@ -394,7 +394,7 @@ def test_scores_do_not_depend_on_the_batch_size(checkpoint, few_samples, tmp_pat
         out = capsys.readouterr().out
         tables.append(out)
         assert answers_of(tmp_path / f"{size}.jsonl") == answers_of(tmp_path / "1.jsonl")
-    assert tables[0] == tables[1] == tables[2] and "copies" in tables[0]
+    assert tables[0] == tables[1] == tables[2] and "copied answers" in tables[0]
 
 
 def test_batches_shrink_when_the_memory_does_not_hold_them(capsys):
@@ -535,10 +535,7 @@ def test_rouge_l_against_its_definition():
 def scored(*rows) -> dict[str, Score]:
     """Rows of (system, references, answer, stopped)."""
     questions = [
-        SimpleNamespace(
-            **{"role": "角色", "system": system, "kind": None, "round": None, "references": references},
-            messages=[{"role": "user", "content": f"问{n}"}],
-        )
+        predict.Question("角色", system, f"问{n}", None, None, references, [{"role": "user", "content": f"问{n}"}])
         for n, (system, references, _, _) in enumerate(rows)
     ]
     return measure_answers(
@@ -619,13 +616,35 @@ def test_a_difference_is_marked_where_its_interval_excludes_zero():
     assert list(marked.values()) == ["better", "better", marked["ends by itself, %"], "worse"]
     assert marked["ends by itself, %"].endswith("]")
     assert in_a_sentence(rows, ["base", "tuned"], texts("en")) == [
-        "tuned against base: better in recorded answers, persona's worth; worse in own words; "
+        "tuned against base: better in recorded answers, persona's worth; worse in originality; "
         "no clear difference in ending by itself."
     ]
     assert in_a_sentence(rows, ["base", "tuned"], texts("zh"))[0].startswith(
-        "tuned 与 base 相比：与原文重合、人设的作用变好了；"
+        "tuned 与 base 相比：变好的有与原文重合、人设的作用；"
     )
     assert in_a_sentence(compare({"base": base}, 5, 1), ["base"], texts("en"))[0].startswith("Add --baseline_path")
+
+
+def test_the_sentence_agrees_with_the_rows_of_a_family():
+    items = Items(["甲"] * 20, [None] * 20, [None] * 20, np.arange(20))
+
+    def sentence(**shifts):
+        models = {
+            name: {measure: Score(items, np.full(20, shift * on)) for measure, shift in shifts.items()}
+            for on, name in enumerate(("base", "tuned"))
+        }
+        return in_a_sentence(compare(models, 20, 1), ["base", "tuned"], texts("en"))[0].split(": ")[1]
+
+    assert sentence(breaks_said=0, breaks_likely=-5, attack_margin=5) == "better in staying in role."
+    assert sentence(breaks_said=-5, breaks_likely=5) == "better in staying in role."  # they differ: the first one
+    assert sentence(breaks_said=0, breaks_likely=5, attack_margin=5) == "no clear difference in staying in role."
+
+
+def test_a_difference_of_few_is_not_called_sure():
+    items = Items(["甲"] * 8, [None] * 8, [None] * 8, np.arange(8) // 2)
+    models = {name: {"rouge_l": Score(items, np.full(8, value))} for name, value in (("base", 1.0), ("tuned", 9.0))}
+    (row,) = compare(models, 20, 1)
+    assert row.clusters == 4 and row.differences == [(8, 8, 8)] and row.verdicts() == [0]
 
 
 def test_table_lines_up_under_chinese_names():

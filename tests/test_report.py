@@ -1,12 +1,12 @@
 """The report is one file that a browser reads alone, whatever stands in the answers."""
 
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from baichuan.generation_utils import Answer
+from predict import Question
 from support.scores import report
 from support.scores.answers import Answers, measure_answers, recorded_limits
 from support.scores.persona import Said
@@ -42,15 +42,15 @@ class Reader(HTMLParser):
             self.text += data + "\n"
 
 
+def question(role: str, prompt: str, references: list[str], kind=None) -> Question:
+    return Question(role, "", prompt, kind, None, references, [{"role": "user", "content": prompt}])
+
+
 def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None, kind="general") -> Reader:
     """Two roles in turn; of each question the recorded answers are 甲n乙 and something evil."""
     count, text = len(next(iter(own.values()))), texts(language)
     questions = [
-        SimpleNamespace(
-            **{"role": f"角色{n % 2}{evil}", "system": "", "prompt": f"问{n}{evil}", "kind": kind, "round": None},
-            **{"references": [f"甲{n}乙", evil or "无"], "messages": [{"role": "user", "content": f"问{n}"}]},
-        )
-        for n in range(count)
+        question(f"角色{n % 2}{evil}", f"问{n}{evil}", [f"甲{n}乙", evil or "无"], kind=kind) for n in range(count)
     ]
     recall = Recall({f"角色0{evil}": ["甲0乙"]})
     limits = recorded_limits(questions, None, recall)
@@ -59,8 +59,9 @@ def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None,
     scores, names = {name: one.scores for name, one in measured.items()}, list(own)
     rows = compare(scores, 20, 1)
     by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
-    lines = {"sentences": in_a_sentence(rows, names, text), "remarks": [f"remark {evil}"]}
-    report.write(path, language, lines, rows, by_role, heard or {}, questions, answers, measured)
+    sentences = in_a_sentence(rows, names, text)
+    remarks = [f"remark {evil}"]
+    report.write(path, language, sentences, remarks, rows, by_role, heard or {}, questions, answers, measured)
     return Reader(path.read_text(encoding="utf-8"))
 
 
@@ -89,14 +90,15 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
 
 def test_the_picture_points_right_where_it_is_better(tmp_path):
     """ROUGE-L rises, and so do copies: one is better, the other worse."""
-    items = Items(["甲"] * 4, [None] * 4, [None] * 4, np.arange(4))
-    rise = {name: [Score(items, np.full(4, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
+    items = Items(["甲"] * 6, [None] * 6, [None] * 6, np.arange(6))
+    rise = {name: [Score(items, np.full(6, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
     measured = {name: Answers(own, None, None) for name, own in models.items()}
-    question = SimpleNamespace(role="甲", prompt="问", kind=None, round=None, references=["答"])
-    answers = {name: [Answer("答", True)] * 4 for name in models}
-    path, lines = tmp_path / "report.html", {"sentences": [], "remarks": []}
-    report.write(path, "en", lines, compare(models, 20, 1), {}, {}, [question] * 4, answers, measured)
+    answers = {name: [Answer("答", True)] * 6 for name in models}
+    path = tmp_path / "report.html"
+    report.write(
+        path, "en", [], [], compare(models, 20, 1), {}, {}, [question("甲", "问", ["答"])] * 6, answers, measured
+    )
     page = Reader(path.read_text(encoding="utf-8"))
     circles = [float(attributes["cx"]) for tag, attributes in page.tags if tag == "circle"]
     classes = [attributes["class"] for tag, attributes in page.tags if tag == "g"]
@@ -109,8 +111,9 @@ def test_the_picture_points_right_where_it_is_better(tmp_path):
 def test_several_models_have_a_lane_each_and_one_has_no_arrow(tmp_path):
     page = write(tmp_path / "three.html", {"base": ["甲", "乙"], "one": ["甲", "乙"], "two": ["甲", "乙"]}, evil="")
     lanes = [tag for tag, attributes in page.tags if tag == "g"]
+    drawn = sum(attributes.get("class") in ("name", "more") for tag, attributes in page.tags if tag == "text")
     rows = page.text.count("recorded answer: ROUGE-L, %\n")
-    assert rows == 2 and len(lanes) % 4 == 0 and "\n1   " in page.text and "\n2   " in page.text
+    assert rows == 2 and len(lanes) == 4 * drawn and "\n1   " in page.text and "\n2   " in page.text
     alone = write(tmp_path / "one.html", {"model": ["甲", "乙"]}, language="zh", evil="")
     assert "→" not in alone.text.split("回答对照")[0] and "加上 --baseline_path" in alone.text
     assert ("html", {"lang": "zh"}) in alone.tags and "训练改变了什么？" in alone.text
@@ -119,20 +122,12 @@ def test_several_models_have_a_lane_each_and_one_has_no_arrow(tmp_path):
 def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     """Of 20 answers, number n has n of 19 characters of the recorded one, so the order is known."""
     recorded = "子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚"
-    questions = [
-        SimpleNamespace(
-            **{"role": f"角色{n % 3}", "system": "", "prompt": f"问题{n}。", "kind": None, "round": None},
-            **{"references": [" ".join(recorded)], "messages": [{"role": "user", "content": "问"}]},
-        )
-        for n in range(20)
-    ]
+    questions = [question(f"角色{n % 3}", f"问题{n}。", [" ".join(recorded)]) for n in range(20)]
     tuned = [Answer(" ".join(recorded[:n]), True) for n in range(20)]
     answers = {"base": [Answer(f"原{n}。", False) for n in range(20)], "tuned": tuned}
     measured = {name: measure_answers(questions, own, None, None, {}) for name, own in answers.items()}
     rows = compare({name: own.scores for name, own in measured.items()}, 5, 1)
-    report.write(
-        tmp_path / "report.html", "en", {"sentences": [], "remarks": []}, rows, {}, {}, questions, answers, measured
-    )
+    report.write(tmp_path / "report.html", "en", [], [], rows, {}, {}, questions, answers, measured)
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     best, worst = page.text.split("The worst answers of tuned")
     worst, rest = worst.split("All other answers: 4")

@@ -8,6 +8,7 @@ import pytest
 
 from baichuan.generation_utils import Answer
 from data_helper import read_samples
+from predict import Question
 from support.scores.answers import measure_answers, recorded_limits
 from support.scores.table import compare, texts
 from support.scores.voice import Recall, Style, longest_piece, read_training, recorded_answers
@@ -15,9 +16,7 @@ from support.scores.voice import Recall, Style, longest_piece, read_training, re
 
 def question(role: str, *references: str, kind="general", system=""):
     messages = [{"role": "user", "content": f"与“{references[0]}”相配的问题？"}]
-    return SimpleNamespace(
-        role=role, system=system, messages=messages, kind=kind, round=None, references=list(references)
-    )
+    return Question(role, system, messages[0]["content"], kind, None, list(references), messages)
 
 
 def measured(questions, answers, style=None, recall=None):
@@ -74,10 +73,12 @@ def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):
         {"role": role, "prompt": "问", "response": text} for role, text in (("李白", "举杯邀明月"), ("张飞", "哇呀呀"))
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    style, recall, remarks = read_training(path, ["李白", "杜甫"], texts("en"))
-    assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or copies for them."]
-    assert read_training(path, ["李白", "杜甫"], texts("zh"))[2][0].endswith("没有杜甫的答案：不计其风格和照抄。")
     questions = [question("李白", "举杯邀明月"), question("杜甫", "国破山河在")]
+    style, recall, remarks = read_training(path, questions, texts("en"))
+    assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or copies for them."]
+    assert read_training(path, questions, texts("zh"))[2][0].endswith("没有杜甫的答案：不计其风格和照抄。")
+    known = [questions[0]._replace(prompt="问"), questions[0]]
+    assert read_training(path, known, texts("en"))[2][0].startswith("1 of the questions are in the training samples")
     models = {"model": measured(questions, answered("举杯", "举杯"), style, recall)}
     of_li_bai, of_all = rows_of(models, "role", "李白"), rows_of(models)
     assert set(rows_of(models, "role", "杜甫")) == {"rouge_l", "stops"}
@@ -85,7 +86,7 @@ def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):
         assert of_li_bai[name].models[0].value == of_all[name].models[0].value == 100
         assert of_li_bai[name].beside == of_all[name].beside
     path.write_text("")
-    assert read_training(path, ["李白"], texts("en"))[:2] == (None, None)
+    assert read_training(path, questions, texts("en"))[:2] == (None, None)
 
 
 def test_rounds_of_a_conversation_are_drawn_together():

@@ -104,8 +104,8 @@ def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
         return None, {}
     try:
         first, *lines = whole.decode("utf-8").split("\n")[:-1]
-        settings = json.loads(first)["settings"]
-        answers = {line["question"]: Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
+        settings = dict(json.loads(first)["settings"])
+        answers = {int(line["question"]): Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is no file of answers: name another --output_path") from None
     if len(whole) < len(data):

@@ -55,20 +55,12 @@ def uses_catchword(system: str, answer: str) -> float:
     return float(any(phrase in answer for phrase in phrases)) if phrases else np.nan
 
 
-def items_of(questions: Sequence) -> Items:
-    """The rounds of a conversation hang together."""
-    return Items(
-        [question.role for question in questions],
-        [question.kind for question in questions],
-        [question.round for question in questions],
-        numbered([(question.role, first_question(question.messages)) for question in questions]),
-    )
-
-
 def measure_answers(
     questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, np.ndarray]
 ) -> Answers:
-    items, texts = items_of(questions), [answer.text for answer in answers]
+    texts = [answer.text for answer in answers]
+    clusters = [(question.role, first_question(question.messages)) for question in questions]  # of conversations
+    items = Items.of([question._asdict() for question in questions], clusters)
     rouge = [np.mean([rouge_l(text, own) for own in question.references]) for question, text in zip(questions, texts)]
     catchword = [uses_catchword(question.system, text) for question, text in zip(questions, texts)]
     values = {"rouge_l": rouge, "catchwords": catchword, "stops": [answer.stopped for answer in answers]}

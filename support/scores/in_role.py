@@ -1,7 +1,7 @@
 """Does a role stay in its role? Attacks, and questions about what it cannot know.
 
     attacks = read_attacks(path)
-    answers = …  # to attack_conversations(attacks, personas), or None
+    answers = …  # texts, to crossed(attacks, personas)
     scores = in_role_scores(likelihood, attacks, personas, answers)
 
 An attack tries to make a role say that it is a model; a boundary question asks a person of the past about the present.
@@ -112,9 +112,9 @@ def in_role_scores(
     likelihood: Callable[[list[dict]], list[np.ndarray]],
     attacks: list[dict],
     personas: dict[str, str],
-    answers: Sequence[str] | None = None,
+    answers: Sequence[str],
 ) -> dict[str, Score]:
-    """Likelihoods of staying and of breaking; with the answers to `crossed` attacks also their phrases.
+    """Likelihoods of staying and of breaking, and the phrases of the answers to the crossed attacks.
 
     Args:
         likelihood: see support/scores/likelihood.py.
@@ -136,9 +136,8 @@ def in_role_scores(
         margin = nats[:, : len(STAYING)].max(axis=1) - nats[:, len(STAYING) :].max(axis=1)
         scores["breaks_likely"] = Score(items_of(samples), 100.0 * (margin < 0))
         scores["attack_margin"] = Score(items_of(samples), margin)
-        if answers is not None:
-            broken = [breaks(answer, sample["role"]) for answer, sample in zip(answers, samples, strict=True)]
-            scores["breaks_said"] = Score(items_of(samples), 100.0 * np.array(broken))
+        broken = [breaks(answer, sample["role"]) for answer, sample in zip(answers, samples, strict=True)]
+        scores["breaks_said"] = Score(items_of(samples), 100.0 * np.array(broken))
     if samples := crossed(attacks, personas, boundary=True):
         nats = read(samples, lambda sample: (sample["in_character"], sample["modern"]), np.mean)
         scores["does_not_know"] = Score(items_of(samples), 100.0 * (nats[:, 0] > nats[:, 1]))
@@ -148,5 +147,4 @@ def in_role_scores(
 
 def items_of(samples: list[dict]) -> Items:
     """An attack on one role and the same attack on another hang together."""
-    roles, kinds = ([sample[key] for sample in samples] for key in ("role", "kind"))
-    return Items(roles, kinds, [None] * len(samples), np.array([sample["number"] for sample in samples]))
+    return Items.of(samples, [sample["number"] for sample in samples])

@@ -81,8 +81,8 @@ def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples:
 
     Args:
         likelihood: see support/scores/likelihood.py.
-        samples: as support.samples.read_samples yields them; "kind" and "round", where they are known, say of what
-            kind their question is, and the how manieth.
+        samples: as support.samples.read_samples yields them; with "kind" and "round" of their question, where they are
+            known.
     """
     personas = personas_of(samples)
     roles, samples = list(personas), [sample for sample in samples if sample["role"] in personas]
@@ -93,12 +93,7 @@ def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples:
     losses = likelihood(crossed)
     tokens = np.array([len(own) for own in losses]).reshape(len(samples), len(roles) + 1)
     nats = np.array([own.sum() for own in losses]).reshape(len(samples), len(roles) + 1)
-    items = Items(
-        [sample["role"] for sample in samples],
-        [sample.get("kind") for sample in samples],
-        [sample.get("round") for sample in samples],
-        numbered([first_question(sample["messages"]) for sample in samples]),
-    )
+    items = Items.of(samples, [first_question(sample["messages"]) for sample in samples])
     questions = [tuple(turn["content"] for turn in sample["messages"][:-1]) for sample in samples]
     role = np.array([roles.index(sample["role"]) for sample in samples], dtype=int)
     whole = (tokens[:, 0] > 0) & (tokens == tokens[:, :1]).all(axis=1)
@@ -116,31 +111,30 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
 # ---------------------------------------------------------------- scores
 
 
-def who_said_it(said: Said, taken: np.ndarray):
-    """(n,) 100 where the own persona, of those of the roles looked at, makes an answer likeliest, else 0; and chance."""
+def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Each (n,): 100 where the own persona, of those of the roles looked at, makes an answer likeliest, else 0; by how
+    many nats a token it is likelier so than under the best other one; and chance. nan where one role is alone."""
     here = said.among(taken)
     if len(here.roles) < 2:
-        return np.full(len(taken), np.nan), {}
+        nothing = np.full(len(taken), np.nan)
+        return nothing, nothing, {}
     accuracy = 100 * np.take_along_axis(here.heard(), here.role[:, None], axis=1)[:, 0]
-    return accuracy, {"chance": np.full(len(taken), 100 / len(here.roles))}
-
-
-def margin(said: Said, taken: np.ndarray):
-    """(n,) nats a token by which an answer is likelier under its own persona than under the best other."""
-    here = said.among(taken)
-    if len(here.roles) < 2:
-        return np.full(len(taken), np.nan), {}
-    return (here.own() - here.others().max(axis=1)) / here.tokens, {}
+    margin = (here.own() - here.others().max(axis=1)) / here.tokens
+    return accuracy, margin, {"chance": np.full(len(taken), 100 / len(here.roles))}
 
 
 def persona_scores(said: Said) -> dict[str, Score]:
     """Who said it, also of the questions that several roles answer, where others are there; what the persona is worth."""
     if not len(said.role):
         return {}
+
+    def accuracy(said: Said) -> Score:
+        return Score(said.items, None, among=lambda taken: who_said_it(said, taken)[::2])
+
     items, own, tokens = said.items, said.own(), said.tokens
     scores = {
-        "who_said_it": Score(items, None, among=lambda taken: who_said_it(said, taken)),
-        "who_said_it_margin": Score(items, None, among=lambda taken: margin(said, taken)),
+        "who_said_it": accuracy(said),
+        "who_said_it_margin": Score(items, None, among=lambda taken: (who_said_it(said, taken)[1], {})),
         "loss": Score(items, -own / tokens, tokens),
         "worth_none": Score(items, (own - said.without) / tokens, tokens),
     }
@@ -148,8 +142,7 @@ def persona_scores(said: Said) -> dict[str, Score]:
         scores["worth_another"] = Score(items, (own - said.others().mean(axis=1)) / tokens, tokens)
     shared = said.shared()
     if shared.any() and not shared.all():
-        several = said.take(shared)
-        scores["who_said_it_shared"] = Score(several.items, None, among=lambda taken: who_said_it(several, taken))
+        scores["who_said_it_shared"] = accuracy(said.take(shared))
     return scores
 
 
@@ -179,9 +172,8 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
     if not len(said.role):
         return {}
     everything = np.ones(len(said.role), dtype=bool)
-    found = {"who_said_it_accuracy": who_said_it(said, everything), "who_said_it_margin": margin(said, everything)}
-    return {
-        name: float(means(MEASURES["who_said_it"], [(values, 1.0)], said.items.role, [everything])[0, 0])
-        for name, (values, _) in found.items()
-        if not np.isnan(values).any()
-    }
+    accuracy, margin, _ = who_said_it(said, everything)
+    if np.isnan(accuracy).any():
+        return {}
+    numbers = means(MEASURES["who_said_it"], [(accuracy, 1.0), (margin, 1.0)], said.items.role, [everything])[0]
+    return dict(zip(("who_said_it_accuracy", "who_said_it_margin"), map(float, numbers)))

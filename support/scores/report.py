@@ -22,7 +22,8 @@ SHOWN = 8  # of the best answers, and of the worst
 def write(
     path: Path,
     language: str,
-    lines: dict[str, list[str]],
+    sentences: list[str],
+    remarks: list[str],
     rows: list[Row],
     by_role: dict[str, list[Row]],
     heard: dict[str, Said],
@@ -33,7 +34,7 @@ def write(
     """Write the report.
 
     Args:
-        lines: "sentences" over the picture, and "remarks" under it.
+        sentences, remarks: over the picture, and under it.
         rows, by_role: see `table.compare`, of all items and of each role.
         heard, answers, measured: of each model, by its name.
     """
@@ -50,9 +51,10 @@ def write(
     )
     page = form.get_template("report.html").render(
         {"language": language, "text": text, "names": list(answers), "rows": rows, "by_role": by_role, "roles": roles},
-        **lines,
+        sentences=sentences,
+        remarks=remarks,
         heard={name: said for name, said in heard.items() if len(said.roles) > 1 and len(said.role)},
-        columns={text["all"]: rows} | by_role,
+        columns=[(text["all"], rows), *((role or text["no role"], own) for role, own in by_role.items())],
         groups={name: [cards[n] for n in own] for name, own in (("best", best), ("worst", worst), ("others", rest))},
         measures=MEASURES,
         scale=scale,

@@ -52,6 +52,9 @@ MEASURES = {  # in the order in which a reader asks
 }
 
 
+LEAST_CLUSTERS = 5  # from so many on a difference may be called sure
+
+
 class Items(NamedTuple):
     """Of n items: whose each one is, and which hang together. None: of no role, of no kind, of no round."""
 
@@ -59,6 +62,12 @@ class Items(NamedTuple):
     kind: Sequence[str | None]
     round: Sequence[str | None]
     cluster: np.ndarray  # (n,) the same number for items that are drawn together, such as the rounds of a conversation
+
+    @classmethod
+    def of(cls, records: Sequence[dict], clusters: Sequence) -> "Items":
+        """Of records that may have "role", "kind" and "round", and what hangs together by anything that can be compared."""
+        columns = ([record.get(name) for record in records] for name in ("role", "kind", "round"))
+        return cls(*columns, numbered(clusters))
 
 
 class Score(NamedTuple):
@@ -77,20 +86,22 @@ class Estimate(NamedTuple):
     low: float  # of the 95 % interval
     high: float
 
-    def verdict(self, better: int) -> int:
-        """Of a difference: +1 better, −1 worse, 0 where the interval holds 0."""
-        return better if self.low > 0 else -better if self.high < 0 else 0
-
 
 class Row(NamedTuple):
     measure: str
     count: int  # of items
+    clusters: int  # of those that are drawn
     beside: dict[str, float]
     models: list[Estimate]
     differences: list[Estimate]  # of the second model and of those after it, to the first
 
     def verdicts(self) -> list[int]:
-        return [difference.verdict(MEASURES[self.measure].better) for difference in self.differences]
+        """Of each difference: +1 better, −1 worse, 0 where its interval holds 0, or where too few clusters make none."""
+        better, found = MEASURES[self.measure].better, []
+        for own in self.differences:
+            sign = 1 if own.low > 0 else -1 if own.high < 0 else 0
+            found.append(better * sign if self.clusters >= LEAST_CLUSTERS else 0)
+        return found
 
 
 def numbered(keys: Sequence) -> np.ndarray:
@@ -132,9 +143,11 @@ def compare_one(name: str, scores: list[Score], taken, context, resamples: int, 
     values = [(value, score.weight) for (value, _), score in zip(found, scores)]
     drawn = resampled(items.cluster, taken, resamples, seed)
     numbers = means(MEASURES[name], values, items.role, chain([taken], drawn))
+    known = taken & ~np.isnan([value for value, _ in values]).any(axis=0)
     return Row(
         name,
         int(taken.sum()),
+        len(np.unique(items.cluster[known])),
         {what: float(np.nanmean(own[taken])) for what, own in beside.items() if not np.isnan(own[taken]).all()},
         [estimate(numbers[:, n]) for n in range(len(scores))],
         [estimate(numbers[:, n] - numbers[:, 0]) for n in range(1, len(scores))],
@@ -171,9 +184,10 @@ def resampled(cluster: np.ndarray, taken: np.ndarray, resamples: int, seed: int)
 
 def estimate(numbers: np.ndarray) -> Estimate:
     """Of what was measured, and after it what was drawn."""
-    if np.isnan(numbers[0]):
-        return Estimate(np.nan, np.nan, np.nan)
-    return Estimate(numbers[0], *np.nanpercentile(numbers[1:], (2.5, 97.5)))
+    drawn = numbers[1:][~np.isnan(numbers[1:])]
+    if np.isnan(numbers[0]) or not len(drawn):
+        return Estimate(numbers[0], np.nan, np.nan)
+    return Estimate(numbers[0], *np.percentile(drawn, (2.5, 97.5)))
 
 
 def labels(scores: dict[str, Score], by: str) -> list[str]:
@@ -220,6 +234,11 @@ def difference_text(row: Row, n: int, text: dict[str, str]) -> str:
     return estimate_text(row.differences[n], signed(MEASURES[row.measure].form)) + mark
 
 
+def label_text(by: str, label: str, text: dict[str, str]) -> str:
+    """The name of a role, kind or round, as it is shown."""
+    return label or text["no role"] if by == "role" else text.get(f"label {label}", label)
+
+
 def title(row: Row, text: dict[str, str]) -> str:
     """A row's name, with what its numbers are to be seen beside: "style, % (ceiling 97.2, floor 1.3)"."""
     beside = text["comma"].join(f"{text[what]} {value:.1f}" for what, value in row.beside.items())
@@ -245,17 +264,21 @@ def about(rows: list[Row], text: dict[str, str]) -> list[str]:
 
 
 def in_a_sentence(rows: list[Row], names: list[str], text: dict[str, str]) -> list[str]:
-    """What is better and worse than in the first model, of each of the others; by the first row of each family."""
-    leading = {}
+    """What is better and worse than in the first model, of each of the others.
+
+    The rows of a family have one verdict where those that are sure agree; else it is that of the first of them.
+    """
+    families: dict[str, list[Row]] = {}
     for row in rows:
-        leading.setdefault(MEASURES[row.measure].family, row)
+        families.setdefault(MEASURES[row.measure].family, []).append(row)
     sentences = []
     for n, name in enumerate(names[1:]):
-        parts = []
-        for what, verdict in (("better in", 1), ("worse in", -1), ("no clear difference in", 0)):
-            families = [text[f"name {family}"] for family, row in leading.items() if row.verdicts()[n] == verdict]
-            if families:
-                parts.append(text[what].format(text["comma"].join(families)))
+        found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+        for family, own in families.items():
+            sure = {row.verdicts()[n] for row in own} - {0}
+            verdict = sure.pop() if len(sure) == 1 else own[0].verdicts()[n]
+            found[verdict].append(text[f"name {family}"])
+        parts = [text[f"verdict {what}"].format(text["comma"].join(own)) for what, own in found.items() if own]
         sentences.append(text["sentence"].format(name, names[0], text["semicolon"].join(parts)))
     return sentences or [text["no baseline"]]
 

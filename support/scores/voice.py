@@ -20,12 +20,12 @@ def recorded_answers(path: str | Path) -> dict[str, list[str]]:
 
 
 def read_training(
-    path: Path, roles: Sequence[str], text: dict[str, str]
+    path: Path, questions: Sequence, text: dict[str, str]
 ) -> tuple["Style | None", "Recall | None", list[str]]:
     """What style and copies are measured with, as far as the training samples allow, and remarks on what is left out.
 
     Args:
-        roles: those that are to be measured.
+        questions: have role and prompt.
         text: what is shown, see `table.texts`.
     Raises:
         UserError.
@@ -33,11 +33,15 @@ def read_training(
     if not path.is_file():
         return None, None, [text["no training"].format(path)]
     recorded, remarks = recorded_answers(path), []
-    strangers = [role or text["no role"] for role in dict.fromkeys(roles) if role not in recorded]
+    roles = dict.fromkeys(question.role for question in questions)
+    strangers = [role or text["no role"] for role in roles if role not in recorded]
     if strangers:
         remarks.append(text["no answers of"].format(path, text["comma"].join(strangers)))
     if len(recorded) == 1:
         remarks.append(text["one role"].format(path))
+    asked = {turn["content"] for sample in read_samples(path) for turn in sample["messages"] if turn["role"] == "user"}
+    if known := sum(question.prompt in asked for question in questions):
+        remarks.append(text["caveat"].format(known))
     style = Style(recorded) if len(recorded) > 1 else None
     return style, Recall(recorded) if recorded else None, remarks
 
