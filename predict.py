@@ -65,9 +65,8 @@ with slow_imports(parse_args, __name__):
     from support.answering import in_batches, rows_that_fit
     from support.model_directory import pick_device
     from support.scores import report
-    from support.scores.answer_file import AnswerFile, answer_settings, read_answers
     from support.scores.answers import measure_answers, recorded_limits
-    from support.scores.candidates import Candidate, Loader, name_candidates
+    from support.scores.candidates import AnswerFile, Candidate, Loader, answer_settings, name_candidates, read_answers
     from support.scores.in_role import crossed, in_role_scores, read_attacks
     from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
     from support.scores.persona import persona_scores, personas_of, read_personas

@@ -12,6 +12,6 @@ In the order of reading:
     in_role.py      attacks that try to break a role, and questions about what it cannot know
     likelihood.py   how likely a model finds given texts; also the perplexity of plain text
     candidates.py   the models of one comparison, their weights, and their answers on disk
-    report.py       the report for a browser (report.css)
+    report.py       the report for a browser, whose form is report.html
     texts.json      what is shown, a line a text: [English, Chinese]
 """
