@@ -291,8 +291,8 @@ def main(argv=None):
     names, rows = list(scores), compare(scores, args.resamples, args.seed)
     if args.engine:
         remarks.append(text["engine"])
-    roles = {question.role for question in questions} - {""}
-    remarks.insert(0, text["intervals"].format(len(questions), len(roles)))
+    named = {question.role for question in questions} - {""}
+    remarks.insert(0, text["intervals"].format(len(questions), len(named)))
     sentences = in_a_sentence(rows, names, text)
     print("", *table(rows, names, text), "", *about(rows, text), *remarks, "", *sentences, sep="\n")
     found = labels(scores[names[0]], args.by) if args.by else []

@@ -3,7 +3,7 @@
     limits = recorded_limits(questions, style, recall)        # style and recall: see voice.py; None without training answers
     measured = measure_answers(questions, answers, style, recall, limits)
 
-`questions` have role, system, kind, round, messages and references; `answers` a text and whether it stopped by itself.
+`questions` are predict.py's; `answers` have a text, and whether it stopped by itself.
 """
 
 import os

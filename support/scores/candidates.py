@@ -21,7 +21,7 @@ from support.model_directory import ModelDirectory, load_adapter
 class Candidate(NamedTuple):
     """One model of a comparison: of its own directory, or with an adapter on it, or behind a server."""
 
-    name: str  # in the tables
+    name: str  # in the table
     output: Path  # the file of its answers
     directory: ModelDirectory | None = None
     adapter: Path | None = None

@@ -157,7 +157,8 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
     drawn, so training goes on as if nothing had been measured. The processes of a run share the reading.
 
     Args:
-        model: in evaluation mode; limits: max_len and so on, see `Likelihood`.
+        model: in evaluation mode.
+        limits: max_len and so on, see `Likelihood`.
     """
     roles = list(personas_of(samples))
     if len(roles) < 2:

@@ -50,8 +50,6 @@ MEASURES = {  # in the order in which a reader asks
     "style_others": Measure("copies", PERCENT, +1),
     "perplexity": Measure("forgotten", PERPLEXITY, -1, exponential=True),
 }
-
-
 LEAST_CLUSTERS = 5  # from so many on a difference may be called sure
 
 
@@ -65,7 +63,7 @@ class Items(NamedTuple):
 
     @classmethod
     def of(cls, records: Sequence[dict], clusters: Sequence) -> "Items":
-        """Of records that may have "role", "kind" and "round", and what hangs together by anything that can be compared."""
+        """Of records that may have "role", "kind" and "round"; those whose clusters are equal are drawn together."""
         columns = ([record.get(name) for record in records] for name in ("role", "kind", "round"))
         return cls(*columns, numbered(clusters))
 
