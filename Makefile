@@ -47,7 +47,7 @@ ifndef CHECK
 endif
 
 # Of the two files this one is written last.
-$(DEMO)/test.json: .venv/ready Makefile $(wildcard *.py baichuan/*.py support/*.py)
+$(DEMO)/test.json: .venv/ready Makefile $(wildcard *.py baichuan/*.py support/*.py support/*/*.py)
 	$(call say,1/4 Data: the dialogues of five roles become training samples. 数据：五个角色的对话)
 	@rm -rf $(DEMO)
 	python3 data_helper.py --data_dir data/sample --roles all \
@@ -55,7 +55,7 @@ $(DEMO)/test.json: .venv/ready Makefile $(wildcard *.py baichuan/*.py support/*.
 
 $(STAND_IN)/config.json: $(DEMO)/test.json
 	$(call say,2/4 Stand-in: a small Baichuan2 knows the sentences and not whose answer they are. 替身：一个很小的模型)
-	python3 -m support.stand_in --save_dir $(STAND_IN) --train_path $(DEMO)/train.json
+	python3 -m support.model.stand_in --save_dir $(STAND_IN) --train_path $(DEMO)/train.json
 
 # A single process needs no launcher. For several GPUs, `deepspeed` takes the place of `python3`.
 $(ADAPTER)/adapter_config.json: $(STAND_IN)/config.json

@@ -20,13 +20,13 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from support.arguments import ArgumentParser
-from support.cards import card_conversations, read_card
+from support.command_line import ArgumentParser
+from support.dialogues.cards import card_conversations, read_card
+from support.dialogues.json_files import composed
+from support.dialogues.profiles import read_characters
+from support.dialogues.samples import as_sample, read_rows, read_samples, split_off
 from support.errors import Problems, UserError, entry_point
 from support.files import whole_files
-from support.json_files import composed
-from support.profiles import read_characters
-from support.samples import as_sample, read_rows, read_samples, split_off
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
 # a model plays best to the words it was trained with. A brace that the model should see is written twice.
@@ -82,23 +82,6 @@ def parse_args(argv=None):
 def persona(role: str, description: str) -> str:
     """The system prompt of a role: the same text in training, on the chat page and in the evaluation."""
     return PERSONA.format(role=role, description=description)
-
-
-def with_system(system: str, messages: list[dict]) -> list[dict]:
-    """The messages that `messages_to_ids` lays out; without a system text there is no system message."""
-    return [{"role": "system", "content": system}, *messages] if system else messages
-
-
-def conversation(system: str, prompt: str) -> list[dict]:
-    """A question as a conversation, for `messages_to_ids`."""
-    return with_system(system, [{"role": "user", "content": prompt}])
-
-
-def rounds(sample: dict):
-    """Yield (conversation up to a question, recorded answer) for every answer of a sample that is to be trained."""
-    for place, turn in enumerate(sample["messages"]):
-        if turn["role"] == "assistant" and turn.get("train", True):
-            yield with_system(sample["system"], sample["messages"][:place]), turn["content"]
 
 
 def without_address(question: str, names: list[str]) -> str:
@@ -288,7 +271,7 @@ def show(args):
     if not args.train_path.is_file():
         raise UserError(f"{args.train_path}: is not a file: first run without --show")
     import utils  # both here, since they import torch, which nothing else in this script needs
-    from support.show import open_tokenizer, print_samples
+    from support.dialogues.show import open_tokenizer, print_samples
 
     tokenizer = open_tokenizer(args.model_name_or_path)
     samples = islice(read_samples(args.train_path), args.show)

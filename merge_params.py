@@ -16,12 +16,12 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
-from data_helper import persona, read_samples, with_system
-from support.arguments import ArgumentParser
+from data_helper import persona
+from support.command_line import ArgumentParser
+from support.dialogues.samples import as_sample, first_question, read_samples, with_system
 from support.errors import Problems, UserError, blaming, entry_point, first_line, slow_imports
-from support.files import followed, free_bytes, training_record, whole_directory
-from support.four_bit import check_four_bit
-from support.samples import as_sample, first_question
+from support.files import followed, free_bytes, whole_directory
+from support.model.four_bit import check_four_bit
 
 
 def parse_args(argv=None):
@@ -48,15 +48,11 @@ with slow_imports(parse_args, __name__):
 
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
-    from support.adapter import Update, digest, read_adapter, refuse_misfit
-    from support.comparison import compare, compute_in_float32, logits_of
-    from support.model_directory import (
-        ModelDirectory,
-        Weights,
-        load_adapter,
-        pick_device,
-        write_weights,
-    )
+    from support.device import pick_device
+    from support.model.adapter import Update, digest, load_adapter, read_adapter, refuse_misfit, training_record
+    from support.model.comparison import compare, compute_in_float32, logits_of
+    from support.model.directory import ModelDirectory
+    from support.model.weights import Weights, write_weights
 
 # How far the logits may be from the adapter's, by the dtype of the merged weights: the largest difference, in standard
 # deviations of the logits, and the mean KL divergence in nats. In float32 arithmetic only the rounding of the weights

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data_helper import read_samples, rounds, with_system
-from support.arguments import ArgumentParser, number_problems
+from support.command_line import ArgumentParser, number_problems
+from support.dialogues.samples import read_samples, rounds, with_system
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed, unwritable
 
@@ -61,9 +61,8 @@ with slow_imports(parse_args, __name__):
     from tqdm import tqdm
     from transformers import set_seed
 
-    from baichuan.generation_utils import Answer, answer_batch, greedy
-    from support.answering import in_batches, rows_that_fit
-    from support.model_directory import pick_device
+    from support.device import pick_device
+    from support.model.answering import Answer, answer_batch, greedy, in_batches, rows_that_fit
     from support.scores import report
     from support.scores.answers import measure_answers, recorded_limits
     from support.scores.candidates import AnswerFile, Candidate, Loader, answer_settings, name_candidates, read_answers

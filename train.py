@@ -13,17 +13,11 @@ import math
 import signal
 from pathlib import Path
 
-from data_helper import conversation, read_samples
-from support.arguments import (
-    ArgumentParser,
-    Switch,
-    read_deepspeed_config,
-    refuse_wrong_arguments,
-    tokens_or_auto,
-    with_config,
-)
-from support.costs import row_cost
+from support.command_line import ArgumentParser, Switch, with_config
+from support.device import row_cost
+from support.dialogues.samples import conversation, read_samples
 from support.errors import Problems, UserError, entry_point, slow_imports
+from support.training.arguments import read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 
 
 def parse_args(argv=None):
@@ -79,15 +73,15 @@ with slow_imports(parse_args, __name__):
     from tqdm import tqdm
 
     import utils
-    from support import one_parameter, processes
-    from support.best import Best
-    from support.log import Log
-    from support.model_directory import ModelDirectory
-    from support.resume import claim, find_state, load_state, save_state
-    from support.run_record import broken, introduce, keep_record
-    from support.sample_answers import sample_answers, uncompiled
+    from support.model.directory import ModelDirectory
     from support.scores.persona import who_said_it_now
-    from support.trial import Trial
+    from support.training import one_parameter, processes
+    from support.training.checkpoints import Best
+    from support.training.log import Log
+    from support.training.resume import claim, find_state, load_state, save_state
+    from support.training.run_record import broken, introduce, keep_record
+    from support.training.sample_answers import sample_answers, uncompiled
+    from support.training.trial import Trial
 
 
 # ---------------------------------------------------------------- samples
@@ -147,7 +141,7 @@ def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, dev
 
     LoRA leaves a weight W as it is and learns a small difference beside it: y = W x + (alpha / r) · B A x, with A of
     r rows and B of r columns. B starts at zero, so that training starts from the base's own answers. With --load_in_4bit
-    W is held in four bits (support/four_bit.py), on `device`; A and B are as ever.
+    W is held in four bits (support/model/four_bit.py), on `device`; A and B are as ever.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
-from support.files import whole_directory, write_training, writing
+from support.files import whole_directory, writing
+from support.model.adapter import write_training
 
 # ---------------------------------------------------------------- samples → token ids
 
@@ -228,7 +229,7 @@ class Collator:
     Args:
         max_pack_len: tokens of a row of trees at most.
         rows_per_batch: samples of a padded batch.
-        cost: of a row, see support/costs.py, by which a step is split into rows; by default rows are as few as possible.
+        cost: of a row, see support/device.py, by which a step is split into rows; by default rows are as few as possible.
     """
 
     def __init__(self, data: RoleDataset, packing: str, max_pack_len: int, rows_per_batch: int, cost=None):

@@ -16,12 +16,13 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from data_helper import conversation, example_questions, persona
-from support.arguments import ArgumentParser
+from data_helper import example_questions, persona
+from support.command_line import ArgumentParser
+from support.dialogues.json_files import composed, text_problem
+from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
+from support.dialogues.samples import conversation
 from support.errors import Problems, UserError, entry_point, slow_imports
-from support.files import followed
-from support.json_files import composed, read_object, text_problem
-from support.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
+from support.files import followed, read_object
 
 PERIOD = 0.05  # seconds between two updates of a growing answer
 MAX_WAITING = 100  # questions, clicks and the like that wait
@@ -52,9 +53,10 @@ with slow_imports(parse_args, __name__):
     import gradio as gr
     import torch
 
-    from support.adapter import refuse_other_base
-    from support.engine import Engine
-    from support.model_directory import ModelDirectory, pick_device
+    from support.device import pick_device
+    from support.model.adapter import refuse_other_base
+    from support.model.directory import ModelDirectory
+    from support.model.engine import Engine
     from support.page import chats
     from support.page.hosts import account_of, doorkeeper, guards, is_loopback, port_problems
     from support.page.look import COLOURS, CSS, I18N, JS, THEME, portrait

@@ -120,7 +120,7 @@ def import_problem(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return first_line(error)
     script = os.path.relpath(sys.argv[0])
-    script = "-m support.stand_in" if script == "support/stand_in.py" else script
+    script = "-m support.model.stand_in" if script == "support/model/stand_in.py" else script
     return f'{error.name} is not installed for this Python: run "make setup", then .venv/bin/python3 {script} …'
 
 

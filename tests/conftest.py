@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def checkpoint(samples, tmp_path_factory) -> str:
     """A directory in the published layout: random weights (hidden 64, 2 layers), tokenizer trained on the sample."""
-    from support import stand_in
+    from support.model import stand_in
 
     directory = tmp_path_factory.mktemp("checkpoint") / "Baichuan2-random"
     sizes = ["--hidden_size", "64", "--num_hidden_layers", "2", "--vocab_size", "2000", "--steps", "0"]

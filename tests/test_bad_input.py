@@ -31,8 +31,8 @@ import train
 import utils
 import web_demo
 from baichuan import BaichuanForCausalLM
-from support import stand_in
-from support.resume import checkpoints
+from support.model import stand_in
+from support.training.resume import checkpoints
 
 SCRIPTS = {
     "data_helper.py": data_helper,
@@ -40,7 +40,7 @@ SCRIPTS = {
     "merge_params.py": merge_params,
     "predict.py": predict,
     "web_demo.py": web_demo,
-    "support.stand_in": stand_in,
+    "support.model.stand_in": stand_in,
 }
 SAMPLE = ROOT / "data/sample"
 SECONDS = 60  # of computing for a call, whatever else the machine does; most take less than one
@@ -285,7 +285,7 @@ PREDICT = ("predict.py", "test.json model/*.json model/tokenizer.model",
            "--resamples 2 --answers_only")  # fmt: skip
 ASK = ("web_demo.py", "rolebench/profiles* adapter/adapter_* model/*.json model/tokenizer.model",
        "--model_path {}/model --adapter_path {}/adapter --desc_path {}/rolebench/profiles-zh_desc.json --ask 你是谁？")  # fmt: skip
-STAND_IN = ("support.stand_in", "sentences.json", "--save_dir {}/out/stand-in --train_path {}/sentences.json --hidden_size 32 --steps 0 "
+STAND_IN = ("support.model.stand_in", "sentences.json", "--save_dir {}/out/stand-in --train_path {}/sentences.json --hidden_size 32 --steps 0 "
         "--num_hidden_layers 1 --vocab_size 2000")  # fmt: skip
 
 
@@ -436,9 +436,9 @@ COMMANDS = [
     ["web_demo.py", "--model_path", "nowhere"],
     ["web_demo.py", "--port", "99999", "--desc_path", "LICENSE"],
     ["web_demo.py", "--port", "x"],
-    ["-m", "support.stand_in", "--steps", "x"],
-    ["-m", "support.stand_in", "--save_dir", "images"],
-    ["-m", "support.stand_in", "--save_dir", "/dev/null/x", "--data_dir", "nowhere"],
+    ["-m", "support.model.stand_in", "--steps", "x"],
+    ["-m", "support.model.stand_in", "--save_dir", "images"],
+    ["-m", "support.model.stand_in", "--save_dir", "/dev/null/x", "--data_dir", "nowhere"],
 ]
 
 

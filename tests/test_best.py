@@ -9,8 +9,8 @@ from conftest import adapter_weights, scalars
 import merge_params
 import train
 import web_demo
-from support.best import Best
-from support.files import checkpoints, followed
+from support.files import followed
+from support.training.checkpoints import Best, checkpoints
 
 
 @pytest.fixture(params=["links", "no links"])

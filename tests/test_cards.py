@@ -8,8 +8,8 @@ from PIL import Image, PngImagePlugin
 
 import data_helper
 from data_helper import persona
+from support.dialogues.profiles import read_characters
 from support.errors import UserError
-from support.profiles import read_characters
 
 FIELDS = {
     "name": "诸葛亮",

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from data_helper import PERSONA, example_questions, main, persona, read_samples, rounds, without_address
+from data_helper import PERSONA, example_questions, main, persona, without_address
+from support.dialogues.profiles import read_characters
+from support.dialogues.samples import read_samples, rounds
 from support.errors import UserError
-from support.profiles import read_characters
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data/sample"

@@ -10,9 +10,9 @@ from conftest import free_port
 from test_predict import answers_of
 
 import predict
-from data_helper import read_samples
-from support.engine import Engine
+from support.dialogues.samples import read_samples
 from support.errors import UserError
+from support.model.engine import Engine
 
 
 class FakeServer(ThreadingHTTPServer):

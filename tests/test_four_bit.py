@@ -17,11 +17,11 @@ import predict
 import train
 import web_demo
 from baichuan import BaichuanForCausalLM
-from support import costs, processes
 from support.errors import UserError
-from support.files import training_record
-from support.four_bit import check_four_bit
-from support.model_directory import ModelDirectory
+from support.model.adapter import training_record
+from support.model.directory import ModelDirectory
+from support.model.four_bit import check_four_bit
+from support.training import memory, processes
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -57,8 +57,8 @@ def test_what_is_held_in_four_bits(checkpoint):
         elif hasattr(module, "weight"):
             assert torch.equal(held.weight, module.weight) and held.weight.dtype == torch.float32, name
             size += held.weight.nbytes
-    way = costs.Way(itemsize=4, rank=16, dropout=True, checkpointing=False, four_bit=True)
-    assert costs.weight_bytes(directory.config, way) == pytest.approx(size, rel=1e-3)
+    way = memory.Way(itemsize=4, rank=16, dropout=True, checkpointing=False, four_bit=True)
+    assert memory.weight_bytes(directory.config, way) == pytest.approx(size, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +176,10 @@ def test_without_the_package_or_with_odd_widths_it_is_refused(
     model = shutil.copytree(checkpoint, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 176}))
-    monkeypatch.setattr("support.four_bit.find_spec", lambda name: object())
+    monkeypatch.setattr("support.model.four_bit.find_spec", lambda name: object())
     with pytest.raises(UserError, match="intermediate_size 176 is no multiple of 64"):
         check_four_bit(ModelDirectory(model))
-    monkeypatch.setattr("support.four_bit.find_spec", lambda name: None)
+    monkeypatch.setattr("support.model.four_bit.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         train.main(train_arguments(tmp_path / "run", "--load_in_4bit"))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]

@@ -14,12 +14,14 @@ from test_merge import make_adapter
 
 import merge_params
 import train
-from baichuan.generation_utils import Answer
-from data_helper import conversation, read_samples
-from support import processes, sample_answers
+from support.device import pick_device
+from support.dialogues.samples import conversation, read_samples
 from support.errors import UserError
-from support.log import peak_memory_gb
-from support.model_directory import ModelDirectory, load_adapter, pick_device
+from support.model.adapter import load_adapter
+from support.model.answering import Answer
+from support.model.directory import ModelDirectory
+from support.training import processes, sample_answers
+from support.training.log import peak_memory_gb
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import utils
-from data_helper import read_samples
-from support.model_directory import ModelDirectory
+from support.dialogues.samples import read_samples
+from support.model.directory import ModelDirectory
 from tests.tools import gpu_check
 
 STEPS = 4

@@ -11,7 +11,7 @@ from test_merge import make_adapter
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from data_helper import read_samples
+from support.dialogues.samples import read_samples
 from support.scores.likelihood import Likelihood
 from support.scores.persona import persona_scores, read_personas
 from support.scores.table import MEASURES, compare, texts

@@ -15,7 +15,7 @@ import torch
 from conftest import FLOAT32, HAS_GPU, ROOT, ROOT_USER, adapter_weights, free_port, scalars
 
 import train
-from support import processes
+from support.training import processes
 
 BIN = Path(sys.executable).parent
 

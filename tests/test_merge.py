@@ -20,10 +20,11 @@ import merge_params
 import web_demo
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from support.comparison import compare
 from support.errors import UserError
-from support.files import write_training
-from support.model_directory import ModelDirectory, Weights, write_weights
+from support.model.adapter import write_training
+from support.model.comparison import compare
+from support.model.directory import ModelDirectory
+from support.model.weights import Weights, write_weights
 from support.scores.candidates import Candidate
 
 PROFILES = str(ROOT / "data/sample/profiles-zh_desc.json")
@@ -323,7 +324,7 @@ def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path,
 
 
 def test_half_precision_is_compared_in_float32_and_left_as_it_was(checkpoint):
-    from support.comparison import compute_in_float32, logits_of
+    from support.model.comparison import compute_in_float32, logits_of
 
     half = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     wide = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()

@@ -16,7 +16,8 @@ from baichuan import BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
 from support.files import writing
-from support.model_directory import ModelDirectory, write_weights
+from support.model.directory import ModelDirectory
+from support.model.weights import write_weights
 
 PUBLISHED = SHARED / "baichuan2-7b-chat"
 
@@ -222,7 +223,7 @@ def test_a_pointer_of_git_lfs(directory):
 OPEN_WITH_LITTLE_MEMORY = """
 import resource, sys
 from support.errors import entry_point
-from support.model_directory import ModelDirectory
+from support.model.directory import ModelDirectory
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), -1))
 entry_point(lambda argv: ModelDirectory(sys.argv[1]).check())()

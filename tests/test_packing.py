@@ -15,7 +15,7 @@ import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
-from support.model_directory import ModelDirectory
+from support.model.directory import ModelDirectory
 
 SAMPLES = [
     {"system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},

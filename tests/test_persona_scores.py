@@ -15,9 +15,9 @@ import train
 import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from data_helper import read_samples
+from support.dialogues.samples import read_samples
 from support.errors import UserError
-from support.model_directory import ModelDirectory
+from support.model.directory import ModelDirectory
 from support.scores import persona
 from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
 from support.scores.persona import Said, persona_scores, read_personas, who_said_it_now

@@ -19,13 +19,13 @@ import predict
 import train
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from data_helper import read_samples
-from support import stand_in
-from support.engine import Engine
+from support.dialogues.samples import read_samples
 from support.errors import UserError
-from support.files import checkpoints
-from support.model_directory import ModelDirectory
+from support.model import stand_in
+from support.model.directory import ModelDirectory
+from support.model.engine import Engine
 from support.page.speaker import Speaker
+from support.training.checkpoints import checkpoints
 
 
 @pytest.fixture(scope="module")

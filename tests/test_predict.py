@@ -21,11 +21,12 @@ from test_merge import make_adapter
 import data_helper
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import greedy_ids, left_padded, messages_to_ids
-from data_helper import conversation, persona, read_samples
-from support.answering import in_batches, rows_that_fit
-from support.model_directory import ModelDirectory
-from support.profiles import read_characters
+from baichuan.generation_utils import messages_to_ids
+from data_helper import persona
+from support.dialogues.profiles import read_characters
+from support.dialogues.samples import conversation, read_samples
+from support.model.answering import greedy_ids, in_batches, left_padded, rows_that_fit
+from support.model.directory import ModelDirectory
 from support.scores.answers import catchwords, measure_answers, rouge_l
 from support.scores.candidates import Candidate, Loader
 from support.scores.table import Items, Score, compare, in_a_sentence, markdown, table, texts

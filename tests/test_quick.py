@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ["data_helper.py", "train.py", "merge_params.py", "predict.py", "web_demo.py", "-m support.stand_in"]
+SCRIPTS = ["data_helper.py", "train.py", "merge_params.py", "predict.py", "web_demo.py", "-m support.model.stand_in"]
 SLOW = ["torch", "transformers", "numpy", "peft", "deepspeed", "gradio", "starlette", "uvicorn"]
 WORKING = {  # arguments that are right as far as argparse sees
     "merge_params.py": ["--ori_model_dir", "a", "--model_dir", "b", "--save_model_dir", "c"],
@@ -46,7 +46,7 @@ def test_outside_the_environment_one_line_says_how_to_enter_it(script):
     assert f'run "make setup", then .venv/bin/python3 {script}' in ended.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "predict.py", "-m support.stand_in"])
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "-m support.model.stand_in"])
 def test_an_untested_transformers_is_one_line(script, tmp_path):
     (tmp_path / "transformers.py").write_text("__version__ = '4.57.6'\ndef __getattr__(name): return object\n")
     (tmp_path / "peft.py").write_text("def __getattr__(name): return object\n")

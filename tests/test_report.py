@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from baichuan.generation_utils import Answer
 from predict import Question
+from support.model.answering import Answer
 from support.scores import report
 from support.scores.answers import Answers, measure_answers, recorded_limits
 from support.scores.persona import Said

@@ -21,10 +21,10 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from support import resume
 from support.errors import OneProcessError
-from support.model_directory import write_weights
-from support.resume import checkpoints
+from support.model.weights import write_weights
+from support.training import resume
+from support.training.resume import checkpoints
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
 STEPS = 20

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, adapter_weights
 
 import train
-from support import run_record
+from support.training import run_record
 
 
 @pytest.fixture(scope="module")

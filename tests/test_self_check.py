@@ -13,7 +13,7 @@ import web_demo
 from baichuan import BaichuanForCausalLM
 from baichuan.configuration_baichuan import TESTED, refuse_untested_transformers
 from baichuan.modeling_baichuan import BaichuanModel
-from support.comparison import cache_error
+from support.model.comparison import cache_error
 
 PROMPTS = [[5, 9, 77, 130], [11, 300, 8, 42, 600, 7, 19, 250]]
 

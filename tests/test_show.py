@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, SHARED
 
 import utils
-from data_helper import main, read_samples
-from support.model_directory import ModelDirectory
+from data_helper import main
+from support.dialogues.samples import read_samples
+from support.model.directory import ModelDirectory
 
 GREEN = re.compile("\033\\[32m(.*?)\033\\[0m", re.DOTALL)
 ANY_COLOUR = re.compile("\033\\[\\d+m")
@@ -100,7 +101,7 @@ def test_the_published_tokenizer_needs_no_weights(samples, capsys):
     assert capsys.readouterr().out.count("[195 <reserved_106>]") == 2
 
 
-@pytest.mark.parametrize("flags, part", [((), "support.stand_in"), (("--show", "0"), "from 1")])
+@pytest.mark.parametrize("flags, part", [((), "support.model.stand_in"), (("--show", "0"), "from 1")])
 def test_what_is_missing_is_one_line(flags, part, samples, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--show", "1", "--train_path", samples[0], "--model_name_or_path", str(tmp_path), *flags])

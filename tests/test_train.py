@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import train
 import utils
 from baichuan import BaichuanForCausalLM, modeling_baichuan
-from data_helper import read_samples
-from support import processes
+from support.dialogues.samples import read_samples
 from support.errors import OneProcessError, UserError, entry_point
-from support.files import training_record
-from support.model_directory import ModelDirectory
+from support.model.adapter import training_record
+from support.model.directory import ModelDirectory
+from support.training import processes
 
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
 

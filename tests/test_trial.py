@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 import train
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM, modeling_baichuan
-from data_helper import read_samples
-from support import costs, trial
-from support.model_directory import ModelDirectory
+from support.dialogues.samples import read_samples
+from support.model.directory import ModelDirectory
+from support.training import memory, trial
 
 SEVEN_B = BaichuanConfig()
-BOOK = costs.Way(itemsize=2, rank=16, dropout=True, checkpointing=True, four_bit=False)
+BOOK = memory.Way(itemsize=2, rank=16, dropout=True, checkpointing=True, four_bit=False)
 GIB = 1 << 30
 
 
@@ -82,8 +82,8 @@ def test_memory_of_a_row(checkpointing, dropout, vocab_size, supervised):
             loss_positions=places,
             use_cache=False,
         ).loss.backward()
-    config, way = model.config, costs.Way(4, 16, dropout > 0, checkpointing, False)
-    computed = costs.row_bytes(config, way, costs.Row(tokens, supervised, tokens))
+    config, way = model.config, memory.Way(4, 16, dropout > 0, checkpointing, False)
+    computed = memory.row_bytes(config, way, memory.Row(tokens, supervised, tokens))
     if dropout:
         masks = 3 * (4 * config.hidden_size + config.intermediate_size) * tokens
         computed += masks * (1 if checkpointing else config.num_hidden_layers)
@@ -93,12 +93,12 @@ def test_memory_of_a_row(checkpointing, dropout, vocab_size, supervised):
 def test_weights_and_adapters_are_those_of_the_model():
     model = small_model(torch.bfloat16, False, 0.1, 2000)
     adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert costs.adapter_parameters(model.config, 16) == adapters
-    assert costs.adapter_parameters(SEVEN_B, 16) == 35_782_656
+    assert memory.adapter_parameters(model.config, 16) == adapters
+    assert memory.adapter_parameters(SEVEN_B, 16) == 35_782_656
     of_all = sum(parameter.nbytes for parameter in model.parameters())
-    assert costs.weight_bytes(model.config, BOOK) == of_all - 2 * adapters
-    assert costs.trained_bytes(SEVEN_B, BOOK) == 16 * 35_782_656
-    assert costs.trained_bytes(SEVEN_B, BOOK._replace(processes=4)) == (4 + 3) * 35_782_656
+    assert memory.weight_bytes(model.config, BOOK) == of_all - 2 * adapters
+    assert memory.trained_bytes(SEVEN_B, BOOK) == 16 * 35_782_656
+    assert memory.trained_bytes(SEVEN_B, BOOK._replace(processes=4)) == (4 + 3) * 35_782_656
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_weights_and_adapters_are_those_of_the_model():
     ],
 )
 def test_the_flag_that_makes_it_fit(gib, checkpointing, tokens, shortest, told):
-    row = costs.Row(tokens, tokens // 3, tokens)
+    row = memory.Row(tokens, tokens // 3, tokens)
     way = BOOK._replace(checkpointing=checkpointing)
-    assert told in costs.remedy(SEVEN_B, way, row, gib * GIB, shortest)
+    assert told in memory.remedy(SEVEN_B, way, row, gib * GIB, shortest)
 
 
 @pytest.mark.parametrize("flags", [[], ["--packing", "none"], ["--max_pack_len", "256"]], ids=" ".join)
@@ -128,7 +128,7 @@ def test_the_largest_row_is_found(train_arguments, checkpoint, samples, flags):
     steps, _ = train.lay_out(args, config, torch.device("cpu"), data, data)
 
     def size(row):
-        return costs.row_bytes(config, BOOK, row)
+        return memory.row_bytes(config, BOOK, row)
 
     for done in (0, len(steps) - 8):
         found = trial.row_of(trial.largest_batch(steps, done, size))

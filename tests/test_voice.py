@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from baichuan.generation_utils import Answer
-from data_helper import read_samples
 from predict import Question
+from support.dialogues.samples import read_samples
+from support.model.answering import Answer
 from support.scores.answers import measure_answers, recorded_limits
 from support.scores.table import compare, texts
 from support.scores.voice import Recall, Style, longest_piece, read_training, recorded_answers

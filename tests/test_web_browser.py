@@ -25,8 +25,8 @@ from web_client import DESC_PATH, Server, free_port, squeezed
 
 import train
 from data_helper import persona
+from support.dialogues.profiles import read_characters
 from support.page.speaker import Speaker
-from support.profiles import read_characters
 
 CHARACTERS = read_characters(DESC_PATH)
 FIRST = next(iter(CHARACTERS))

@@ -21,10 +21,10 @@ from web_client import DESC_PATH, Server, free_port
 import web_demo
 from baichuan.generation_utils import messages_to_ids
 from data_helper import persona
-from support.model_directory import ModelDirectory
+from support.dialogues.profiles import read_characters
+from support.model.directory import ModelDirectory
 from support.page import chats, hosts, look
 from support.page.speaker import PrefixCaches, Speaker
-from support.profiles import read_characters
 from tests.tools import load_chat
 
 # Started before the page, this writes down every address that the page's process connects to or looks up.

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from baichuan.generation_utils import CACHE_NAME, messages_to_ids
 from support.errors import UserError, out_of_memory
-from support.model_directory import ModelDirectory, load_adapter
+from support.model.adapter import load_adapter
+from support.model.directory import ModelDirectory
 
 SHORTEST_REPLY = 16  # tokens; a question that leaves less room is too long
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import gradio as gr
 
+from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME
 from support.errors import UserError, first_line
 from support.page import chats
 from support.page.look import card, exactly, mark, portrait, say
-from support.profiles import MAX_DESCRIPTION, MAX_NAME
 
 SETTINGS = {  # lowest, highest, step, and what transformers takes where a model says nothing (the longest answer is ours)
     "max_new_tokens": (1, 2048, 1, 512),

@@ -15,7 +15,7 @@ import jieba
 import numpy as np
 from rouge_chinese import Rouge
 
-from support.samples import first_question
+from support.dialogues.samples import first_question
 from support.scores.table import Items, Score, numbered
 from support.scores.voice import COPY, Nearest, Recall, Style
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from baichuan.generation_utils import Answer
-from support.adapter import digest, read_adapter, refuse_misfit
-from support.engine import Engine
 from support.errors import UserError
 from support.files import put_on_disk
-from support.model_directory import ModelDirectory, load_adapter
+from support.model.adapter import digest, load_adapter, read_adapter, refuse_misfit
+from support.model.answering import Answer
+from support.model.directory import ModelDirectory
+from support.model.engine import Engine
 
 
 class Candidate(NamedTuple):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from support.dialogues.json_files import read_records, text_problem
+from support.dialogues.samples import as_sample
 from support.errors import Problems
-from support.json_files import read_records, text_problem
-from support.samples import as_sample
 from support.scores.table import Items, Score
 
 # Beginnings of an answer that stays in the role, and of one that breaks it, of about the same length.

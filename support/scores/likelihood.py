@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import utils
-from support.costs import MOST_TOKENS, row_cost
+from support.device import MOST_TOKENS, row_cost
+from support.dialogues.json_files import read_text
 from support.errors import UserError
-from support.json_files import read_text
 from support.scores.table import Items, Score
 
 LOGITS = 2**25  # held at a time: 128 MB in float32, those of 266 tokens at the published vocabulary

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from support.samples import first_question
+from support.dialogues.samples import first_question
 from support.scores.likelihood import Likelihood
 from support.scores.table import MEASURES, Items, Score, means, numbered
 
@@ -81,7 +81,7 @@ def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples:
 
     Args:
         likelihood: see support/scores/likelihood.py.
-        samples: as support.samples.read_samples yields them; with "kind" and "round" of their question, where they are
+        samples: as support.dialogues.samples.read_samples yields them; with "kind" and "round" of their question, where they are
             known.
     """
     personas = personas_of(samples)

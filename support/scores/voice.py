@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.samples import read_samples
+from support.dialogues.samples import read_samples
 
 COPY = 0.5  # of an answer's characters in one piece of a training answer: from here on it is called a copy
 

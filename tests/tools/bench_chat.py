@@ -19,11 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data_helper import persona
-from support.arguments import ArgumentParser
+from support.command_line import ArgumentParser
+from support.device import pick_device
+from support.dialogues.profiles import read_characters
 from support.errors import entry_point
-from support.model_directory import pick_device
 from support.page.speaker import Speaker
-from support.profiles import read_characters
 from tests.tools.sample_model import write_model
 
 ROOT = Path(__file__).parents[2]

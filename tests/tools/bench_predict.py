@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from baichuan.generation_utils import answer_batch, greedy, left_padded, messages_to_ids
-from data_helper import conversation, read_samples
-from support.model_directory import ModelDirectory, pick_device
+from baichuan.generation_utils import messages_to_ids
+from support.device import pick_device
+from support.dialogues.samples import conversation, read_samples
+from support.model.answering import answer_batch, greedy, left_padded
+from support.model.directory import ModelDirectory
 
 
 def distinct_prompts(test_path) -> list[list[dict]]:

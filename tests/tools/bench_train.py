@@ -42,9 +42,9 @@ import data_helper  # noqa: E402 - the scripts lie in the root
 import train  # noqa: E402
 import utils  # noqa: E402
 from baichuan import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
-from support import stand_in  # noqa: E402
-from support.costs import row_cost  # noqa: E402
-from support.model_directory import ModelDirectory  # noqa: E402
+from support.device import row_cost  # noqa: E402
+from support.model import stand_in  # noqa: E402
+from support.model.directory import ModelDirectory  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, intermediate
     "tiny": (128, 4, 4, 352),

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import data_helper  # noqa: E402 - the scripts lie in the root
 import utils  # noqa: E402
-from support.model_directory import ModelDirectory  # noqa: E402
+from support.model.directory import ModelDirectory  # noqa: E402
 from tests.tools.sample_model import write_model  # noqa: E402
 
 CELL, MARGIN, TOP = 2, 150, 40  # pixels

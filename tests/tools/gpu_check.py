@@ -31,7 +31,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from support.arguments import ArgumentParser, number_problems  # noqa: E402 - the project lies in the root
+from support.command_line import ArgumentParser, number_problems  # noqa: E402 - the project lies in the root
 from support.errors import UserError, entry_point, first_line, slow_imports  # noqa: E402
 
 SAMPLE = ROOT / "data/sample"
@@ -95,14 +95,17 @@ with slow_imports(parse_args, __name__):
     import merge_params
     import utils
     from baichuan import llama_export
-    from baichuan.generation_utils import greedy, messages_to_ids
-    from support.comparison import logits_of
-    from support.files import checkpoints, newest_state
-    from support.log import peak_memory_gb
-    from support.model_directory import ModelDirectory, load_shard, pick_device, write_weights
+    from baichuan.generation_utils import messages_to_ids
+    from support.device import pick_device
+    from support.model.answering import greedy
+    from support.model.comparison import logits_of
+    from support.model.directory import ModelDirectory
+    from support.model.weights import load_shard, write_weights
     from support.page.speaker import Speaker
-    from support.processes import has_bfloat16
     from support.scores.table import markdown
+    from support.training.checkpoints import checkpoints, newest_state
+    from support.training.log import peak_memory_gb
+    from support.training.processes import has_bfloat16
     from tests.tools import bench_chat, bench_predict, bench_train, sample_model
 
 

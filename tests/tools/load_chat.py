@@ -20,7 +20,7 @@ sys.path.extend([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from web_client import Server
 
-from support.arguments import ArgumentParser
+from support.command_line import ArgumentParser
 from support.errors import entry_point
 from tests.tools.sample_model import write_model
 

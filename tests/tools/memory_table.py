@@ -1,4 +1,4 @@
-"""The table of docs/memory.md: what training Baichuan2-7B takes, computed (support/costs.py), and which cards hold it.
+"""The table of docs/memory.md: what training Baichuan2-7B takes, computed (support/training/memory.py), and which cards hold it.
 
     python3 -m tests.tools.memory_table
 
@@ -9,8 +9,8 @@ without gradient checkpointing the same to a few tokens.
 import argparse
 
 from baichuan import BaichuanConfig
-from support.costs import FRAGMENTS, Row, Way, evaluation_bytes, row_bytes, trained_bytes, weight_bytes
 from support.scores.table import markdown
+from support.training.memory import FRAGMENTS, Row, Way, evaluation_bytes, row_bytes, trained_bytes, weight_bytes
 
 CARDS = (12, 16, 24, 40, 80)  # GiB
 

@@ -9,9 +9,9 @@ from itertools import islice
 import torch
 
 import utils
-from data_helper import read_samples
+from support.dialogues.samples import read_samples
 from support.errors import entry_point
-from support.model_directory import ModelDirectory
+from support.model.directory import ModelDirectory
 
 
 @entry_point

@@ -28,8 +28,9 @@ import torch  # noqa: E402 - torch and transformers read the environment when th
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache  # noqa: E402
 
 from baichuan import BaichuanForCausalLM  # noqa: E402
-from baichuan.generation_utils import CACHE_NAME, answer_batch, greedy, messages_to_ids  # noqa: E402
-from support.model_directory import ModelDirectory  # noqa: E402
+from baichuan.generation_utils import CACHE_NAME, messages_to_ids  # noqa: E402
+from support.model.answering import answer_batch, greedy  # noqa: E402
+from support.model.directory import ModelDirectory  # noqa: E402
 from support.page.speaker import PrefixCaches, Speaker  # noqa: E402
 from tests.tools.sample_model import write_model  # noqa: E402
 

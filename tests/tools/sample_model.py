@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import data_helper
-from support import stand_in
+from support.model import stand_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +17,7 @@ def write_sample(directory) -> tuple[str, str]:
 
 
 def write_model(directory, *flags) -> str:
-    """The directory of the stand-in; `flags` are those of support.stand_in."""
+    """The directory of the stand-in; `flags` are those of support.model.stand_in."""
     train, _ = write_sample(directory)
     model = f"{directory}/model"
     stand_in.main(["--save_dir", model, "--train_path", train, "--steps", "0", *map(str, flags)])

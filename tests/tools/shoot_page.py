@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from playwright.sync_api import expect, sync_playwright
 from web_client import ROOT, Server
 
-from support.arguments import ArgumentParser
+from support.command_line import ArgumentParser
 from support.errors import UserError, entry_point
 
 QUESTIONS = ["你一个筋斗能翻多远？"]

@@ -11,10 +11,10 @@ import sys
 
 from rouge_chinese import Rouge
 
-from data_helper import conversation, read_samples, rounds
-from support.arguments import ArgumentParser
+from support.command_line import ArgumentParser
+from support.dialogues.samples import conversation, read_samples, rounds
 from support.errors import entry_point
-from support.model_directory import ModelDirectory
+from support.model.directory import ModelDirectory
 
 QUESTIONS, ENOUGH, CLOSE = 10, 8, 0.8
 

@@ -98,7 +98,7 @@ def walk(env: dict) -> str:
         data = f"--train_path {scratch}/train.json --test_path {scratch}/test.json"
         scripts = {
             "data_helper": f"--data_dir {sample} --roles all {data}",
-            "support.stand_in": f"--save_dir {model} --train_path {scratch}/train.json --hidden_size 64 --vocab_size 2000 --steps 0",
+            "support.model.stand_in": f"--save_dir {model} --train_path {scratch}/train.json --hidden_size 64 --vocab_size 2000 --steps 0",
             "train": f"{data} --model_name_or_path {model} --output_dir {scratch}/run --sample_answers 0 "
             "--per_device_train_batch_size 50 --gradient_accumulation_steps 1",  # 4 steps
             "merge_params": f"--ori_model_dir {model} --model_dir {scratch}/run/epoch-1-step-4 --save_model_dir {merged}",

@@ -8,34 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.errors import UserError
+from support.files import kind_of_file
 
 NOT_UTF8 = "is not UTF-8: save the file in that encoding"
 RECORD_KEYS = {"messages", "conversations", "prompt", "response", "instruction", "output", "question", "generated"}
-LFS_POINTER = "is a Git-LFS pointer, not the file itself: fetch it with git lfs pull"
-PNG = "is a PNG image, where a text is needed"
-KINDS = {  # how a file begins → what it is
-    b"version https://git-lfs": LFS_POINTER,
-    b"\x89PNG": PNG,
-    b"\xff\xd8\xff": "is a JPEG image, where a text is needed",
-    b"%PDF": "is a PDF document: save its text as UTF-8",
-    b"PAR1": "is a Parquet file: write its rows as JSON lines, with pandas, say",
-    b"\x1f\x8b": "is compressed by gzip: unpack it",
-    b"BZh": "is compressed by bzip2: unpack it",
-    b"\xfd7zXZ": "is compressed by xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it",
-    b"7z\xbc\xaf": "is a 7z archive: unpack it",
-    b"PK\x03\x04": "is a zip archive, as .xlsx and .docx are: save what is in it as text in UTF-8",
-    b"\xd0\xcf\x11\xe0": "is an old Office file, such as .xls: save what is in it as text in UTF-8",
-    b"\xff\xfe": "is UTF-16: save the file as UTF-8",
-    b"\xfe\xff": "is UTF-16: save the file as UTF-8",
-}
-
-
-def kind_of_file(path: str | Path) -> str | None:
-    """What a file is that was taken for a text, or for a tokenizer or weights, as far as its first bytes tell."""
-    with open(path, "rb") as file:
-        beginning = file.read(32)
-    return next((kind for magic, kind in KINDS.items() if beginning.startswith(magic)), None)
 
 
 def text_problem(value) -> str | None:
@@ -189,24 +165,3 @@ def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
             line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
         raise UserError(f'{path}:{line}: is not a JSON object {{"…": …}}: {reason}: correct or remove it') from None
     return value
-
-
-def read_object(path: str | Path, name: str | None = None) -> dict:
-    """The JSON object in a file of settings, which errors call `name`, or by its path. Raises: UserError."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_int=machine_integer)
-        if isinstance(value, dict):
-            return value
-        reason = "must be one JSON object: write or fetch it again"
-    except OSError as error:
-        reason = f"is missing or cannot be read ({error.strerror}): correct the path, or fetch the file"
-    except (ValueError, RecursionError) as error:  # not UTF-8, too
-        reason = kind_of_file(path) or f"is not JSON ({error}): write or fetch it again"
-    raise UserError(f"{name or path}: {reason}")
-
-
-def machine_integer(digits: str) -> int:
-    """An integer of at most 64 bits; on a longer one DeepSpeed fails only in the middle of a step. Raises: ValueError."""
-    if abs(number := int(digits)) >= 2**63:
-        raise ValueError(f"the number {digits} is too large")
-    return number

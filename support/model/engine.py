@@ -8,8 +8,8 @@ from multiprocessing.pool import ThreadPool
 
 from transformers import GenerationConfig
 
-from baichuan.generation_utils import Answer
 from support.errors import UserError, first_line
+from support.model.answering import Answer
 
 CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
 

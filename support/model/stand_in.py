@@ -1,6 +1,6 @@
 """A small stand-in for Baichuan2-7B-Chat, so that everything here runs without a GPU or a download.
 
-    python3 -m support.stand_in --save_dir Baichuan2-tiny --train_path data/train.json
+    python3 -m support.model.stand_in --save_dir Baichuan2-tiny --train_path data/train.json
 
 The checkpoint has Baichuan2's own layout: a SentencePiece tokenizer with the turn markers at 195 and 196, the same
 tensors under the same names, the same JSON files. It is pre-trained on the single sentences of the data, never on which
@@ -13,10 +13,10 @@ import re
 import sys
 from io import BytesIO
 
-from support.arguments import ArgumentParser, number_problems
+from support.command_line import ArgumentParser, number_problems
+from support.dialogues.samples import read_samples
 from support.errors import UserError, blaming, entry_point, slow_imports
 from support.files import whole_directory, writing
-from support.samples import read_samples
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
 SYMBOLS = [

@@ -19,11 +19,10 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from support.best import Best
 from support.errors import OneProcessError, UserError, first_line, out_of_memory
-from support.files import checkpoints, newest_state, put_on_disk, remove_directory, rename_directory, writing
-from support.json_files import read_object
-from support.processes import place, refuse_differences
+from support.files import put_on_disk, read_object, remove_directory, rename_directory, writing
+from support.training.checkpoints import Best, checkpoints, newest_state
+from support.training.processes import place, refuse_differences
 
 
 def claim(output_dir: Path):
@@ -109,7 +108,7 @@ def save_state(engine, directory: Path, run: dict):
     DeepSpeed's own save_checkpoint writes objects of its classes, which only a pickle that may run code brings back.
 
     Args:
-        run: `identity`, what the run is; `losses`, those since the log's last report; `best`, see support/best.py.
+        run: `identity`, what the run is; `losses`, those since the log's last report; `best`, see support/training/checkpoints.py.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     rank = dist.get_rank()

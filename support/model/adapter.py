@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
 
-from support.errors import UserError, few
-from support.files import file_digest, training_record
-from support.json_files import read_object
-from support.model_directory import ModelDirectory, load_shard
+from support.errors import UserError, blaming, few
+from support.files import file_digest, read_object
+from support.model.directory import ModelDirectory
+from support.model.weights import load_shard
 
 
 class Update(NamedTuple):
@@ -130,3 +130,33 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
             raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
         told = f"names {name} as its base; nothing in it tells whether {base.path} has the same weights"
         print(f"warning: {adapter}: {told}", file=sys.stderr)  # the answer of --ask stands alone
+
+
+def load_adapter(model, directory) -> PeftModel:
+    """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
+    with blaming(f"{directory}: the adapter cannot be loaded"):
+        # Only layers whose values are in the file take memory, not those that a damaged setting asks for.
+        # PEFT would first put them on the first GPU, wherever the model is.
+        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True, torch_device=str(model.device))
+        if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ValueError(f"{lacking[0]} is missing")
+    return adapter
+
+
+# ---------------------------------------------------------------- on what it was trained
+
+TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such fields
+
+
+def write_training(adapter: Path, base: str, load_in_4bit: bool):
+    """Record on what an adapter was trained: the base's fingerprint, and whether it was held in four bits."""
+    (adapter / TRAINING).write_text(json.dumps({"base": base, "load_in_4bit": load_in_4bit}), encoding="utf-8")
+
+
+def training_record(adapter: Path) -> dict:
+    """What `write_training` has recorded; {} for the adapters of other programs, which have no such file.
+
+    Raises: UserError.
+    """
+    path = adapter / TRAINING
+    return read_object(path) if path.exists() else {}

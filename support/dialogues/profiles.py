@@ -5,20 +5,12 @@ import re
 import unicodedata
 from pathlib import Path
 
-from support.cards import card_fields, card_profile, read_card
+from support.dialogues.cards import card_fields, card_profile, read_card
+from support.dialogues.json_files import composed, filled, parse_object, plain_line_ends, read_text, text_problem
 from support.errors import UserError
-from support.json_files import (
-    PNG,
-    composed,
-    filled,
-    kind_of_file,
-    parse_object,
-    plain_line_ends,
-    read_text,
-    text_problem,
-)
+from support.files import PNG, kind_of_file
 
-SAMPLE = Path(__file__).parent.parent / "data/sample/profiles-zh_desc.json"
+SAMPLE_PROFILES = Path(__file__).parents[2] / "data/sample/profiles-zh_desc.json"
 MAX_NAME, MAX_DESCRIPTION = 100, 8000  # characters, for training and for the chat page alike
 
 
@@ -36,7 +28,7 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     text = "" if card else read_text(path)
     profiles = {card["name"]: card} if card else parse_object(text, path)
     problems = [] if profiles else [f'{path}:1: holds no role: write {{"role": "profile"}}']
-    known = json.loads(SAMPLE.read_text(encoding="utf-8"))
+    known = json.loads(SAMPLE_PROFILES.read_text(encoding="utf-8"))
     characters = {}
     for key, profile in profiles.items():
         place = re.search(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)

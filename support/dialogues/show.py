@@ -8,7 +8,7 @@ from pathlib import Path
 
 from baichuan import BaichuanTokenizer
 from support.errors import UserError
-from support.model_directory import ModelDirectory
+from support.model.directory import ModelDirectory
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -18,7 +18,7 @@ def open_tokenizer(directory: str) -> BaichuanTokenizer:
     if not (Path(directory) / "tokenizer.model").is_file():
         raise UserError(
             f"--model_name_or_path {directory}: holds no tokenizer.model: name a model directory, or make a small one: "
-            "python3 -m support.stand_in"
+            "python3 -m support.model.stand_in"
         )
     return ModelDirectory(directory).tokenizer
 

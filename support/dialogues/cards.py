@@ -9,8 +9,9 @@ import json
 import re
 from pathlib import Path
 
+from support.dialogues.json_files import filled, plain_line_ends, text_problem
 from support.errors import UserError, blaming
-from support.json_files import PNG, filled, kind_of_file, plain_line_ends, text_problem
+from support.files import PNG, kind_of_file
 
 OLD_NAMES = {  # of cards before version 1
     **{"char_name": "name", "char_persona": "description", "char_greeting": "first_mes"},

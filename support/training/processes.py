@@ -1,7 +1,6 @@
 """The processes of a training run: how they meet, what their device can do, and how they end together."""
 
 import atexit
-import glob
 import os
 import re
 import signal
@@ -15,42 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from support.device import refuse_unusable_gpu, set_up_cuda
 from support.errors import OneProcessError, UserError, first_line, out_of_memory
 
 
 def place() -> tuple[int, int]:
     """(rank of this process, number of processes), as the launcher tells them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def refuse_unusable_gpu():
-    """Raise UserError where an NVIDIA device is there and CUDA cannot use it, instead of computing on the CPU for days.
-
-    Without such a device CUDA_VISIBLE_DEVICES is no matter, so that the book's line runs on a laptop.
-    """
-    there = glob.glob("/dev/nvidia[0-9]*")  # none in a container that was given none, whatever its host has
-    if not there or torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the GPU is hidden on purpose
-        return
-    remedy = "to compute on the CPU, set DS_ACCELERATOR=cpu in the environment"  # CUDA_VISIBLE_DEVICES=-1 is no slot to the launcher
-    if torch.version.cuda is None:
-        raise UserError(
-            f"there is an NVIDIA GPU, and this torch was built without CUDA: install torch with CUDA; {remedy}"
-        )
-    raise UserError(
-        f"there is an NVIDIA GPU, and CUDA {torch.version.cuda} of this torch cannot use it: update the driver (580 or "
-        f"newer for CUDA 13) or look at CUDA_VISIBLE_DEVICES; {remedy}"
-    )
-
-
-def set_up_cuda():
-    """cuDNN's attention plans a kernel for every new row length, up to a second each; the other kernels need no plan.
-
-    So rows need no padding to a few lengths. What the linear layers' kernels want to be aligned are the widths, which
-    are multiples of 64, and the mask begins its rows at multiples of 16 (`additive_mask`): padding would only add tokens.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def join_processes() -> torch.device:

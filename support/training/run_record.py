@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from support.errors import UserError
-from support.files import file_digest, newest_state, whole_files
+from support.files import file_digest, whole_files
+from support.training.checkpoints import newest_state
 
 
 def introduce(args, model, steps, done: int, state: Path | None, where: str):
@@ -35,7 +36,7 @@ def keep_record(args, identity: dict, config: dict, device: torch.device):
     """Write beside the adapters all that it takes to repeat the run.
 
     Args:
-        identity: what decides the run's result, see support/resume.py.
+        identity: what decides the run's result, see support/training/resume.py.
         config: the DeepSpeed configuration, as the flags and the device have completed it.
     """
     output_dir = Path(args.output_dir)
@@ -68,7 +69,7 @@ def starts_before(path: Path) -> list[dict]:
 
 def commit() -> str | None:
     """The commit of this checkout, with a note where files differ from it. None: it is no checkout, or git is missing."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=, and changes since"]

@@ -1,10 +1,21 @@
-"""The best adapter of a run is the one with the lowest loss on the test set. `output_dir/best` names it."""
+"""A run's directory: its adapters and states by their steps, and which adapter is the best one."""
 
 import math
 import re
 from pathlib import Path
 
-from support.files import CHECKPOINT, checkpoints, remove_directory, set_link
+from support.files import CHECKPOINT, remove_directory, set_link
+
+
+def checkpoints(directory) -> list[tuple[int, Path]]:
+    """(step, directory) of all epoch-{e}-step-{s} in a directory, oldest first."""
+    named = ((re.fullmatch(CHECKPOINT, path.name), path) for path in Path(directory).glob("epoch-*"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def newest_state(output_dir) -> tuple[int, Path | None]:
+    """(step, directory) of the state to go on from; (0, None) when nothing is saved."""
+    return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
 
 
 class Best:

@@ -5,10 +5,9 @@ from contextlib import nullcontext
 
 import torch
 
-from baichuan.generation_utils import answer_batch, greedy
-from support.answering import in_batches, rows_that_fit
-from support.model_directory import ModelDirectory
-from support.samples import first_question
+from support.dialogues.samples import first_question
+from support.model.answering import answer_batch, greedy, in_batches, rows_that_fit
+from support.model.directory import ModelDirectory
 
 
 def uncompiled(args):

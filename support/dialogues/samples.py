@@ -13,8 +13,8 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from support.dialogues.json_files import composed, filled, read_records, text_problem
 from support.errors import Problems, UserError
-from support.json_files import composed, filled, read_records, text_problem
 
 SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -165,6 +165,23 @@ def check_turns(turns: list[dict], place: str):
 def first_question(messages: list[dict]) -> str:
     """What a conversation begins with, whatever greeting stands before it; its rounds and endings have it in common."""
     return next(turn["content"] for turn in messages if turn["role"] == "user")
+
+
+def with_system(system: str, messages: list[dict]) -> list[dict]:
+    """The messages that `messages_to_ids` lays out; without a system text there is no system message."""
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def conversation(system: str, prompt: str) -> list[dict]:
+    """A question as a conversation, for `messages_to_ids`."""
+    return with_system(system, [{"role": "user", "content": prompt}])
+
+
+def rounds(sample: dict):
+    """Yield (conversation up to a question, recorded answer) for every answer of a sample that is to be trained."""
+    for place, turn in enumerate(sample["messages"]):
+        if turn["role"] == "assistant" and turn.get("train", True):
+            yield with_system(sample["system"], sample["messages"][:place]), turn["content"]
 
 
 def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:

@@ -11,7 +11,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from support.costs import (
+from support.device import row_cost
+from support.errors import UserError, out_of_memory
+from support.files import free_bytes
+from support.training.log import peak_memory_gb
+from support.training.memory import (
     Row,
     Way,
     adapter_parameters,
@@ -19,13 +23,9 @@ from support.costs import (
     held_bytes,
     remedy,
     row_bytes,
-    row_cost,
     weight_bytes,
 )
-from support.errors import UserError, out_of_memory
-from support.files import free_bytes
-from support.log import peak_memory_gb
-from support.processes import place
+from support.training.processes import place
 
 LOOKED_AT = 32  # steps that are laid out to find the largest row, and again for the mean
 

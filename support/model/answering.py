@@ -1,0 +1,190 @@
+"""A batch of conversations → answers, as many side by side as the memory holds."""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from baichuan.generation_utils import CACHE_NAME, messages_to_ids
+from support.errors import out_of_memory
+
+MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
+
+
+class Answer(NamedTuple):
+    text: str
+    stopped: bool  # by itself, before max_new_tokens
+
+
+@torch.no_grad()
+def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generation_config) -> list[Answer]:
+    """Answer several conversations side by side; each ends on a user's message, see `messages_to_ids`.
+
+    Args:
+        model: a BaichuanForCausalLM, or one that PEFT has wrapped, in evaluation mode.
+        tokenizer: has the turn markers.
+        generation_config: as `greedy` makes it, or the model's own.
+    Raises:
+        ValueError: malformed messages, or a system text that leaves no room.
+    """
+    room = model.config.model_max_length - generation_config.max_new_tokens
+    prompts = [messages_to_ids(tokenizer, messages, max_length=room) for messages in conversations]
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if generation_config == greedy(generation_config, generation_config.max_new_tokens):
+        systems = [[message for message in messages[:1] if message["role"] == "system"] for messages in conversations]
+        shared = [len(messages_to_ids(tokenizer, system)) for system in systems]
+        found = greedy_ids(model, prompts, shared, generation_config.max_new_tokens, ends, tokenizer.pad_token_id)
+    else:
+        input_ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
+        settings = deepcopy(generation_config)
+        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+        found = output[:, input_ids.shape[1] :].tolist()
+    answers = []
+    for ids in found:
+        end = next((place for place, id in enumerate(ids) if id in ends), None)  # padding may follow it
+        answers.append(Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
+    return answers
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids → ids and mask, each (b, l): all rows end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values of a layer, with room behind them for the next tokens.
+
+    DynamicLayer copies all that it holds at each token. On a CPU that takes a third of the time.
+    """
+
+    room = 64  # tokens
+    blocks = None  # two tensors (b, h, tokens and room, d), of which `keys` and `values` are the beginnings
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, heads, new, size = key_states.shape
+        start = self.get_seq_length()
+        end = start + new
+        if self.blocks is None or end > self.blocks[0].shape[2]:
+            self.blocks = [
+                states.new_empty(batch, heads, end + self.room, size) for states in (key_states, value_states)
+            ]
+            if start:
+                self.blocks[0][:, :, :start] = self.keys
+                self.blocks[1][:, :, :start] = self.values
+        self.blocks[0][:, :, start:end] = key_states
+        self.blocks[1][:, :, start:end] = value_states
+        self.keys, self.values = (block[:, :, :end] for block in self.blocks)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        super().batch_select_indices(indices)
+        self.blocks = None
+
+
+def greedy_ids(
+    model, prompts, shared: Sequence[int], max_new_tokens: int, ends: list[int], pad: int
+) -> list[list[int]]:
+    """The most likely tokens after each prompt, up to the one that ends the answer, which is among them.
+
+    `generate` gives the same tokens (`greedy`) and takes longer: here the persona is read once for all prompts that begin with
+    it, and rows whose answers have ended leave the batch.
+
+    Args:
+        prompts: token ids.
+        shared: of each prompt, how many of its first tokens are a persona; fewer than all.
+    """
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+
+    def read(ids, mask):
+        """Logits (b, V) of the last column. ids: (b, new tokens); mask: (b, tokens so far), of which ids are the last."""
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return model(**tokens, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits[:, -1]
+
+    ids, mask = left_padded([prompt[count:] for prompt, count in zip(prompts, shared)], pad, model.device)
+    personas = [tuple(prompt[:count]) for prompt, count in zip(prompts, shared)]
+    if any(personas):
+        distinct = list(dict.fromkeys(personas))
+        persona_ids, persona_mask = left_padded(distinct, pad, model.device)
+        read(persona_ids, persona_mask)
+        own = torch.tensor([distinct.index(persona) for persona in personas], device=model.device)
+        cache.batch_select_indices(own)
+        mask = torch.cat((persona_mask[own], mask), dim=1)
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # the prompts that are still in the batch
+    for _ in range(max_new_tokens):
+        ids = read(ids, mask).argmax(-1, keepdim=True)  # (b, 1)
+        for row, id in zip(rows, ids[:, 0].tolist()):
+            if not answers[row] or answers[row][-1] not in ends:
+                answers[row].append(id)
+        going = [place for place, row in enumerate(rows) if answers[row][-1] not in ends]
+        if not going:
+            break
+        if len(going) <= len(rows) * 7 // 8:  # to drop rows copies the others
+            kept = torch.tensor(going, device=model.device)
+            cache.batch_select_indices(kept)
+            ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in going]
+        mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
+    return answers
+
+
+def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """The most likely token at each step and nothing else: the same answers every time."""
+    return GenerationConfig(
+        pad_token_id=generation_config.pad_token_id,
+        eos_token_id=generation_config.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # said expressly, since generate() takes what is left open from the model's own
+    )
+
+
+# ---------------------------------------------------------------- as many as the memory holds
+
+
+def rows_that_fit(model, tokens: int) -> int:
+    """How many rows of so many tokens can be answered side by side: their keys and values fit into half the free memory.
+
+    The other half is for activations, and for the copy while a batch shrinks.
+    """
+    config, device = model.config, model.device
+    if device.type == "cuda":  # what torch's allocator keeps for itself is free as well
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        free = psutil.virtual_memory().available
+    row = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * tokens
+    return max(1, min(MOST_ROWS[device.type], free // 2 // row))
+
+
+def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Iterator[tuple[list[int], list]]:
+    """Yield batches of the numbers, `size` at most, with what `answer` makes of each; those that are `done` are left out.
+
+    A batch that the memory does not hold is halved, and so are those after it.
+    """
+    start = 0
+    while start < len(numbers):
+        batch = list(numbers[start : start + size])
+        if not all(number in done for number in batch):
+            try:
+                found = answer(batch)
+            except Exception as error:
+                if not out_of_memory(error) or len(batch) == 1:
+                    raise
+                size = (len(batch) + 1) // 2
+                tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")
+                continue
+            yield batch, found
+        start += len(batch)
