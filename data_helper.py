@@ -67,7 +67,12 @@ def parse_args(argv=None):
     mirror = "HF_ENDPOINT in the environment names a mirror. Nothing else uses the network"
     add("--download", action="store_true", help=f"first fetch what --data_dir lacks from {HUB_DATASET}; {mirror}")
     add("--show", type=int, metavar="N", help="only print N samples of --train_path, as the model will see them")
-    add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the model whose tokenizer --show uses")
+    add(
+        "--model_name_or_path",
+        type=Path,
+        default="Baichuan2-7B-Chat/",
+        help="directory of the model whose tokenizer --show uses",
+    )
     args = parser.parse_args(argv)
     args.desc_given = args.desc_path is not None
     args.desc_path = args.desc_path or rolebench_file(args.data_dir, "profiles-zh_desc.json")
@@ -102,8 +107,11 @@ def samples(row: dict, role_specific: bool, character: dict, max_responses: int,
     role, question, answers = row["role"], row["question"], row["generated"]
     generator = random.Random(f"{seed} {role} {question}")  # its own, so its draw does not depend on what else is kept
     drawn = sorted(generator.sample(range(len(answers)), min(max_responses, len(answers))))
-    prompt = without_address(question, [role, *character["names"]]) if role_specific else question
-    system, kind = persona(role, character["description"]), "role-specific" if role_specific else "general"
+    prompt = question
+    if role_specific:
+        prompt = without_address(question, [role, *character["names"]])
+    system = persona(role, character["description"])
+    kind = "role-specific" if role_specific else "general"
     return [{"role": role, "system": system, "prompt": prompt, "response": answers[i], "kind": kind} for i in drawn]
 
 
@@ -197,7 +205,7 @@ def from_rolebench(args) -> dict[str, list[dict]]:
         if args.all_named and "all" in characters:
             problems.append(ALL_IS_A_ROLE)
         paths = {name: path for name, path in rolebench_paths(args).items() if path.exists()}
-        rows = {name: problems.of(read_rows, path, characters or None) for name, path in paths.items()}
+        rows = {name: problems.of(read_rows, path, characters or None) or [] for name, path in paths.items()}
         if not paths:
             problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
     roles = characters if "all" in args.roles else args.roles
@@ -212,19 +220,23 @@ def from_rolebench(args) -> dict[str, list[dict]]:
 
 def from_conversations(args) -> dict[str, list[dict]]:
     """The samples for training and test, each once. Raises: UserError with every problem of flags and files."""
-    written, seen, merged, strangers, found = {"train": [], "test": []}, set(), Counter(), set(), Counter()
+    written, seen = {"train": [], "test": []}, set()
+    found, strangers, everyone = Counter(), set(), "all" in args.roles  # found: conversations of each role
+    merged = Counter() if args.merge_turns else None
     with Problems() as problems:
         problems += flag_problems(args)
-        profiled = args.desc_given or args.desc_path.exists()  # a file of one's own may hold all system texts itself
-        characters = problems.of(read_characters, args.desc_path) or {} if profiled else {}
+        characters = {}
+        if args.desc_given or args.desc_path.exists():  # a file of one's own may hold all system texts itself
+            characters = problems.of(read_characters, args.desc_path) or {}
         files = [("train", path) for path in args.conversations] + [("test", path) for path in args.test_conversations]
         problems += [f"{path}: there is no such file: correct the path" for _, path in files if not path.is_file()]
-        for split, path in [file for file in files if file[1].is_file()]:
-            own = problems.of(samples_of_file, path, merged if args.merge_turns else None, problems, characters)
-            for sample in own or []:
+        for split, path in files:
+            if not path.is_file():
+                continue
+            for sample in problems.of(samples_of_file, path, merged, problems, characters) or []:
                 role, system = sample["role"], sample["system"]
                 found[role] += 1
-                if role not in args.roles and "all" not in args.roles:
+                if role not in args.roles and not everyone:
                     continue
                 if role and not system and role in characters:
                     system = persona(role, characters[role]["description"])
@@ -235,15 +247,16 @@ def from_conversations(args) -> dict[str, list[dict]]:
                     )
                 sample = {"role": role, "system": system, "messages": sample["messages"]}
                 text = json.dumps(sample)
-                written[split] += [sample] * (text not in seen)
-                seen.add(text)
+                if text not in seen:
+                    seen.add(text)
+                    written[split].append(sample)
         if args.all_named and "all" in found:
             problems.append(ALL_IS_A_ROLE)
         names = ", ".join(filter(None, found))
         absent = [role for role in args.roles if found and role not in {*found, "all"}]
         problems += [f"--roles {role}: no conversation is of that role: choose from {names}, all" for role in absent]
-    of_roles = sum(found[role] for role in (found if "all" in args.roles else set(args.roles)))
-    left_out = f"{found.total() - of_roles:,} of other roles, {of_roles - len(seen):,} exact duplicates"
+    wanted = found.total() if everyone else sum(found[role] for role in set(args.roles))
+    left_out = f"{found.total() - wanted:,} of other roles, {wanted - len(seen):,} exact duplicates"
     print(f"{found.total():,} conversations read; left out: {left_out}")
     if args.merge_turns:
         print(f"{merged['turns']:,} turns joined with the turn of the same speaker before them")
@@ -264,16 +277,22 @@ def samples_of_file(path: Path, merged: Counter | None, problems: list[str], cha
     return examples
 
 
-def show(args):
+def show_samples(args):
     """Print samples as train.py lays them out, by its default limits. Raises: UserError."""
     if args.show < 1:
         raise UserError(f"--show {args.show}: give a number from 1")
     if not args.train_path.is_file():
         raise UserError(f"{args.train_path}: is not a file: first run without --show")
-    import utils  # both here, since they import torch, which nothing else in this script needs
-    from support.dialogues.show import open_tokenizer, print_samples
+    import utils  # here, since these import torch, which nothing else in this script needs
+    from support.dialogues.show import print_samples
+    from support.model.directory import ModelDirectory
 
-    tokenizer = open_tokenizer(args.model_name_or_path)
+    if not (args.model_name_or_path / "tokenizer.model").is_file():
+        raise UserError(
+            f"--model_name_or_path {args.model_name_or_path}: holds no tokenizer.model: name a model directory, or make "
+            "a small one: python3 -m support.model.stand_in"
+        )
+    tokenizer = ModelDirectory(args.model_name_or_path).tokenizer  # the weights may be absent
     samples = islice(read_samples(args.train_path), args.show)
     print_samples(utils.RoleDataset(samples, tokenizer, max_len=512, max_src_len=256), tokenizer, args.train_path)
 
@@ -282,7 +301,7 @@ def show(args):
 def main(argv=None):
     args = parse_args(argv)
     if args.show is not None:
-        show(args)
+        show_samples(args)
         return
     if args.download:
         download(args.data_dir)

@@ -49,7 +49,7 @@ with slow_imports(parse_args, __name__):
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
     from support.device import pick_device
-    from support.model.adapter import Update, digest, load_adapter, read_adapter, refuse_misfit, training_record
+    from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter, refuse_misfit, training_record
     from support.model.comparison import compare, compute_in_float32, logits_of
     from support.model.directory import ModelDirectory
     from support.model.weights import Weights, write_weights
@@ -165,16 +165,16 @@ def adapter_logits(
         return with_adapter, logits_of(model.get_base_model(), probes)
 
 
-def prove_layout(args, merged: ModelDirectory, conversations: list[list[dict]], probes: list[list[int]]):
-    """What other programs make of a conversation, with the template and the tokenizer as written, is what was trained.
+def prove_layout(target: Path, merged: ModelDirectory, conversations: list[list[dict]], probes: list[list[int]]):
+    """Compare what other programs make of a conversation, with the template and tokenizer as written, with what was trained.
 
     Raises:
-        UserError: it is not.
+        UserError: they differ. It names `target`, which `merged` will be called.
     """
     file, is_llama = merged.path / "chat_template.jinja", merged.settings.get("model_type") == "llama"
     if not file.is_file():
-        raise UserError(f"{args.save_model_dir}: has no chat_template.jinja: merge anew")
-    with blaming(f"{args.save_model_dir}: its tokenizer or chat template cannot be used"):
+        raise UserError(f"{target}: has no chat_template.jinja: merge anew")
+    with blaming(f"{target}: its tokenizer or chat template cannot be used"):
         tokenizer = AutoTokenizer.from_pretrained(merged.path) if is_llama else merged.tokenizer
         template = file.read_text(encoding="utf-8")
         for messages, ids in zip(conversations, probes):
@@ -185,7 +185,7 @@ def prove_layout(args, merged: ModelDirectory, conversations: list[list[dict]], 
             spelled = any(CONTROL.search(message["content"]) for message in messages)
             if found[:PROBE_LENGTH] != ids and not spelled:
                 raise UserError(
-                    f"{args.save_model_dir}: its chat template does not lay a conversation out as it was trained: merge "
+                    f"{target}: its chat template does not lay a conversation out as it was trained: merge "
                     f"anew; the probe is {first_question(messages)!r}"
                 )
 
@@ -203,7 +203,7 @@ def prove(
     Raises:
         UserError: the two differ by more than the bound of the dtype, or lay a conversation out in different ways.
     """
-    prove_layout(args, merged, conversations, probes)
+    prove_layout(args.save_model_dir, merged, conversations, probes)
     expected, alone = adapter_logits(base, args.model_dir, probes, device)
     gc.collect()  # a GPU may hold one of the models, not both
     if device.type == "cuda":
@@ -267,7 +267,7 @@ def main(argv=None):
     config.merged_adapter = {
         "base": args.ori_model_dir.resolve().name,
         "adapter": args.model_dir.resolve().name,
-        "sha256": digest(args.model_dir),
+        "sha256": adapter_digest(args.model_dir),
     }
     tensors = merged_tensors(weights, updates, device)
     with whole_directory(args.save_model_dir, args.overwrite) as directory:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.command_line import ArgumentParser, number_problems
-from support.dialogues.samples import read_samples, rounds, with_system
+from support.dialogues.samples import read_samples, rounds, unsupervised, with_system
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed, unwritable
 
-SAMPLE = Path(__file__).parent / "data/sample"
+SAMPLE_DIR = Path(__file__).parent / "data/sample"
 
 
 def parse_args(argv=None):
@@ -39,8 +39,8 @@ def parse_args(argv=None):
     add("--html", type=Path, metavar="FILE", help="write a report too: pictures, and answers side by side, in one file")
     add("--lang", choices=["en", "zh"], help="language of the table and of the report; by default the system's")
     add("--train_path", type=Path, default=Path("data/train.json"), help="training samples, for style and copies")
-    add("--attacks", type=Path, default=SAMPLE / "attacks-zh.jsonl", help="JSON lines that try to break a role")
-    add("--plain_text", type=Path, default=SAMPLE / "plain_text.txt", help="text of no role, for its perplexity")
+    add("--attacks", type=Path, default=SAMPLE_DIR / "attacks-zh.jsonl", help="JSON lines that try to break a role")
+    add("--plain_text", type=Path, default=SAMPLE_DIR / "plain_text.txt", help="text of no role, for its perplexity")
     add("--answers_only", action="store_true", help="score the answers alone, without what comes from likelihoods")
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
@@ -63,6 +63,7 @@ with slow_imports(parse_args, __name__):
 
     from support.device import pick_device
     from support.model.answering import Answer, answer_batch, greedy, in_batches, rows_that_fit
+    from support.model.engine import Engine
     from support.scores import report
     from support.scores.answers import measure_answers, recorded_limits
     from support.scores.candidates import AnswerFile, Candidate, Loader, answer_settings, name_candidates, read_answers
@@ -94,38 +95,34 @@ def read_questions(test_path: Path) -> list[Question]:
     Raises: UserError.
     """
     samples = list(read_samples(test_path))
-    conversations = any(len(sample["messages"]) > 2 for sample in samples)
-    kinds = any(sample.get("kind") for sample in samples)
+    has_conversations = any(len(sample["messages"]) > 2 for sample in samples)
+    has_kinds = any(sample.get("kind") for sample in samples)
     questions: dict[tuple[str, ...], Question] = {}
     for sample in samples:
+        role, kind = sample["role"], sample.get("kind", "other") if has_kinds else None
         for messages, answer in rounds(sample):
-            number = sum(message["role"] == "user" for message in messages)
-            new = Question(
-                sample["role"],
-                sample["system"],
-                messages[-1]["content"],
-                sample.get("kind", "other") if kinds else None,
-                ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if conversations else None,
-                [],
-                messages,
-            )
-            # Roles may lack a system text of their own.
-            asked = (sample["role"], *(message["content"] for message in messages))
-            questions.setdefault(asked, new).references.append(answer)
+            asked = (role, *(message["content"] for message in messages))  # roles may lack a system text of their own
+            if asked not in questions:
+                name = None
+                if has_conversations:
+                    number = sum(message["role"] == "user" for message in messages)
+                    name = f"round {number}" if number < 3 else "round 3+"
+                prompt = messages[-1]["content"]
+                questions[asked] = Question(role, sample["system"], prompt, kind, name, [], messages)
+            questions[asked].references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
     return list(questions.values())
 
 
-def recorded_answers(questions: list[Question]) -> list[dict]:
+def recorded_samples(questions: list[Question]) -> list[dict]:
     """The questions with their recorded answers as samples, in which the last answer alone is supervised."""
     samples = []
     for question in questions:
-        turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in question.messages]
-        turns = [turn for turn in turns if turn["role"] != "system"]
+        asked = unsupervised([turn for turn in question.messages if turn["role"] != "system"])
         whose = {name: getattr(question, name) for name in ("role", "system", "kind", "round")}
         for reference in question.references:
-            samples.append({**whose, "messages": [*turns, {"role": "assistant", "content": reference}]})
+            samples.append({**whose, "messages": [*asked, {"role": "assistant", "content": reference}]})
     return samples
 
 
@@ -144,7 +141,15 @@ def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Ques
 
 def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
-    file = AnswerFile(candidate.output, answer_settings(args, candidate, questions), len(questions), args.overwrite)
+    settings = answer_settings(
+        candidate,
+        questions,
+        test=args.test_path.name,
+        max_new_tokens=args.max_new_tokens,
+        sampling_seed=args.seed if args.sample else None,
+        load_in_4bit=args.load_in_4bit,
+    )
+    file = AnswerFile(candidate.output, settings, len(questions), args.overwrite)
     if file.changed:
         print(f"{file.path}: was answered under other settings ({file.changed}): all is answered anew", file=sys.stderr)
     if file.complete:
@@ -157,32 +162,41 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
         left = [(number, prompts[number]) for number in order if number not in file.answers]
         found = candidate.engine.answers(left, args.batch_size or 128, args.max_new_tokens)
     else:
-        model, tokenizer = loader(candidate), candidate.directory.tokenizer
-        config = candidate.directory.generation_config
-        if args.sample:
-            config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
-        else:
-            config = greedy(config, args.max_new_tokens)
-        candidate.directory.refuse_to_fail_later(model, config, candidate.adapter)
-        tokens = max(map(len, tokenizer.text_to_ids(["".join(turn["content"] for turn in turns) for turns in prompts])))
-        # What is drawn depends on who is in a batch: with --sample it has the same size on every machine.
-        size = args.batch_size or (16 if args.sample else rows_that_fit(model, tokens + args.max_new_tokens))
-
-        def answer(batch):
-            set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
-            return answer_batch(model, tokenizer, [prompts[number] for number in batch], config)
-
-        batches = in_batches(answer, order, size, file.answers)
-        found = (pair for batch, own in batches for pair in zip(batch, own) if pair[0] not in file.answers)
+        found = answer_here(args, candidate, loader(candidate), prompts, order, file.answers)
 
     with (
         file.writing() as add,
         tqdm(total=len(questions), initial=len(file.answers), desc=candidate.name, unit=" answers") as progress,
     ):
         for number, own in found:
-            add(number, {"role": questions[number].role, "prompt": questions[number].prompt}, own)
-            progress.update()
+            if number not in file.answers:
+                add(number, {"role": questions[number].role, "prompt": questions[number].prompt}, own)
+                progress.update()
     return file.in_order()
+
+
+def answer_here(args, candidate: Candidate, model, prompts: list[list[dict]], order: list[int], done: dict):
+    """Yield (number, answer) batch by batch, in this order; of a batch that is `done` in part, all of them."""
+    tokenizer, config = candidate.directory.tokenizer, candidate.directory.generation_config
+    if args.sample:
+        config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
+    else:
+        config = greedy(config, args.max_new_tokens)
+    candidate.directory.refuse_to_fail_later(model, config, candidate.adapter)
+    size = args.batch_size
+    if size is None and args.sample:
+        size = 16  # what is drawn depends on who is in a batch, so it has the same size on every machine
+    elif size is None:
+        texts = ["".join(turn["content"] for turn in messages) for messages in prompts]
+        longest = max(map(len, tokenizer.text_to_ids(texts)))
+        size = rows_that_fit(model, longest + args.max_new_tokens)
+
+    def answer(batch):
+        set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
+        return answer_batch(model, tokenizer, [prompts[number] for number in batch], config)
+
+    for batch, answers in in_batches(answer, order, size, done):
+        yield from zip(batch, answers)
 
 
 def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
@@ -198,7 +212,7 @@ def read_likelihoods(args, candidate: Candidate, questions: list[Question], load
 
     longest: tokens that are read at most, the same for all models, so that all have the same items.
     """
-    attacks, recorded = read_attacks(args.attacks), recorded_answers(questions)
+    attacks, recorded = read_attacks(args.attacks), recorded_samples(questions)
     personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
     asked = attack_questions(attacks, personas)
     answers = answer_all(args, candidate.attacked(), asked, loader) if asked else []
@@ -242,7 +256,9 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         if not (args.answers_only or args.engine):
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
-        candidates = problems.of(name_candidates, args) if args.model_path or args.engine else []
+        engine = Engine(args.engine, args.engine_model) if args.engine else None
+        who = (args.model_path, args.adapter_path or [], args.baseline_path, engine)
+        candidates = problems.of(name_candidates, args.output_path, *who) if args.model_path or engine else []
         for candidate in candidates or []:
             problems.of(candidate.check, args.load_in_4bit)
             for file in (candidate.output, candidate.attacked().output):

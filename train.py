@@ -15,7 +15,7 @@ from pathlib import Path
 
 from support.command_line import ArgumentParser, Switch, with_config
 from support.device import row_cost
-from support.dialogues.samples import conversation, read_samples
+from support.dialogues.samples import read_samples
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.training.arguments import read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 
@@ -78,10 +78,10 @@ with slow_imports(parse_args, __name__):
     from support.training import one_parameter, processes
     from support.training.checkpoints import Best
     from support.training.log import Log
-    from support.training.resume import claim, find_state, load_state, save_state
-    from support.training.run_record import broken, introduce, keep_record
+    from support.training.resume import claim, find_state, load_state, run_identity, save_state
+    from support.training.run_record import diverged, introduce, keep_record
     from support.training.sample_answers import sample_answers, uncompiled
-    from support.training.trial import Trial
+    from support.training.trial import Trial, Way
 
 
 # ---------------------------------------------------------------- samples
@@ -98,13 +98,14 @@ def read_inputs(args):
         train = read_samples(args.train_path)
         train_data = problems.of(read_data, args, directory.tokenizer, args.train_path, train, step_size(args))
         test = problems.of(list, read_samples(args.test_path))
-        test_data = test is not None and problems.of(read_data, args, directory.tokenizer, args.test_path, test, 1)
+        if test is not None:
+            test_data = problems.of(read_data, args, directory.tokenizer, args.test_path, test, 1)
     return directory, read_deepspeed_config(args.ds_file), train_data, test_data, test
 
 
 def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDataset:
     """Samples as token ids, with the counts printed. Raises: UserError where fewer than `needed` fit."""
-    main_process = processes.place()[0] == 0
+    main_process = processes.is_main_process()
     samples = tqdm(samples, f"tokenizing {path}", unit=" samples", delay=2, disable=not main_process)
     data = utils.RoleDataset(samples, tokenizer, args.max_len, args.max_src_len, args.is_skip)
     if main_process:
@@ -120,12 +121,12 @@ def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDat
 
 
 def step_size(args) -> int:  # samples of a step, over all processes
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.place()[1]
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.rank_and_world_size()[1]
 
 
 def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, list[dict]]:
     """The training steps of this process, and its share of the test rows."""
-    rank, world_size = processes.place()
+    rank, world_size = processes.rank_and_world_size()
     layout = (args.packing, args.max_pack_len, args.per_device_train_batch_size, row_cost(config, device))
     collator = utils.Collator(train_data, *layout)
     steps = utils.Steps(train_data, collator, step_size(args), args.num_train_epochs, args.seed, rank, world_size)
@@ -232,22 +233,22 @@ def update(engine, dtype: torch.dtype) -> float:
 
 def evaluate(args, engine, test_rows, log: Log, step: int) -> float:
     """The mean loss on the test set after a step, logged with its perplexity. Raises: UserError if it is no number."""
-    main_process = processes.place()[0] == 0
-    test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, main_process)
+    show_progress = processes.is_main_process()
+    test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, show_progress)
     if not math.isfinite(test_loss):
-        raise broken(args, f"{args.test_path}: the loss after step {step} is {test_loss}")
+        raise diverged(args.output_dir, f"{args.test_path}: the loss after step {step} is {test_loss}")
     log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
     return test_loss
 
 
-def show(args, engine, directory, log: Log, step: int, test: list[dict]):
+def log_answers(args, engine, directory, log: Log, step: int, test: list[dict]):
     """Log who is heard, which the processes read together, and answers, for which the others wait at the next step."""
     engine.eval()  # neither is drawn with dropout
     limits = (args.max_len, args.max_src_len, args.packing, args.max_pack_len)
     log.scalars(step, who_said_it_now(test, engine.module, directory.tokenizer, *limits))
-    if args.sample_answers and processes.place()[0] == 0:
-        with uncompiled(args):
-            log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers, conversation))
+    if args.sample_answers and processes.is_main_process():
+        with uncompiled(args.compile):
+            log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers))
     engine.train()
 
 
@@ -266,37 +267,39 @@ def main(argv=None):
     # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = processes.join_processes()
     dtype = processes.precision(config)
-    done, state, run = find_state(args, directory.fingerprint, train_data, dtype)
-    rank, world_size = processes.place()
+    done, state, run = find_state(args.output_dir, run_identity(args, directory.fingerprint, train_data, dtype))
+    rank, world_size = processes.rank_and_world_size()
     output_dir, best = Path(args.output_dir), Best(args.output_dir, run["best"])
     if best.is_old(args.patience):
-        return print(best.report(args.patience)) if rank == 0 else None
+        if rank == 0:
+            print(best.report(args.patience))
+        return
 
     # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
     steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
-    trial = Trial(args, directory.config, steps, test_rows, done, dtype, device)
+    way = Way(dtype.itemsize, args.lora_dim, args.lora_dropout > 0, args.gradient_checkpointing, args.load_in_4bit)
+    trial = Trial(directory.config, way, steps, test_rows, done, args.max_len, device)
     trial.refuse_too_little_memory()
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
-        with uncompiled(args):
+        with uncompiled(args.compile):
             directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
     if not args.dry_run:
         claim(output_dir)
     if rank == 0:
-        where = f"{str(dtype)[6:]} on {world_size} × {device.type}; to {args.output_dir}"
-        introduce(args, model, steps, done, state, where)
+        introduce(model, steps, done, state, dtype, device, args.output_dir, args.resume)
         if not args.dry_run:
             keep_record(args, run["identity"], config, device)
 
     # 4. One row passes, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
-    forecast = trial.run(engine, lambda batch: utils.model_inputs(batch, device, args.attn_implementation))
+    forecast = trial.run(engine, args.attn_implementation, args.compile)
     if rank == 0 and forecast:
-        print(forecast)
+        print(f"{forecast}; {trial.saves(output_dir, args.save_model_step, args.save_total_limit)}")
     if args.dry_run:
         return
 
@@ -307,14 +310,16 @@ def main(argv=None):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
             loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(stop_request))
             if not math.isfinite(loss):
-                raise broken(args, f"{args.train_path}: the loss of step {step} is {loss}", steps, step)
+                raise diverged(args.output_dir, f"{args.train_path}: the loss of step {step} is {loss}", steps, step)
             learning_rate = engine.get_lr()[0]
             grad_norm = update(engine, dtype)
             if math.isnan(grad_norm):
-                raise broken(args, f"{args.train_path}: the gradient of step {step} is not finite", steps, step)
+                raise diverged(
+                    args.output_dir, f"{args.train_path}: the gradient of step {step} is not finite", steps, step
+                )
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
-                log.show(step, learning_rate, grad_norm)
+                log.report(step, learning_rate, grad_norm)
             save = step % steps.steps_per_epoch == 0 or is_due(args.save_model_step, step)
             if save or is_due(args.eval_steps, step):
                 test_loss = evaluate(args, engine, test_rows, log, step)
@@ -329,7 +334,7 @@ def main(argv=None):
                 now = {"losses": log.losses, "best": best.state()}
                 save_state(engine, output_dir / "state" / steps.name(step), run | now)
             if save and not stop:
-                show(args, engine, directory, log, step, test)
+                log_answers(args, engine, directory, log, step, test)
             if save and best.is_old(args.patience):
                 break
             if stop and step < len(steps):

@@ -1,8 +1,8 @@
 """Tools around the model: samples → ids → rows with their mask, evaluation, and saving an adapter."""
 
 import math
-from array import array
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -22,14 +22,15 @@ from support.model.adapter import write_training
 
 
 class RoleDataset:
-    """Conversations as token ids, each persona held once: some 250 bytes a RoleBench sample.
+    """Conversations as token ids and supervised pairs; a persona that many samples share is held once.
 
-    Sample i is `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: marker and text of each turn. Supervised are
-    the assistant's turns and the eos that ends each of them; no eos is among the ids, since no later turn sees one.
-    `numbers[i]` is its number in the file, from 1; `supervised[i]` counts its tokens that carry loss.
+    Sample i is the persona `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: marker and text of each turn.
+    Supervised are the assistant's turns and the eos that ends each of them. A supervised pair is (the column that predicts
+    a token, that token); so no eos is among the ids, and no later turn sees one. `numbers[i]` is the sample's number in
+    its file, from 1; `supervised[i]` counts its pairs.
 
     Args:
-        samples: dicts with system and messages, such as `data_helper.read_samples` yields.
+        samples: dicts with system and messages, such as `support.dialogues.samples.read_samples` yields.
         max_src_len: tokens of a question at most; its beginning is kept.
         max_len: tokens of a sample at most, persona and last eos included. A longer one loses whole oldest rounds, and
             then the end of its last answer, which gets no eos.
@@ -39,97 +40,95 @@ class RoleDataset:
     def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
         self.counts, self.kept_of = Counter(), Counter()  # what became of the samples; how many are kept, by role
         self.personas: list[list[int]] = []
-        self.eos = tokenizer.eos_token_id
-        self._tokenizer = tokenizer
-        self._limits = (max_len, max_src_len, is_skip)
-        known: dict[str, int] = {}
-        ids, starts, persona, numbers = array("i"), array("q", [0]), array("i"), array("i")
-        turns, turn_starts = array("i"), array("q", [0])  # of each supervised turn: first token, end, has an eos
-        samples = iter(samples)
-        while chunk := list(islice(samples, 4096)):
-            texts = iter(tokenizer.text_to_ids([turn["content"] for sample in chunk for turn in sample["messages"]]))
-            for sample in chunk:
-                system = sample["system"]
-                if system not in known:
-                    known[system] = len(self.personas)
-                    self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
-                messages = [{**turn, "content": next(texts)} for turn in sample["messages"]]
-                sample_ids, spans = self._fit(len(self.personas[known[system]]), messages)
-                self.kept_of[sample.get("role", "")] += bool(spans)
-                if spans:
-                    ids.extend(sample_ids)
-                    starts.append(len(ids))
-                    persona.append(known[system])
-                    numbers.append(self.counts["read"])
-                    turns.extend(number for span in spans for number in span)
-                    turn_starts.append(len(turns) // 3)
-        self.ids = np.frombuffer(ids, dtype=np.int32)
-        self.starts = np.frombuffer(starts, dtype=np.int64)
-        self.persona = np.frombuffer(persona, dtype=np.int32)
-        self.numbers = np.frombuffer(numbers, dtype=np.int32)
-        self.turns = np.frombuffer(turns, dtype=np.int32).reshape(-1, 3)
-        self.turn_starts = np.frombuffer(turn_starts, dtype=np.int64)
-        self.supervised = np.add.reduceat(self.turns @ [-1, 1, 1], self.turn_starts[:-1])
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+        self.max_src_len, self.is_skip = max_src_len, is_skip
+        known: dict[str, int] = {}  # system text → its number in personas
+        ids, pairs, persona, numbers = [np.empty(0, dtype=np.int32)], [np.empty((0, 2), dtype=np.int32)], [], []
+        for sample in encoded(samples, tokenizer):
+            self.counts["read"] += 1
+            system = sample["system"]
+            if system not in known:
+                known[system] = len(self.personas)
+                self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
+            messages = self._fit(sample["messages"], max_len - len(self.personas[known[system]]))
+            sample_ids, sample_pairs = self._lay_out(messages)
+            self.counts["nothing left to train"] += bool(messages) and not sample_pairs
+            self.kept_of[sample.get("role", "")] += bool(sample_pairs)
+            if sample_pairs:
+                ids.append(np.array(sample_ids, dtype=np.int32))
+                pairs.append(np.array(sample_pairs, dtype=np.int32))
+                persona.append(known[system])
+                numbers.append(self.counts["read"])
+        # One array for all samples, which the processes that load them share without copying.
+        self.ids, self.starts = np.concatenate(ids), np.cumsum([len(own) for own in ids])
+        self.pairs, self.pair_starts = (
+            np.concatenate(pairs),
+            np.cumsum([len(own) for own in pairs]),
+        )  # columns from the persona's end on
+        self.persona, self.numbers = np.array(persona, dtype=np.int32), np.array(numbers, dtype=np.int32)
+        self.supervised = np.diff(self.pair_starts)
         self.counts["kept"] = len(self)
 
-    def _fit(self, persona_length: int, messages: list[dict]) -> tuple[list[int], list[tuple[int, int, bool]]]:
-        """Cut a sample to the limits: (its ids, its supervised turns). No turns: the sample is left out."""
-        max_len, max_src_len, is_skip = self._limits
-        self.counts["read"] += 1
-        long_question = any(turn["role"] == "user" and len(turn["content"]) > max_src_len for turn in messages)
-        for turn in messages:
-            if turn["role"] == "user":
-                turn["content"] = turn["content"][:max_src_len]
-        # Of each turn its marker and its text, and after the last one an eos.
-        excess = persona_length + sum(1 + len(turn["content"]) for turn in messages) + 1 - max_len
-        if is_skip and (long_question or excess > 0):
+    def _fit(self, messages: list[dict], room: int) -> list[dict]:
+        """Cut messages to the limits, `room` tokens in all; [] where the sample is left out."""
+        questions = [turn for turn in messages if turn["role"] == "user"]
+        long_question = any(len(turn["content"]) > self.max_src_len for turn in questions)
+        for turn in questions:
+            turn["content"] = turn["content"][: self.max_src_len]
+        lengths = [1 + len(turn["content"]) for turn in messages]  # with their markers
+        excess = sum(lengths) + 1 - room  # the last answer ends with an eos
+        if self.is_skip and (long_question or excess > 0):
             self.counts["skipped"] += 1
-            return [], []
+            return []
         self.counts["cut questions"] += long_question
-        first_round = 0
-        for place in [i for i, turn in enumerate(messages) if turn["role"] == "user" and i > 0]:
-            if excess > 0:
-                excess -= sum(1 + len(turn["content"]) for turn in messages[first_round:place])
-                first_round = place
-        self.counts["shortened conversations"] += first_round > 0
-        messages = messages[first_round:]
-        answer = messages[-1]["content"]
-        if len(answer) + 1 <= excess:
+        first = 0
+        for number, turn in enumerate(messages):
+            if excess > 0 and turn["role"] == "user" and number > 0:  # the round before it goes
+                excess -= sum(lengths[first:number])
+                first = number
+        self.counts["shortened conversations"] += first > 0
+        messages, answer = messages[first:], messages[-1]
+        if len(answer["content"]) + 1 <= excess:
             self.counts["no room for an answer"] += 1
-            return [], []
-        self.counts["cut answers"] += excess > 0
-        cut = max(0, excess - 1)  # the eos goes first
-        messages[-1]["content"] = answer[: len(answer) - cut]
+            return []
+        answer["cut"] = excess > 0  # it gets no eos, which makes room for one token
+        answer["content"] = answer["content"][: len(answer["content"]) - max(0, excess - 1)]
+        self.counts["cut answers"] += answer["cut"]
+        return messages
 
-        ids, spans = [], []
+    def _lay_out(self, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Messages without their persona → (ids, supervised pairs)."""
+        ids, pairs = [], []
         for turn in messages:
-            ids += messages_to_ids(self._tokenizer, [turn], add_generation_prompt=False)
+            ids += messages_to_ids(self.tokenizer, [turn], add_generation_prompt=False)
             if turn["role"] == "assistant" and turn.get("train", True):
-                has_eos = turn is not messages[-1] or excess <= 0
-                spans.append((len(ids) - len(turn["content"]), len(ids), has_eos))
-        self.counts["nothing left to train"] += not spans
-        return ids, spans
+                answer = turn["content"] if turn.get("cut") else [*turn["content"], self.eos]
+                marker = len(ids) - len(turn["content"]) - 1  # predicts the first token; each predicts the next one
+                pairs += enumerate(answer, start=marker)
+        return ids, pairs
 
     def __len__(self) -> int:
         return len(self.persona)
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (l,), persona included; supervised pairs (n, 2): the place that predicts a token, that token)."""
+        """(ids (l,), persona included; supervised pairs (n, 2)), both int64."""
         persona = self.personas[self.persona[index]]
-        ids = np.concatenate((persona, self.ids[self.starts[index] : self.starts[index + 1]])).astype(np.int64)
-        pairs = []
-        for first, end, has_eos in self.turns[self.turn_starts[index] : self.turn_starts[index + 1]]:
-            places = np.arange(len(persona) + first - 1, len(persona) + end - 1 + has_eos)  # each token is predicted
-            tokens = np.append(ids[len(persona) + first : len(persona) + end], [self.eos] * has_eos)  # one place before
-            pairs.append(np.stack((places, tokens), axis=1))
-        return ids, np.concatenate(pairs).astype(np.int64)
+        ids = np.concatenate((persona, self.ids[self.starts[index] : self.starts[index + 1]]))
+        pairs = self.pairs[self.pair_starts[index] : self.pair_starts[index + 1]] + [len(persona), 0]
+        return ids.astype(np.int64), pairs.astype(np.int64)
 
     def in_tree_order(self, indices: np.ndarray) -> np.ndarray:
         """Sorted by their ids, so that samples which begin alike lie side by side: the tree's leaves, depth first."""
         return np.array(sorted(indices, key=lambda index: self.sample(index)[0].astype(">i4").tobytes()), dtype=int)
 
-    def supervised_tokens(self, indices: np.ndarray) -> int:
-        return int(self.supervised[indices].sum())
+
+def encoded(samples, tokenizer) -> Iterator[dict]:
+    """The samples with ids in place of their texts. 4,096 are encoded at a time, which is faster than one by one."""
+    samples = iter(samples)
+    while chunk := list(islice(samples, 4096)):
+        ids = iter(tokenizer.text_to_ids([turn["content"] for sample in chunk for turn in sample["messages"]]))
+        for sample in chunk:
+            yield {**sample, "messages": [{**turn, "content": next(ids)} for turn in sample["messages"]]}
 
 
 # ---------------------------------------------------------------- a step's samples → tensors
@@ -169,7 +168,7 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
     are those of the samples one by one. The same idea: Tree Training (arXiv 2511.00413), Prefix Grouper (2506.05433).
 
     Returns:
-        input_ids, position_ids and end (1, l), where `end` is the place at which a token's own branch ends, see
+        input_ids, position_ids and end (1, l), where `end` is the column at which a token's own branch ends, see
         `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
     """
     ids, positions, pairs, ends = [], [], [], np.empty(0, dtype=np.int64)
@@ -217,8 +216,8 @@ def tree_mask(end: torch.Tensor, implementation: str = "sdpa"):
             return (key <= query) & (query < end[b, key])
 
         return create_block_mask(sees, len(end), None, length, length, device=end.device)
-    place = torch.arange(length, device=end.device)
-    query, key = place[:, None], place[None, :]
+    column = torch.arange(length, device=end.device)
+    query, key = column[:, None], column[None, :]
     mask = ((key <= query) & (query < end[:, None, :]))[:, None]  # (b, 1, l, l)
     return torch.where(mask, 0.0, torch.finfo(torch.float32).min) if implementation == "eager" else mask
 
@@ -229,7 +228,7 @@ class Collator:
     Args:
         max_pack_len: tokens of a row of trees at most.
         rows_per_batch: samples of a padded batch.
-        cost: of a row, see support/device.py, by which a step is split into rows; by default rows are as few as possible.
+        cost: tokens of a row → its cost, see `support.device.row_cost`; by default rows are as few as possible.
     """
 
     def __init__(self, data: RoleDataset, packing: str, max_pack_len: int, rows_per_batch: int, cost=None):
@@ -279,9 +278,8 @@ class Steps(Dataset):
     """
 
     def __init__(self, data: RoleDataset, collator: Collator, step_size: int, epochs: int, seed: int, rank=0, world=1):
-        self.data, self.collator = data, collator
+        self.data, self.collator, self.rank, self.world = data, collator, rank, world
         self.step_size, self.epochs, self.seed = step_size, epochs, seed
-        self.rank, self.world = rank, world
         self.steps_per_epoch = len(data) // step_size
         self._order = (None, None)  # the epoch, its permutation
 
@@ -300,14 +298,14 @@ class Steps(Dataset):
 
     def samples(self, step: int) -> np.ndarray:
         """Indices of a step's samples, in tree order, so that each process meets few personas."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.data.in_tree_order(self.order(epoch)[place])
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self.data.in_tree_order(self.order(epoch)[number])
 
     def __getitem__(self, step: int):
         indices = self.samples(step)
         share = self.step_size // self.world
         batches = self.collator(indices[self.rank * share : (self.rank + 1) * share])
-        return batches, self.data.supervised_tokens(indices)
+        return batches, int(self.data.supervised[indices].sum())
 
 
 # ---------------------------------------------------------------- model

@@ -24,9 +24,6 @@ from support.dialogues.samples import conversation
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed, read_object
 
-PERIOD = 0.05  # seconds between two updates of a growing answer
-MAX_WAITING = 100  # questions, clicks and the like that wait
-
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
@@ -51,7 +48,6 @@ def parse_args(argv=None):
 with slow_imports(parse_args, __name__):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at gradio's import: the page reports to nobody
     import gradio as gr
-    import torch
 
     from support.device import pick_device
     from support.model.adapter import refuse_other_base
@@ -64,7 +60,7 @@ with slow_imports(parse_args, __name__):
     from support.page.visit import MAX_KEPT, SETTINGS, Refusal, Visit, warn
 
 
-def check(args) -> tuple[torch.device | None, dict[str, dict], str | None]:
+def check(args) -> tuple:
     """The device, the characters, and USER:PASSWORD if there is one. Raises: UserError with all that is wrong."""
     model, device = None, None
     with Problems() as problems:
@@ -79,9 +75,11 @@ def check(args) -> tuple[torch.device | None, dict[str, dict], str | None]:
             character["portrait"] = problems.of(portrait, role, image)
         if args.adapter_path:
             problems.of(read_object, args.adapter_path / "adapter_config.json")
-            problems.of(refuse_other_base, model, args.adapter_path) if model else None
-        for told in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
-            print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
+        if model:
+            if args.adapter_path:
+                problems.of(refuse_other_base, model, args.adapter_path)
+            for told in long_profiles(characters, model.tokenizer, model.config.model_max_length):
+                print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         account = problems.of(account_of, args.auth_file)
@@ -170,7 +168,6 @@ class Page:
             self.asked = {delete_sure: "delete_sure", clear_sure: "clear_sure"}
             delete.click(None, [delete_sure, delete_now], delete_now, js=JS["confirm"])
             clear.click(None, [clear_sure, clear_now], clear_now, js=JS["confirm"])
-
             self.switches = [self.compare, self.colour, self.strength, *self.settings.values()]
             given = {self.chats, self.latest, self.growing, self.personas, self.chosen, self.cards, self.description}
             given |= {self.number, self.question, self.name, self.about, *self.switches}
@@ -212,7 +209,7 @@ class Page:
             gr.on([switch.change for switch in self.switches], None, self.switches, self.chosen, js="(...all) => [all]")
             written = download.click(self.listener(Visit.download), given, shown, **hidden)
             written.then(None, self.lines, js=JS["download"])
-        return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=None, api_open=False)
+        return blocks.queue(max_size=100, default_concurrency_limit=None, api_open=False)  # max_size: events that wait
 
     # ---------------------------------------------------------------- what it does: an answer
 
@@ -272,7 +269,8 @@ class Page:
     def answer(self, told: dict, request: gr.Request):
         """The answer as it grows, in the bubble and in what the browser keeps."""
         if request.session_hash not in self.busy:  # it was stopped while it waited
-            return (yield (gr.skip(),) * 3)
+            yield (gr.skip(),) * 3
+            return
         visit = Visit(self, told, request, writing=True)
         version = chats.answer_of(visit.chat["turns"][-1])
         settings, begun, due = visit.settings(), version["text"], 0.0
@@ -287,7 +285,7 @@ class Page:
                         if time.monotonic() >= due or state != "stopped":
                             grown = chats.write({"id": visit.chat["id"], **version})
                             yield grown, visit.bubbles("text"), visit.bubbles("base")
-                            due = time.monotonic() + PERIOD
+                            due = time.monotonic() + 0.05  # seconds between two updates
             if not version["text"].strip():
                 warn(visit.say("silent", role=visit.role))
 

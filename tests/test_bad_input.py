@@ -31,6 +31,7 @@ import train
 import utils
 import web_demo
 from baichuan import BaichuanForCausalLM
+from support.dialogues.samples import read_samples
 from support.model import stand_in
 from support.training.resume import checkpoints
 
@@ -294,7 +295,7 @@ def assert_whole(script: str, out: Path):
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     if script == "data_helper.py":
         for path in out.glob("*.json"):
-            assert list(data_helper.read_samples(path))
+            assert list(read_samples(path))
     for _, adapter in checkpoints(out / "run"):
         assert all(tensor.isfinite().all() for tensor in adapter_weights(adapter).values())
         assert checkpoints(out / "run/state")

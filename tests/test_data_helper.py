@@ -50,12 +50,13 @@ def names_of(role):
     return [role, *read_characters(SAMPLE / "profiles-zh_desc.json").get(role, {}).get("names", [])]
 
 
-def without_messages(sample):
-    """A sample that was read, as data_helper.py writes a question; the two say the same."""
+def as_written(sample):
+    """A sample of one round that was read, as data_helper.py writes it."""
     question, answer = sample["messages"]
-    assert question == {"role": "user", "content": sample["prompt"]}
-    assert answer == {"role": "assistant", "content": sample["response"]}
-    return {key: text for key, text in sample.items() if key != "messages"}
+    assert question.keys() == answer.keys() == {"role", "content"}
+    assert (question["role"], answer["role"]) == ("user", "assistant")
+    rest = {key: text for key, text in sample.items() if key != "messages"}
+    return {**rest, "prompt": question["content"], "response": answer["content"]}
 
 
 class Run:
@@ -475,7 +476,7 @@ def test_what_is_no_problem(run):
 
 def test_samples_are_read_as_they_were_written(run):
     train, _ = run(data_dir=SAMPLE, roles=["all"])
-    assert [without_messages(sample) for sample in read_samples(run.train)] == train and len(train) == 204
+    assert [as_written(sample) for sample in read_samples(run.train)] == train and len(train) == 204
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
@@ -486,7 +487,7 @@ def test_older_files_are_read(tmp_path, layout):
     ]
     path = tmp_path / "old.json"
     write_lines(path, *rows) if layout == "lines" else path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    assert [without_messages(sample) for sample in read_samples(path)] == [
+    assert [as_written(sample) for sample in read_samples(path)] == [
         {"role": "", "system": "你是李白。", "prompt": "好吗？", "response": "好"},
         {"role": "", "system": "", "prompt": "写一首诗。", "response": "床前"},
     ]
@@ -536,7 +537,7 @@ def test_every_form_of_a_conversation_reads_the_same(tmp_path, form, layout):
 def test_one_round_has_a_prompt_and_a_response_as_well(tmp_path):
     path = tmp_path / "one.jsonl"
     write_lines(path, {"messages": TWO_ROUNDS[:2]}, {"prompt": "你使什么兵器？", "response": "金箍棒！"})
-    one = {"role": "", "system": "", "messages": TWO_ROUNDS[:2], "prompt": "你使什么兵器？", "response": "金箍棒！"}
+    one = {"role": "", "system": "", "messages": TWO_ROUNDS[:2]}
     assert list(read_samples(path)) == [one, one]
 
 
@@ -755,7 +756,7 @@ HALF_EMPTY = {  # records in which a key holds nothing → their system text
 @pytest.mark.parametrize("form", HALF_EMPTY)
 def test_a_key_that_holds_nothing_is_absent(tmp_path, form):
     record, system = HALF_EMPTY[form]
-    expected = {"role": "", "system": system, "messages": ONE_ROUND, "prompt": "问？", "response": "答。"}
+    expected = {"role": "", "system": system, "messages": ONE_ROUND}
     for text in (json.dumps(record), json.dumps([record])):
         (tmp_path / "one.json").write_text(text)
         assert list(read_samples(tmp_path / "one.json")) == [expected]

@@ -10,7 +10,7 @@ from conftest import free_port
 from test_predict import answers_of
 
 import predict
-from support.dialogues.samples import read_samples
+from support.dialogues.samples import first_question, read_samples
 from support.errors import UserError
 from support.model.engine import Engine
 
@@ -82,7 +82,9 @@ def test_a_server_answers_the_test_set(server, samples, tmp_path, capsys):
     run(server, samples, tmp_path / "answers.jsonl")
     out = capsys.readouterr().out
     assert "what comes from likelihoods is left out" in out
-    prompts = dict.fromkeys((sample["system"], sample["prompt"]) for sample in read_samples(samples[1]))
+    prompts = dict.fromkeys(
+        (sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])
+    )
     lines = [
         json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").split("\n")[1:] if line
     ]

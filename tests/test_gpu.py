@@ -15,7 +15,7 @@ from test_merge import make_adapter
 import merge_params
 import train
 from support.device import pick_device
-from support.dialogues.samples import conversation, read_samples
+from support.dialogues.samples import conversation, first_question, read_samples
 from support.errors import UserError
 from support.model.adapter import load_adapter
 from support.model.answering import Answer
@@ -192,7 +192,7 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples
         return answer_batch(model, tokenizer, conversations, config)
 
     monkeypatch.setattr(sample_answers, "answer_batch", counted)
-    texts = sample_answers.sample_answers(model, directory, read_samples(few_samples[1]), 1, conversation)
+    texts = sample_answers.sample_answers(model, directory, read_samples(few_samples[1]), 1)
     assert calls == [len(texts)] and len(texts) > 1
     first = {}
     for sample in read_samples(few_samples[1]):
@@ -201,10 +201,10 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, few_samples
         (answer,) = counted(
             model,
             directory.tokenizer,
-            [conversation(sample["system"], sample["prompt"])],
+            [conversation(sample["system"], first_question(sample["messages"]))],
             sample_answers.greedy(directory.generation_config, 8),
         )
-        assert texts[f"answers/{sample['role']}"] == f"**{sample['prompt']}**  \n{answer.text}"
+        assert texts[f"answers/{sample['role']}"] == f"**{first_question(sample['messages'])}**  \n{answer.text}"
 
 
 def test_sample_answers_of_many_roles(checkpoint, few_samples, monkeypatch):
@@ -219,12 +219,12 @@ def test_sample_answers_of_many_roles(checkpoint, few_samples, monkeypatch):
 
     monkeypatch.setattr(sample_answers, "answer_batch", answer_batch)
     monkeypatch.setattr(sample_answers, "rows_that_fit", lambda model, tokens: 8)
-    texts = sample_answers.sample_answers(directory.load(), directory, samples, 2, conversation)
+    texts = sample_answers.sample_answers(directory.load(), directory, samples, 2)
     assert calls == [8, 8, 4] and list(texts) == [f"answers/第{number}个" for number in range(20)]
     samples[0]["system"] = "龘" * 1500  # by its bytes, 4,500 tokens: no room for an answer
-    texts = sample_answers.sample_answers(directory.load(), directory, samples, 2, conversation)
+    texts = sample_answers.sample_answers(directory.load(), directory, samples, 2)
     assert list(texts) == [f"answers/第{number}个" for number in range(1, 21)]
-    assert sample_answers.sample_answers(directory.load(), directory, samples[:1], 2, conversation) == {}
+    assert sample_answers.sample_answers(directory.load(), directory, samples[:1], 2) == {}
 
 
 @pytest.mark.parametrize("error, ends", [(None, "destroyed"), (UserError("no"), "aborted")])

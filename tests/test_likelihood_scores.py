@@ -81,7 +81,7 @@ def test_wrong_files_are_told_before_anything_slow(checkpoint, few_samples, tmp_
 def test_questions_become_samples_of_their_own_answers(checkpoint):
     """Of a conversation each round is read by itself, after the recorded history, and each text counts once."""
     path = ROOT / "data/sample/conversations_test.jsonl"
-    samples = predict.recorded_answers(predict.read_questions(path))
+    samples = predict.recorded_samples(predict.read_questions(path))
     answers = [turn["content"] for s in read_samples(path) for turn in s["messages"] if turn["role"] == "assistant"]
     assert sorted(sample["messages"][-1]["content"] for sample in samples) == sorted(answers)
     model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
@@ -123,5 +123,5 @@ def test_models_of_different_context_lengths_are_measured_on_the_same_answers(
 
 def test_nothing_that_fits_makes_no_row(samples):
     questions = predict.read_questions(samples[1])
-    said = read_personas(lambda samples: [np.empty(0)] * len(samples), predict.recorded_answers(questions))
+    said = read_personas(lambda samples: [np.empty(0)] * len(samples), predict.recorded_samples(questions))
     assert len(said.role) == 0 and persona_scores(said) == {}

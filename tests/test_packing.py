@@ -14,6 +14,7 @@ import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.generation_utils import messages_to_ids
+from support.dialogues.samples import read_samples
 from support.errors import UserError
 from support.model.directory import ModelDirectory
 
@@ -113,7 +114,7 @@ def test_exact_ids_and_supervised_tokens(loaded):
         assert ids.tolist() == [*system, 195, *prompt, 196, *response]
         places = range(len(ids) - len(response) - 1, len(ids))
         assert pairs.tolist() == [[place, token] for place, token in zip(places, [*response, 2])]
-    assert data.supervised_tokens(np.array([0, 1])) == sum(
+    assert int(data.supervised[np.array([0, 1])].sum()) == sum(
         len(loaded.text_to_ids(sample["response"])) + 1 for sample in SAMPLES[:2]
     )
     assert len(data.personas) == 3
@@ -181,12 +182,12 @@ def test_older_keys_and_arrays_give_the_same_samples(loaded, tmp_path):
     lines.write_text("\n".join(json.dumps(sample) for sample in SAMPLES) + "\n\n")
     older = [{"instruction": s["system"], "input": s["prompt"], "output": s["response"]} for s in SAMPLES]
     array.write_text(json.dumps(older, ensure_ascii=False, indent=1))
-    first, second = (dataset(loaded, data_helper.read_samples(path)) for path in (lines, array))
+    first, second = (dataset(loaded, read_samples(path)) for path in (lines, array))
     assert first.ids.tolist() == second.ids.tolist() and first.personas == second.personas
     array.write_text(json.dumps([{"instruction": "你是谁？", "input": "", "output": "我。"}]))
-    found = next(data_helper.read_samples(array))
+    found = next(read_samples(array))
     turns = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我。"}]
-    assert found == {"role": "", "system": "", "prompt": "你是谁？", "response": "我。", "messages": turns}
+    assert found == {"role": "", "system": "", "messages": turns}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_what_is_no_sample_is_named(tmp_path, text, place):
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        list(data_helper.read_samples(path))
+        list(read_samples(path))
     assert error.value.problems[0].startswith(f"{path}:{place}: ")
 
 
@@ -293,7 +294,7 @@ def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_
     samples = [messages(sample) for sample in SAMPLES] + CONVERSATIONS
     data = dataset(loaded, samples)
     indices = data.in_tree_order(np.arange(len(data)))
-    tokens = data.supervised_tokens(indices)
+    tokens = int(data.supervised[indices].sum())
 
     # Independent of dataset and collator: each round by itself, as the page asks it, with labels on the answer.
     model.zero_grad()
@@ -413,8 +414,8 @@ if (SHARED / "rolebench").is_dir():
         train, test = str(tmp_path / "train.json"), str(tmp_path / "test.json")
         data_helper.main(["--data_dir", str(SHARED / "rolebench"), "--train_path", train, "--test_path", test])
         loaded = ModelDirectory(SHARED / "baichuan2-7b-chat").tokenizer
-        data = dataset(loaded, data_helper.read_samples(train))
+        data = dataset(loaded, read_samples(train))
         assert data.counts["read"] == 8020
         persona = np.mean([len(data.personas[p]) for p in data.persona])
-        answer = data.supervised_tokens(np.arange(len(data))) / len(data)
+        answer = int(data.supervised[np.arange(len(data))].sum()) / len(data)
         assert 85 < persona < 110 and 25 < answer < 35

@@ -24,7 +24,7 @@ from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from data_helper import persona
 from support.dialogues.profiles import read_characters
-from support.dialogues.samples import conversation, read_samples
+from support.dialogues.samples import conversation, first_question, read_samples
 from support.model.answering import greedy_ids, in_batches, left_padded, rows_that_fit
 from support.model.directory import ModelDirectory
 from support.scores.answers import catchwords, measure_answers, rouge_l
@@ -45,7 +45,9 @@ def tokenizer(checkpoint):
 @pytest.fixture(scope="module")
 def conversations(samples) -> list[list[dict]]:
     """Prompts of many lengths, with and without a system text, one of several turns."""
-    found = [conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])][:6]
+    found = [conversation(sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])][
+        :6
+    ]
     turns = [*found[0], {"role": "assistant", "content": "俺老孙来也！"}, {"role": "user", "content": "再说一遍。"}]
     return [*found, conversation("", "好"), turns]
 
@@ -79,7 +81,7 @@ def test_batched_answers_are_those_given_one_by_one(model, tokenizer, conversati
 def test_what_is_shared_and_dropped_changes_no_token(checkpoint, tokenizer, samples, attention):
     """Against `generate`: all personas and questions of the sample, in one batch, in several, and one by one."""
     model = BaichuanForCausalLM.from_pretrained(checkpoint, attn_implementation=attention).eval()
-    found = [conversation(sample["system"], sample["prompt"]) for sample in read_samples(samples[1])]
+    found = [conversation(sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])]
     found += [conversation("", "好"), conversation("", "你从哪里来，要到哪里去？")]
     config = predict.greedy(model.generation_config, 70)  # more tokens than a layer has room for at first
     prompts = [messages_to_ids(tokenizer, messages) for messages in found]
@@ -162,7 +164,7 @@ def test_whole_script_with_a_baseline(checkpoint, samples, tmp_path, capsys):
     out = capsys.readouterr().out
 
     records = list(read_samples(samples[1]))
-    questions = {(record["system"], record["prompt"]): record["role"] for record in records}
+    questions = {(record["system"], first_question(record["messages"])): record["role"] for record in records}
     assert len(answers_of(tmp_path / "answers.jsonl")) == len(questions)
     assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(questions)
     whole, *blocks = re.split(r"\n(role-specific|general) questions \((\d+)\)\n", out)

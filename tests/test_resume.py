@@ -262,8 +262,8 @@ def test_a_run_is_not_begun_over_another(run_arguments, finished, capsys):
 
 CLAIM = """
 import pathlib, sys
-from support.processes import join_processes
-from support.resume import claim
+from support.training.processes import join_processes
+from support.training.resume import claim
 join_processes()
 claim(pathlib.Path(sys.argv[1]))
 print("claimed", flush=True)

@@ -35,9 +35,9 @@ def test_the_coloured_part_is_what_is_supervised(checkpoint, samples, capsys, mo
     tokenizer = ModelDirectory(checkpoint).tokenizer
     data = utils.RoleDataset(known, tokenizer, 512, 256)
     for index, (sample, text) in enumerate(zip(known, shown)):
-        tokens = data.sample(index)[1][:, 1]
-        assert learned(text) == tokenizer.decode(tokens[:-1]) + "[2 </s>]" == sample["response"] + "[2 </s>]"
-        before = f"{sample['system']}[195 <reserved_106>]{sample['prompt']}[196 <reserved_107>]"
+        tokens, (question, answer) = data.sample(index)[1][:, 1], (turn["content"] for turn in sample["messages"])
+        assert learned(text) == tokenizer.decode(tokens[:-1]) + "[2 </s>]" == answer + "[2 </s>]"
+        before = f"{sample['system']}[195 <reserved_106>]{question}[196 <reserved_107>]"
         assert ANY_COLOUR.sub("", text).startswith(before + learned(text) + "\n")
 
 
@@ -47,8 +47,9 @@ def test_the_printed_numbers_are_those_of_the_tokenizer(checkpoint, samples, cap
     encode = ModelDirectory(checkpoint).tokenizer.text_to_ids
     expected = []
     for number, sample in zip(range(1, 6), read_samples(samples[0])):
-        answer = len(encode(sample["response"])) + 1  # its eos
-        whole = len(encode(sample["system"])) + len(encode(sample["prompt"])) + 2 + answer  # two markers
+        question, answer = (len(encode(turn["content"])) for turn in sample["messages"])
+        answer += 1  # its eos
+        whole = len(encode(sample["system"])) + question + 2 + answer  # two markers
         expected.append((str(number), str(whole), str(answer)))
     assert printed == expected
 

@@ -72,7 +72,7 @@ def plain_training(
     for step in range(1, steps + 1):
         torch.manual_seed(seed * 1_000_003 + step)  # another mask of dropout in every step
         indices = order.samples(step - 1)
-        tokens, total = data.supervised_tokens(indices), 0.0
+        tokens, total = int(data.supervised[indices].sum()), 0.0
         for index in indices:
             ids, pairs = map(torch.from_numpy, data.sample(index))
             logits = model(ids[None]).logits[0, pairs[:, 0]].float()

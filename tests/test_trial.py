@@ -17,7 +17,7 @@ import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM, modeling_baichuan
 from support.dialogues.samples import read_samples
 from support.model.directory import ModelDirectory
-from support.training import memory, trial
+from support.training import memory, processes, trial
 
 SEVEN_B = BaichuanConfig()
 BOOK = memory.Way(itemsize=2, rank=16, dropout=True, checkpointing=True, four_bit=False)
@@ -180,9 +180,9 @@ def test_what_another_process_lacks_is_told_by_all(monkeypatch):
     def gather(found, problem):
         found[:] = [problem, "the second one's GPU is full"]
 
-    monkeypatch.setattr(trial.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(trial.dist, "all_gather_object", gather)
-    assert trial.first_problem(None) == "the second one's GPU is full"
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_gather_object", gather)
+    assert processes.first_problem(None) == "the second one's GPU is full"
 
 
 def test_too_little_memory_is_told_before_the_weights_are_loaded(train_arguments, tmp_path, monkeypatch, capsys):

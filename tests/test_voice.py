@@ -11,7 +11,7 @@ from support.dialogues.samples import read_samples
 from support.model.answering import Answer
 from support.scores.answers import measure_answers, recorded_limits
 from support.scores.table import compare, texts
-from support.scores.voice import Recall, Style, longest_piece, read_training, recorded_answers
+from support.scores.voice import Recall, Style, longest_piece, read_training, training_answers
 
 
 def question(role: str, *references: str, kind="general", system=""):
@@ -101,16 +101,16 @@ def test_rounds_of_a_conversation_are_drawn_together():
 
 @pytest.fixture(scope="module")
 def recorded(samples) -> dict[str, list[str]]:
-    return recorded_answers(samples[0])
+    return training_answers(samples[0])
 
 
 @pytest.fixture(scope="module")
 def questions(samples, recorded) -> list:
     """The recorded answers of the sample's test set; two of a role to one question are two questions here."""
-    return [question(sample["role"], sample["response"]) for sample in read_samples(samples[1])]
+    return [question(sample["role"], sample["messages"][-1]["content"]) for sample in read_samples(samples[1])]
 
 
-def test_recorded_answers_are_those_that_are_trained(tmp_path):
+def test_training_answers_are_those_that_are_trained(tmp_path):
     path = tmp_path / "train.json"
     path.write_text(
         '{"role": "甲", "system": "", "prompt": "问", "response": "答"}\n'
@@ -118,7 +118,7 @@ def test_recorded_answers_are_those_that_are_trained(tmp_path):
         '{"role": "乙", "system": "", "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": '
         '"不学", "train": false}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "学"}]}\n'
     )
-    assert recorded_answers(path) == {"甲": ["答"], "乙": ["学"]}
+    assert training_answers(path) == {"甲": ["答"], "乙": ["学"]}
 
 
 def test_style_by_hand():

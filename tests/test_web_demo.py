@@ -371,9 +371,9 @@ def test_conversations_come_and_go():
         assert chats.open_chat(found, "李白", "") is left
     chats.remove(found)
     assert found == {"role": "李白", "chats": {}, "shown": {}}
-    places = [(0, "question"), (0, "text"), (1, "question"), (1, "text")]  # of the bubbles
-    assert [chats.place(first, bubble) for bubble in range(5)] == [(0, "greeting"), *places]
-    assert [chats.place(second, bubble) for bubble in range(4)] == places
+    turns = [(0, "question"), (0, "text"), (1, "question"), (1, "text")]  # of the bubbles
+    assert [chats.turn_of_bubble(first, bubble) for bubble in range(5)] == [(0, "greeting"), *turns]
+    assert [chats.turn_of_bubble(second, bubble) for bubble in range(4)] == turns
 
 
 @pytest.mark.parametrize("greeted", [True, False])

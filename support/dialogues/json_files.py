@@ -64,7 +64,7 @@ def read_text(path: str | Path, may_be_empty: bool = False) -> str:
 
 
 def read_records(path: str | Path, problems: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """Yield (place, object) of a file of JSON lines, read as they come, or of one JSON array, which has to fit into memory.
+    """Yield (where, object) of a file of JSON lines, read as they come, or of one JSON array, which has to fit into memory.
 
     Args:
         problems: takes what is wrong with records, which are then left out.
@@ -76,7 +76,10 @@ def read_records(path: str | Path, problems: list[str] | None = None) -> Iterato
     except OSError as error:
         raise unreadable(path, error) from None
     with file:
-        is_array = next((letter for letter in iter(lambda: file.read(1), "") if not letter.isspace()), "") == "["
+        letter = file.read(1)
+        while letter.isspace():
+            letter = file.read(1)
+        is_array = letter == "["
         file.seek(0)
         if is_array:
             try:
@@ -85,19 +88,20 @@ def read_records(path: str | Path, problems: list[str] | None = None) -> Iterato
                 refuse_other_shape(path)
                 raise
         else:
-            if not is_record(next((line for line in file if line.strip()), "")):
+            filled_lines = (line for line in file if line.strip())
+            if not is_record(next(filled_lines, "")):
                 refuse_other_shape(path)
             file.seek(0)
             records = file
         for number, record in enumerate(records, start=1):
-            place = f"{path}: sample {number}" if is_array else f"{path}:{number}"
+            where = f"{path}: sample {number}" if is_array else f"{path}:{number}"
             try:
                 if not is_array and record.strip():
-                    yield place, parse_object(record.rstrip("\n"), path, number)
+                    yield where, parse_object(record.rstrip("\n"), path, number)
                 elif isinstance(record, dict):
-                    yield place, record
+                    yield where, record
                 elif is_array:
-                    raise UserError(f'{place}: is not a JSON object {{"…": …}}: correct or remove it')
+                    raise UserError(f'{where}: is not a JSON object {{"…": …}}: correct or remove it')
             except UserError as error:
                 if problems is None:
                     raise

@@ -31,32 +31,42 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     known = json.loads(SAMPLE_PROFILES.read_text(encoding="utf-8"))
     characters = {}
     for key, profile in profiles.items():
-        place = re.search(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
-        line = text.count("\n", 0, place.start()) + 1 if place else 1
         role = composed(key)
-        given = {"description": profile, "names": known.get(role, {}).get("names", [])}
-        if isinstance(profile, dict):
-            fields = card or card_fields(profile)
-            given = card_profile(fields, role) if fields else filled(profile)
+        fields = card
+        if fields is None and isinstance(profile, dict):
+            fields = card_fields(profile)
+        if fields:
+            given = card_profile(fields, role)
+        elif isinstance(profile, dict):
+            given = filled(profile)
+        else:
+            given = {"description": profile, "names": known.get(role, {}).get("names", [])}
+        if "description" not in given:
+            given = {"description": None}
         given = {field: plain_line_ends(value) for field, value in given.items()}
-        found = {"the role": text_problem(role) or length_problem(role, MAX_NAME)}
+
+        wrong = [("the role", text_problem(role) or length_problem(role, MAX_NAME))]
         if role in characters:
-            found["the role"] = "occurs twice, in two forms of Unicode: remove one"
-        for field, value in given.items() if "description" in given else [("description", None)]:
+            wrong = [("the role", "occurs twice, in two forms of Unicode: remove one")]
+        for field, value in given.items():
             what = "the profile of" if field == "description" else f"{field} in the profile of"
-            found[what] = field_problem(field, value)
-        problems += [f"{path}:{line}: {what} {role[:20]!r} {problem}" for what, problem in found.items() if problem]
-        portrait = Path(path).name if card and kind_of_file(path) == PNG else ""  # the image that carries the card
-        characters[role] = {
-            "description": None,
-            "greeting": "",
-            "questions": [],
-            "portrait": portrait,
-            "names": [],
-        } | given
+            wrong.append((what, field_problem(field, value)))
+        where = f"{path}:{line_of_key(key, text)}"
+        problems += [f"{where}: {what} {role[:20]!r} {problem}" for what, problem in wrong if problem]
+
+        portrait = ""
+        if card and kind_of_file(path) == PNG:
+            portrait = Path(path).name  # the image that carries the card
+        characters[role] = {"greeting": "", "questions": [], "portrait": portrait, "names": [], **given}
     if problems:
         raise UserError(*problems)
     return characters
+
+
+def line_of_key(key: str, text: str) -> int:
+    """The line on which a key of a JSON object stands; 1 where it is written in another way."""
+    found = re.search(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
 
 
 def length_problem(text: str, most: int) -> str | None:

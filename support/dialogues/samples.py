@@ -23,8 +23,8 @@ def read_samples(path: str | Path, merged: Counter | None = None, problems: list
     """Yield the samples of a file, whatever their form, as {"role", "system", "messages"}.
 
     The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question, or a greeting before it, to
-    an answer; one that is not to be trained carries "train": False. A sample of one round has "prompt" and "response" as well,
-    and "kind", of what kind its question is, stays where it is a text.
+    an answer; one that is not to be trained carries "train": False. "kind", of what kind the question is, stays where it
+    is a text.
 
     Args:
         merged: joins neighbouring turns of one speaker, and counts under "turns" what it joined.
@@ -32,9 +32,9 @@ def read_samples(path: str | Path, merged: Counter | None = None, problems: list
     Raises:
         UserError: the file is something else; without `problems`, at the first that is no sample.
     """
-    for place, record in read_records(path, problems):
+    for where, record in read_records(path, problems):
         try:
-            sample = as_sample(record, place, merged)
+            sample = as_sample(record, where, merged)
         except UserError as error:
             if problems is None:
                 raise
@@ -43,40 +43,38 @@ def read_samples(path: str | Path, merged: Counter | None = None, problems: list
             yield sample
 
 
-def as_sample(record: dict, place: str, merged: Counter | None = None) -> dict:
-    """Check one record and give it the keys that `read_samples` describes. Raises: UserError, which names the place."""
+def as_sample(record: dict, where: str, merged: Counter | None = None) -> dict:
+    """Check one record and give it the keys that `read_samples` describes. Raises: UserError, which says where it stands."""
     record = filled(record)
-    system, turns = conversation_of(record, place) or question_of(record, place)
+    system, turns = conversation_of(record, where) or question_of(record, where)
     if merged is not None:
         turns = merge_turns(turns, merged)
     sample = {"role": record.get("role", ""), "system": system}
     for key, text in sample.items():
         if text != "" and (problem := text_problem(text)):
-            raise UserError(f'{place}: "{key}" {problem}')
+            raise UserError(f'{where}: "{key}" {problem}')
     sample["role"] = composed(sample["role"])
-    check_turns(turns, place)
+    check_turns(turns, where)
     sample["messages"] = turns
-    if len(turns) == 2:
-        sample |= {"prompt": turns[0]["content"], "response": turns[1]["content"]}
     if isinstance(record.get("kind"), str):
         sample["kind"] = record["kind"]
     return sample
 
 
-def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
+def question_of(record: dict, where: str) -> tuple[str, list[dict]]:
     """The system text and the two turns of a question with its answer. Raises: UserError.
 
     With the book's keys `instruction` is the system text; without an input, it is the question.
     """
     if record.get("history"):
-        raise UserError(f'{place}: "history" is not read: write its rounds and the last one as "messages"')
+        raise UserError(f'{where}: "history" is not read: write its rounds and the last one as "messages"')
     if not {"prompt", "response", "instruction", "output"} & record.keys():
-        raise UserError(f'{place}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
+        raise UserError(f'{where}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
     books, ours = sorted({"instruction", "input", "output"} & record.keys()), {"prompt", "response"} & record.keys()
     if books and ours:
-        raise UserError(f'{place}: has "{books[0]}" beside "{min(ours)}": write one of the forms in data/README.md')
+        raise UserError(f'{where}: has "{books[0]}" beside "{min(ours)}": write one of the forms in data/README.md')
     if {"instruction", "system", "input"} <= record.keys():
-        raise UserError(f'{place}: has both "system" and "instruction": the two mean the same here: remove one')
+        raise UserError(f'{where}: has both "system" and "instruction": the two mean the same here: remove one')
     if {"instruction", "input"} <= record.keys():
         keys = ("instruction", "input", "output")
     elif {"instruction", "output"} & record.keys():
@@ -86,23 +84,23 @@ def question_of(record: dict, place: str) -> tuple[str, list[dict]]:
     system, prompt, response = (record.get(key) for key in keys)
     for key, text in zip(keys, (system or "。", prompt, response)):  # there may be no system text
         if problem := text_problem(text):
-            raise UserError(f'{place}: "{key}" {problem}')
+            raise UserError(f'{where}: "{key}" {problem}')
     return system or "", [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
-def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
+def conversation_of(record: dict, where: str) -> tuple[str, list[dict]] | None:
     """The system text and the turns of a conversation; None where the record holds none. Raises: UserError."""
     keys = [key for key in ("messages", "conversations") if key in record]
     if not keys:
         return None
     if len(keys) == 2:
-        raise UserError(f'{place}: has both "messages" and "conversations": remove one')
+        raise UserError(f'{where}: has both "messages" and "conversations": remove one')
     if not isinstance(record[keys[0]], list):
-        raise UserError(f'{place}: "{keys[0]}" is no list of turns: write [{{"role": …, "content": …}}, …]')
+        raise UserError(f'{where}: "{keys[0]}" is no list of turns: write [{{"role": …, "content": …}}, …]')
     system, turns = record.get("system", ""), []
     for number, turn in enumerate(record[keys[0]], start=1):
         if not isinstance(turn, dict):
-            raise UserError(f'{place}: turn {number} is no object: write {{"role": …, "content": …}}')
+            raise UserError(f'{where}: turn {number} is no object: write {{"role": …, "content": …}}')
         given, turn = turn, filled(turn)
         # The turn's own keys decide, not the name of the list.
         sharegpt = "from" in turn and "role" not in turn
@@ -112,17 +110,17 @@ def conversation_of(record: dict, place: str) -> tuple[str, list[dict]] | None:
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             known = "human, gpt or system" if sharegpt else "user, assistant or system"
-            raise UserError(f'{place}: turn {number}: "{speaker_key}" is {str(speaker)[:20]!r}: write {known}')
+            raise UserError(f'{where}: turn {number}: "{speaker_key}" is {str(speaker)[:20]!r}: write {known}')
         if role == "system" and text_key not in turn:
             continue
         if problem := text_problem(text):
-            raise UserError(f'{place}: turn {number}: "{text_key}" {problem}')
+            raise UserError(f'{where}: turn {number}: "{text_key}" {problem}')
         if role == "system" and number > 1:
-            raise UserError(f"{place}: turn {number} is the system's: only the first may be: move or remove it")
+            raise UserError(f"{where}: turn {number} is the system's: only the first may be: move or remove it")
         if role == "system" and system:
-            raise UserError(f'{place}: has a system text twice, in "system" and in turn 1: remove one')
+            raise UserError(f'{where}: has a system text twice, in "system" and in turn 1: remove one')
         if not isinstance(turn.get("train", True), bool):
-            raise UserError(f'{place}: turn {number}: "train" is neither true nor false: correct or remove it')
+            raise UserError(f'{where}: turn {number}: "train" is neither true nor false: correct or remove it')
         if role == "system":
             system = text
         elif role == "assistant" and not (turns and turn.get("train", True) and turn.get("weight", 1)):
@@ -145,7 +143,7 @@ def merge_turns(turns: list[dict], merged: Counter) -> list[dict]:
     return joined
 
 
-def check_turns(turns: list[dict], place: str):
+def check_turns(turns: list[dict], where: str):
     """Raises: UserError where they do not go from question to answer, or where nothing is to be trained.
 
     Before the first question may stand a greeting of the assistant, which is read and not trained.
@@ -153,13 +151,18 @@ def check_turns(turns: list[dict], place: str):
     for turn, before in zip(turns, [None, *turns]):
         if before and before["role"] == turn["role"]:
             raise UserError(
-                f"{place}: two turns of the {turn['role']} in a row, {turn['content'][:20]!r} is the second: "
+                f"{where}: two turns of the {turn['role']} in a row, {turn['content'][:20]!r} is the second: "
                 "remove one, or join them with data_helper.py --conversations … --merge_turns"
             )
     if not turns or turns[-1]["role"] == "user":
-        raise UserError(f"{place}: does not end on the assistant's turn: add the answer, or remove the question")
+        raise UserError(f"{where}: does not end on the assistant's turn: add the answer, or remove the question")
     if not any(turn.get("train", True) for turn in turns if turn["role"] == "assistant"):
-        raise UserError(f'{place}: nothing is to be trained: every answer has "train": false: remove the sample')
+        raise UserError(f'{where}: nothing is to be trained: every answer has "train": false: remove the sample')
+
+
+def unsupervised(messages: list[dict]) -> list[dict]:
+    """The same messages, of which no answer is trained or measured."""
+    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages]
 
 
 def first_question(messages: list[dict]) -> str:
@@ -179,9 +182,9 @@ def conversation(system: str, prompt: str) -> list[dict]:
 
 def rounds(sample: dict):
     """Yield (conversation up to a question, recorded answer) for every answer of a sample that is to be trained."""
-    for place, turn in enumerate(sample["messages"]):
+    for number, turn in enumerate(sample["messages"]):
         if turn["role"] == "assistant" and turn.get("train", True):
-            yield with_system(sample["system"], sample["messages"][:place]), turn["content"]
+            yield with_system(sample["system"], sample["messages"][:number]), turn["content"]
 
 
 def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
@@ -227,14 +230,14 @@ def read_rows(path: str | Path, characters: dict[str, dict] | None) -> list[dict
     Raises: UserError with every problem of every line.
     """
     rows, problems, strangers = [], Problems(), set()
-    for place, row in read_records(path, problems):
+    for where, row in read_records(path, problems):
         wrong, role = row_problems(row), row.get("role")
         if not wrong:
             role = row["role"] = composed(role)
         if not wrong and characters is not None and role not in characters and role not in strangers:
             strangers.add(role)  # told once a file, since a missing profile concerns hundreds of lines
             wrong = [f"the role {role[:20]!r} has no profile: correct the name, or add a profile to --desc_path"]
-        problems += [f"{place}: {problem}" for problem in wrong]
+        problems += [f"{where}: {problem}" for problem in wrong]
         rows.append(row)
     if problems:
         raise UserError(*problems)

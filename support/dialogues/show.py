@@ -6,21 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from baichuan import BaichuanTokenizer
-from support.errors import UserError
-from support.model.directory import ModelDirectory
-
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
-
-
-def open_tokenizer(directory: str) -> BaichuanTokenizer:
-    """The tokenizer of a model directory; the weights may be absent. Raises: UserError."""
-    if not (Path(directory) / "tokenizer.model").is_file():
-        raise UserError(
-            f"--model_name_or_path {directory}: holds no tokenizer.model: name a model directory, or make a small one: "
-            "python3 -m support.model.stand_in"
-        )
-    return ModelDirectory(directory).tokenizer
 
 
 def wants_colour(stream) -> bool:
@@ -52,14 +38,15 @@ def print_samples(data, tokenizer, path: Path):
     """Print all samples of a `utils.RoleDataset`, which was read from `path`."""
     colour = wants_colour(sys.stdout)
     for index, number in enumerate(data.numbers):
-        row, pairs = data.sample(index)
-        learned = {(place + 1, token) for place, token in pairs.tolist()}
+        ids, pairs = data.sample(index)
+        learned = {(column + 1, token) for column, token in pairs.tolist()}  # each is predicted one column before
         tokens = []
-        for place, id in enumerate([*row.tolist(), None]):
-            if (place, data.eos) in learned:  # ends an answer, and has no place in the row
+        for column, id in enumerate(ids.tolist()):
+            if (column, data.eos) in learned:  # ends an answer, and is not among the ids
                 tokens.append((data.eos, True))
-            if id is not None:
-                tokens.append((id, (place, id) in learned))
+            tokens.append((id, (column, id) in learned))
+        if (len(ids), data.eos) in learned:
+            tokens.append((data.eos, True))
         print(f"{path}, sample {number}: {len(tokens)} tokens, {len(pairs)} of them supervised")
         print(sample_text(tokenizer, tokens, colour) + "\n")
     print(", ".join(f"{count} {name}" for name, count in data.counts.items() if count))

@@ -94,7 +94,7 @@ def adapter_file(directory: Path) -> Path:
     raise UserError(f"{directory}: holds no adapter_model.safetensors: name the directory of an adapter")
 
 
-def digest(directory: Path) -> str:
+def adapter_digest(directory: Path) -> str:
     return file_digest(adapter_file(directory))
 
 
@@ -121,7 +121,7 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
     name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "none")
     merge, trained_on = base.settings.get("merged_adapter"), training_record(adapter).get("base")
     remedy = f"name the base that it was trained on, called {name} then"
-    if isinstance(merge, dict) and merge.get("sha256") == digest(adapter):
+    if isinstance(merge, dict) and merge.get("sha256") == adapter_digest(adapter):
         raise UserError(f"{base.path}: has this adapter merged into it already: {remedy}")
     if trained_on not in (None, base.fingerprint):
         raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import psutil
 import torch
 from tqdm import tqdm
+
+from baichuan.generation_utils import CACHE_NAME, messages_to_ids  # first, since it refuses an untested transformers
+from support.errors import out_of_memory
+
+# isort: split
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
-
-from baichuan.generation_utils import CACHE_NAME, messages_to_ids
-from support.errors import out_of_memory
 
 MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
 

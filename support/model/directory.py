@@ -1,6 +1,5 @@
 """A model directory, opened and checked once: config.json, generation_config.json, tokenizer, weights."""
 
-import hashlib
 import json
 from copy import deepcopy
 from functools import cached_property
@@ -14,7 +13,7 @@ from transformers.utils import logging
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
 from support.errors import Problems, UserError, blaming, few
-from support.files import LFS_POINTER, kind_of_file, read_object
+from support.files import LFS_POINTER, fingerprint, kind_of_file, read_object
 from support.model.comparison import cache_error
 from support.model.four_bit import check_four_bit, keep_as_loaded, loading
 from support.model.weights import Weights
@@ -154,16 +153,13 @@ class ModelDirectory:
         It is the same wherever the directory lies, in however many files and in whichever layout its weights are, and in
         float32 as rounded to bfloat16.
         """
-        config, found = self.config, hashlib.sha256()
-        found.update(f"{config.num_attention_heads} {config.hidden_act} {float(config.rms_norm_eps)}".encode())
-        values = {}
+        config, values = self.config, {}
         for name, tensor in self.weights:
             runs = tensor.flatten().unfold(0, min(32, tensor.numel()), 1)  # a view: all runs of so many neighbours
             some = runs[[number * (len(runs) - 1) // 7 for number in range(8)]].to(torch.bfloat16)
             values[name] = f"{name} {tuple(tensor.shape)}".encode() + some.view(torch.int16).numpy().tobytes()
-        for name in sorted(values):
-            found.update(values[name])
-        return found.hexdigest()[:16]
+        settings = f"{config.num_attention_heads} {config.hidden_act} {float(config.rms_norm_eps)}"
+        return fingerprint(settings, *(values[name] for name in sorted(values)))
 
     def load(
         self,

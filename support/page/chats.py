@@ -91,7 +91,7 @@ def add_version(turn: dict, text: str = "", base: str = "", state: str = "stoppe
     return turn["versions"][-1]
 
 
-def place(chat: dict, bubble: int) -> tuple[int, str]:
+def turn_of_bubble(chat: dict, bubble: int) -> tuple[int, str]:
     """Which turn a bubble belongs to, counted from the top, and what it shows: greeting, question or text."""
     if chat["greeting"]:
         if bubble == 0:

@@ -131,7 +131,7 @@ class Visit:
 
     def edit(self) -> dict | None:
         """An edited answer is another answer; an edited question is asked in a conversation of its own."""
-        number, part = chats.place(self.chat, self.data["index"])
+        number, part = chats.turn_of_bubble(self.chat, self.data["index"])
         text = html.unescape(self.data["value"])
         if part == "question":
             self.chat = chats.add(self.kept, chats.new_chat(self.chat["greeting"], self.chat["turns"][:number]))

@@ -1,7 +1,6 @@
 """The models of one comparison: who they are, their weights, one directory at a time in memory, and their answers on disk."""
 
 import gc
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from support.errors import UserError
-from support.files import put_on_disk
-from support.model.adapter import digest, load_adapter, read_adapter, refuse_misfit
+from support.files import fingerprint, put_on_disk
+from support.model.adapter import adapter_digest, load_adapter, read_adapter, refuse_misfit
 from support.model.answering import Answer
 from support.model.directory import ModelDirectory
 from support.model.engine import Engine
@@ -40,28 +39,41 @@ class Candidate(NamedTuple):
             refuse_misfit(self.directory, self.adapter, read_adapter(self.adapter))
 
 
-def name_candidates(args) -> list[Candidate]:
-    """The candidates that predict.py's flags name; the baseline, where there is one, comes first."""
-    output = args.output_path
+def name_candidates(
+    output: Path,
+    model_path: Path | None,
+    adapter_paths: Sequence[Path],
+    baseline_path: Path | None,
+    engine: Engine | None,
+) -> list[Candidate]:
+    """The candidates of a comparison; the baseline, where there is one, comes first.
+
+    Args:
+        output: the file of the model's answers; those of others are written beside it.
+        model_path, adapter_paths, engine: who answers: the model, each of the adapters on it, or a server.
+    Raises:
+        UserError: two adapters cannot be told apart by their names.
+    """
 
     def beside(name: str) -> Path:
         return output.with_name(f"{output.stem}-{name}{output.suffix}")
 
     candidates = []
-    if args.baseline_path:
-        candidates.append(Candidate("baseline", beside("baseline"), ModelDirectory(args.baseline_path)))
-    if args.engine:
-        return [*candidates, Candidate("engine", output, engine=Engine(args.engine, args.engine_model))]
-    if not args.adapter_path:
-        return [*candidates, Candidate("model", output, ModelDirectory(args.model_path))]
-    names = [path.resolve().name for path in args.adapter_path]
+    if baseline_path:
+        candidates.append(Candidate("baseline", beside("baseline"), ModelDirectory(baseline_path)))
+    if engine:
+        return [*candidates, Candidate("engine", output, engine=engine)]
+    if not adapter_paths:
+        return [*candidates, Candidate("model", output, ModelDirectory(model_path))]
+    names = [path.resolve().name for path in adapter_paths]
     if len(set(names)) < len(names) or "baseline" in names:  # epoch-1-step-300 of two runs
-        names = ["-".join(path.resolve().parts[-2:]) for path in args.adapter_path]
+        names = ["-".join(path.resolve().parts[-2:]) for path in adapter_paths]
     if len(set(names)) < len(names):
         raise UserError("--adapter_path: names an adapter twice, or two whose paths end alike: name each one once")
-    base = ModelDirectory(args.model_path)
-    adapters = zip(names, args.adapter_path)
-    return [*candidates, *(Candidate(name, beside(name), base, path) for name, path in adapters)]
+    base = ModelDirectory(model_path)
+    for name, path in zip(names, adapter_paths):
+        candidates.append(Candidate(name, beside(name), base, path))
+    return candidates
 
 
 class Loader:
@@ -98,23 +110,35 @@ class Loader:
 # ---------------------------------------------------------------- answers on disk
 
 
-def answer_settings(args, candidate, questions: Sequence) -> dict:
-    """What a candidate's answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
+def answer_settings(
+    candidate: Candidate,
+    questions: Sequence,
+    test: str,
+    max_new_tokens: int,
+    sampling_seed: int | None,
+    load_in_4bit: bool,
+) -> dict:
+    """What a candidate's answers depend on. The batch size is left out, so that a run may go on with a smaller one.
+
+    test: the name of the test set's file. sampling_seed: None for greedy answers.
+    """
     model, sources = candidate.directory, [json.dumps([question.messages for question in questions])]
-    settings = {"test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
-    settings["sampling_seed"] = args.seed if args.sample else None
+    settings = {"test": test, "max_new_tokens": max_new_tokens, "sampling_seed": sampling_seed}
     if candidate.engine:
         settings |= {"engine": candidate.engine.url, "model": candidate.engine.model}
     else:
         settings["model"] = model.path.resolve().name
         for file in [*model.weights.files, model.path / "generation_config.json"]:
             sources.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
-    if args.load_in_4bit:
+    if load_in_4bit:
         settings["load_in_4bit"] = True
     if candidate.adapter:
         settings["adapter"] = candidate.name
-        sources += [digest(candidate.adapter), (candidate.adapter / "adapter_config.json").read_text(encoding="utf-8")]
-    return {**settings, "digest": hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]}
+        sources += [
+            adapter_digest(candidate.adapter),
+            (candidate.adapter / "adapter_config.json").read_text(encoding="utf-8"),
+        ]
+    return {**settings, "digest": fingerprint("\n".join(sources))}
 
 
 class AnswerFile:

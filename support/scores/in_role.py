@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from support.dialogues.json_files import read_records, text_problem
-from support.dialogues.samples import as_sample
+from support.dialogues.samples import as_sample, unsupervised
 from support.errors import Problems
 from support.scores.table import Items, Score
 
@@ -70,32 +70,32 @@ def read_attacks(path: Path) -> list[dict]:
     """The attacks and boundary questions of a file. Raises: UserError with all that is wrong."""
     attacks = []
     with Problems() as problems:
-        for place, record in read_records(path, problems):
-            attacks.append(problems.of(as_attack, record, place))
+        for where, record in read_records(path, problems):
+            attacks.append(problems.of(as_attack, record, where))
         if not attacks and not problems:
             problems.append(f"{path}: is empty: write attacks, or leave --attacks out")
     return attacks
 
 
-def as_attack(record: dict, place: str) -> dict:
+def as_attack(record: dict, where: str) -> dict:
     """Raises: UserError."""
     with Problems() as problems:
         texts = ["kind", "in_character", "modern"] if record.get("kind") == "boundary" else ["kind"]
-        problems += [f'{place}: "{text}" {problem}' for text in texts if (problem := text_problem(record.get(text)))]
+        problems += [f'{where}: "{text}" {problem}' for text in texts if (problem := text_problem(record.get(text)))]
         messages = record.get("messages")
         ending = [{"role": "assistant", "content": "。"}]
         # The turns are those of a sample that lacks its last answer.
         whole = {"messages": messages + ending if isinstance(messages, list) else messages}
-        sample = problems.of(as_sample, whole, place)
+        sample = problems.of(as_sample, whole, where)
         if sample and sample["system"]:
-            problems.append(f"{place}: has a system text: remove it, since each role brings its own")
+            problems.append(f"{where}: has a system text: remove it, since each role brings its own")
     return {**record, "messages": sample["messages"][:-1]}
 
 
 def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = False) -> list[dict]:
     """Each of the attacks, or of the boundary questions, on each role, as a sample that lacks its last answer.
 
-    {role} is filled in; what the role has said before is not supervised. `personas`: role → system text.
+    {role} is filled in; earlier turns of the assistant are not supervised. `personas`: role → system text.
     """
     samples = []
     for number, attack in enumerate(attacks):
@@ -103,7 +103,7 @@ def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = Fals
             continue
         for role, system in personas.items():
             messages = [{**turn, "content": turn["content"].replace("{role}", role)} for turn in attack["messages"]]
-            messages = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in messages]
+            messages = unsupervised(messages)
             samples.append({**attack, "number": number, "role": role, "system": system, "messages": messages})
     return samples
 

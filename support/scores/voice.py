@@ -9,7 +9,7 @@ from support.dialogues.samples import read_samples
 COPY = 0.5  # of an answer's characters in one piece of a training answer: from here on it is called a copy
 
 
-def recorded_answers(path: str | Path) -> dict[str, list[str]]:
+def training_answers(path: str | Path) -> dict[str, list[str]]:
     """The distinct answers that a file of samples teaches, by role. Raises: UserError."""
     answers: dict[str, dict[str, None]] = {}
     for sample in read_samples(path):
@@ -32,7 +32,7 @@ def read_training(
     """
     if not path.is_file():
         return None, None, [text["no training"].format(path)]
-    recorded, remarks = recorded_answers(path), []
+    recorded, remarks = training_answers(path), []
     roles = dict.fromkeys(question.role for question in questions)
     strangers = [role or text["no role"] for role in roles if role not in recorded]
     if strangers:

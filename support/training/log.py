@@ -48,7 +48,7 @@ class Log:
         self.samples += samples
         self.tokens += tokens
 
-    def show(self, step: int, learning_rate: float, grad_norm: float):
+    def report(self, step: int, learning_rate: float, grad_norm: float):
         """Means since the last call; grad_norm is the one before clipping."""
         seconds = time.perf_counter() - self.start
         loss = sum(self.losses) / len(self.losses)

@@ -18,9 +18,14 @@ from support.device import refuse_unusable_gpu, set_up_cuda
 from support.errors import OneProcessError, UserError, first_line, out_of_memory
 
 
-def place() -> tuple[int, int]:
-    """(rank of this process, number of processes), as the launcher tells them."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Which process this is, and how many there are, as the launcher tells them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank_and_world_size()[0] == 0
 
 
 def join_processes() -> torch.device:
@@ -80,7 +85,7 @@ def precision(config: dict) -> torch.dtype:
     if config.get("bf16", {}).get("enabled") and not has_bfloat16():
         config["bf16"]["enabled"] = False
         config["fp16"] = {"enabled": bool(get_accelerator().is_fp16_supported())}  # on the CPU None stands for no
-        if place()[0] == 0:
+        if is_main_process():
             print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
     if config.get("bf16", {}).get("enabled"):
         return torch.bfloat16
@@ -106,6 +111,13 @@ def blaming_configuration(ds_file):
         if out_of_memory(error) or not (configuring or isinstance(error, AssertionError)):
             raise
         raise UserError(f"{ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The first problem of any rank, on all ranks, since only rank 0 prints."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next(filter(None, found), None)
 
 
 def refuse_differences(identity: dict):

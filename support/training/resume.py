@@ -2,14 +2,13 @@
 
     output_dir/state/epoch-1-step-300/
         run.json        what the run is, so that no other one goes on from here, and the log's unfinished mean
-        process-0.pt    of each process: adapters, its share of the optimizer, the place on the learning-rate curve
+        process-0.pt    of each process: adapters, its share of the optimizer, the step of the learning-rate curve
 
-The place in the data and the random numbers of dropout follow from the step and --seed, so nothing is kept of them.
+The order of the samples and the random numbers of dropout follow from the step and --seed, so nothing is kept of them.
 """
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from support.errors import OneProcessError, UserError, first_line, out_of_memory
-from support.files import put_on_disk, read_object, remove_directory, rename_directory, writing
+from support.files import fingerprint, put_on_disk, read_object, remove_directory, rename_directory, writing
 from support.training.checkpoints import Best, checkpoints, newest_state
-from support.training.processes import place, refuse_differences
+from support.training.processes import rank_and_world_size, refuse_differences
 
 
 def claim(output_dir: Path):
@@ -57,30 +56,32 @@ def claim(output_dir: Path):
 def run_identity(args, base: str, train_data, dtype: torch.dtype) -> dict:
     """All that decides the result of a run to the last bit. What only decides its speed is left out.
 
-    base: the fingerprint of the base model.
+    base: the fingerprint of the base model. train_data: a utils.RoleDataset.
     """
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
     flags += ("load_in_4bit",)
+    arrays = (train_data.ids, train_data.starts, train_data.pairs, train_data.pair_starts, train_data.persona)
     return {
-        "training data": digest(
-            train_data.ids, train_data.persona, train_data.starts, train_data.turns, str(train_data.personas)
-        ),
+        "training data": fingerprint(*arrays, str(train_data.personas)),
         "base weights": base,
-        "processes": place()[1],
-        "DeepSpeed configuration": digest(json.dumps(read_object(args.ds_file), sort_keys=True)),
+        "processes": rank_and_world_size()[1],
+        "DeepSpeed configuration": fingerprint(json.dumps(read_object(args.ds_file), sort_keys=True)),
         "precision": str(dtype),
         **{f"--{name}": getattr(args, name) for name in flags},
     }
 
 
-def find_state(args, base: str, train_data, dtype: torch.dtype) -> tuple[int, Path | None, dict]:
-    """(steps done, the state to go on from, what the run is). Raises: UserError where hosts or states differ."""
-    done, state = newest_state(args.output_dir)
-    identity = run_identity(args, base, train_data, dtype)
+def find_state(output_dir, identity: dict) -> tuple[int, Path | None, dict]:
+    """(steps done, the state to go on from, what its run.json holds). Raises: UserError where hosts or states differ.
+
+    identity: what the run is, see `run_identity`.
+    """
+    done, state = newest_state(output_dir)
     refuse_differences(identity | {"the state in --output_dir": done})
-    run = read_run(state, identity) if state else {"identity": identity, "losses": [], "best": None}
-    return done, state, run
+    if state is None:
+        return 0, None, {"identity": identity, "losses": [], "best": None}
+    return done, state, read_run(state, identity)
 
 
 def read_run(state: Path, identity: dict) -> dict:
@@ -97,7 +98,7 @@ def read_run(state: Path, identity: dict) -> dict:
     if differing:
         remedy = "change that back, or start in another --output_dir"
         raise UserError(
-            *(f"{state}: was saved with {n} {saved.get(n)}, not {identity[n]}: {remedy}" for n in differing)
+            *(f"{state}: was saved with {name} {saved.get(name)}, not {identity[name]}: {remedy}" for name in differing)
         )
     return {"identity": saved, "losses": losses, "best": best}
 
@@ -157,11 +158,3 @@ def _parts(engine) -> dict:
         "schedule": engine.lr_scheduler.state_dict(),
         "loss scale": {k: v for k, v in vars(zero.loss_scaler).items() if isinstance(v, (bool, int, float))},
     }
-
-
-def digest(*parts) -> str:
-    """A short fingerprint of bytes, arrays and texts."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
-    return found.hexdigest()[:16]

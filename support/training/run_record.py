@@ -19,14 +19,28 @@ from support.files import file_digest, whole_files
 from support.training.checkpoints import newest_state
 
 
-def introduce(args, model, steps, done: int, state: Path | None, where: str):
-    """Say what will be trained. steps: utils.Steps."""
+def introduce(
+    model,
+    steps,
+    done: int,
+    state: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    output_dir: str,
+    resume: bool,
+):
+    """Say what will be trained, from which state on. steps: utils.Steps. done: steps of that state."""
     model.print_trainable_parameters()
-    print(f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}")
-    if args.resume:
-        print(f"going on from {state}" if state else f"{args.output_dir}: no state is saved there yet; starting anew")
+    where = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {device.type}"
+    print(
+        f"{len(steps):,} steps of {steps.step_size} samples, {steps.steps_per_epoch:,} an epoch; {where}; to {output_dir}"
+    )
+    if resume and state:
+        print(f"going on from {state}")
+    elif resume:
+        print(f"{output_dir}: no state is saved there yet; starting anew")
     if done == len(steps):
-        print(f"{args.output_dir}: is complete, nothing is left to do")
+        print(f"{output_dir}: is complete, nothing is left to do")
 
 
 OF_ONE_START = ("resume", "dry_run", "local_rank", "config")  # flags that no later run should repeat
@@ -79,11 +93,13 @@ def commit() -> str | None:
         return None
 
 
-def broken(args, what: str, steps=None, step: int = 0) -> UserError:
+def diverged(output_dir, what: str, steps=None, step: int = 0) -> UserError:
     """Why the run cannot go on, and what a user can do. steps, step: those of the training that went wrong."""
-    numbers = steps.data.numbers[steps.samples(step - 1)] if steps else []
-    told = f", with samples {', '.join(map(str, numbers))}; look at them" if steps else ""
+    told = ""
+    if steps:
+        numbers = steps.data.numbers[steps.samples(step - 1)]
+        told = f", with samples {', '.join(map(str, numbers))}; look at them"
     return UserError(
         f"{what}{told}; lower --learning_rate or train in another precision. "
-        f"{newest_state(args.output_dir)[1] or 'No state'} is the last one saved"
+        f"{newest_state(output_dir)[1] or 'No state'} is the last one saved"
     )

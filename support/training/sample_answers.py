@@ -5,23 +5,23 @@ from contextlib import nullcontext
 
 import torch
 
-from support.dialogues.samples import first_question
+from support.dialogues.samples import conversation, first_question
 from support.model.answering import answer_batch, greedy, in_batches, rows_that_fit
 from support.model.directory import ModelDirectory
 
 
-def uncompiled(args):
-    """Around answers: they run the layers as written. Their many shapes would leave the compiler none for training."""
-    return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
+def uncompiled(compiled: bool):
+    """Use around answers of a model whose layers are compiled: their many shapes would leave the compiler none for training."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 LONGEST, MOST_ROLES = 128, 20  # tokens of an answer, and roles of a test set with hundreds of them
 
 
-def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role: int, conversation) -> dict[str, str]:
+def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive.
 
-    conversation: data_helper's, (system, question) → messages. Leaves the model in evaluation mode.
+    samples: as read_samples yields them. Leaves the model in evaluation mode.
     """
     config, tokenizer = greedy(directory.generation_config, LONGEST), directory.tokenizer
     room = directory.config.model_max_length - LONGEST
@@ -37,19 +37,21 @@ def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role
         if len(questions) < per_role:
             questions[question] = conversation(sample["system"], question)
     model.eval()
-    conversations = [messages for questions in asked.values() for messages in questions.values()]
-    if not conversations:
+    prompts = [messages for questions in asked.values() for messages in questions.values()]
+    if not prompts:
         return {}
 
     def answer(numbers):
-        return answer_batch(model, tokenizer, [conversations[number] for number in numbers], config)
+        return answer_batch(model, tokenizer, [prompts[number] for number in numbers], config)
 
-    texts = ["".join(turn["content"] for turn in messages) for messages in conversations]
+    texts = ["".join(turn["content"] for turn in messages) for messages in prompts]
     longest = max(map(len, tokenizer.text_to_ids(texts)))
     rows = rows_that_fit(model, longest + LONGEST)  # all roles at once, where the memory holds them
-    found = in_batches(answer, range(len(conversations)), rows, done=())
-    answers = iter([own for _, batch in found for own in batch])
-    return {
-        f"answers/{role}": "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
-        for role, questions in asked.items()
-    }
+    answers = []
+    for _, batch in in_batches(answer, range(len(prompts)), rows, done=()):
+        answers += batch
+    shown, left = {}, iter(answers)
+    for role, questions in asked.items():
+        lines = [f"**{question}**  \n{next(left).text}" for question in questions]
+        shown[f"answers/{role}"] = "\n\n".join(lines)
+    return shown

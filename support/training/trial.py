@@ -25,7 +25,8 @@ from support.training.memory import (
     row_bytes,
     weight_bytes,
 )
-from support.training.processes import place
+from support.training.processes import first_problem
+from utils import model_inputs
 
 LOOKED_AT = 32  # steps that are laid out to find the largest row, and again for the mean
 
@@ -41,13 +42,6 @@ def memory(device: torch.device) -> tuple[int, int]:
     return total, total
 
 
-def first_problem(problem: str | None) -> str | None:
-    """Of the problems that the processes have, one, for all of them: the process that has it may not be the one that speaks."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
-    return next(filter(None, found), None)
-
-
 def row_of(batch: dict) -> Row:
     return Row(batch["input_ids"].numel(), len(batch["loss_positions"]), batch["input_ids"].shape[1])
 
@@ -55,8 +49,8 @@ def row_of(batch: dict) -> Row:
 def largest_batch(steps, done: int, size) -> dict[str, torch.Tensor]:
     """Of all batches of the steps after `done`, the one for which `size(row)` is largest. steps: utils.Steps.
 
-    To lay every step out would take minutes for a large file. So the steps are looked at in the order of what they could
-    take at most, all samples in one row, until no other can take more than what was found.
+    To lay every step out would take minutes for a large file. So steps are laid out sorted by an upper bound, all samples
+    in one row, until it falls below the largest found.
     """
     data, collator = steps.data, steps.collator
     lengths, personas = np.diff(data.starts), np.array([len(persona) for persona in data.personas])
@@ -91,30 +85,27 @@ class Trial:
 
     Args:
         steps: utils.Steps. test_rows: those of this process, as evaluation takes them. done: steps that are behind.
+        max_len: below which --max_pack_len may not go.
     """
 
-    def __init__(self, args, config, steps, test_rows: list[dict], done: int, dtype: torch.dtype, device: torch.device):
-        self.args, self.config, self.steps, self.done, self.device = args, config, steps, done, device
-        self.way = Way(
-            itemsize=dtype.itemsize,
-            rank=args.lora_dim,
-            dropout=args.lora_dropout > 0,
-            checkpointing=args.gradient_checkpointing,
-            four_bit=args.load_in_4bit,
-            processes=place()[1],
-        )
+    def __init__(self, config, way: Way, steps, test_rows: list[dict], done: int, max_len: int, device: torch.device):
+        self.config, self.way, self.steps, self.done = config, way._replace(processes=steps.world), steps, done
+        self.max_len, self.device = max_len, device
         if done < len(steps):
             self.batch = largest_batch(steps, done, lambda row: row_bytes(config, self.way, row))
             self.row = row_of(self.batch)
             some = np.unique(np.linspace(done, len(steps) - 1, LOOKED_AT).astype(int))
             self.some_steps = [steps[int(step)][0] for step in some]
-        evaluation = [(evaluation_bytes(config, self.way, row_of(batch)), batch) for batch in test_rows]
-        self.evaluation_bytes, self.test_batch = max(evaluation, key=lambda pair: pair[0], default=(0, None))
+        self.evaluation_bytes, self.test_batch = 0, None  # of the largest test row
+        for batch in test_rows:
+            size = evaluation_bytes(config, self.way, row_of(batch))
+            if size > self.evaluation_bytes:
+                self.evaluation_bytes, self.test_batch = size, batch
 
     def too_large(self, available: float) -> str:
         """What is said where the run does not fit."""
         weights, rest = weight_bytes(self.config, self.way), held_bytes(self.config, self.way)
-        shortest = self.args.max_len if self.args.packing == "tree" else None
+        shortest = self.max_len if self.steps.collator.packing == "tree" else None
         return (
             f"the run does not fit into the {available / 1e9:.3g} GB of {self.device.type} memory that it may use: "
             f"{weights / 1e9:.3g} GB of weights, {(rest - weights) / 1e9:.2g} GB for the adapters and "
@@ -131,17 +122,16 @@ class Trial:
         if problem := first_problem(problem):
             raise UserError(problem)
 
-    def run(self, engine, model_inputs) -> str | None:
+    def run(self, engine, attn_implementation: str, compiled: bool) -> str | None:
         """Let the row pass, and say what the run will take. Gradients and random numbers are left as they were.
 
-        model_inputs: a function that turns a batch into the model's arguments.
         Raises: UserError on every process, where it does not fit on one of them.
         """
         if self.done == len(self.steps):
             return None
         problem = seconds = None
         try:
-            seconds = self._pass(engine.module, model_inputs)
+            seconds = self._pass(engine.module, attn_implementation, compiled)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -155,10 +145,10 @@ class Trial:
         peaks, times = zip(*found)
         return (
             f"peak {in_gb(max(peaks))} of {in_gb(total)} GB; {len(self.steps) - self.done:,} steps, "
-            f"about {in_time(max(times))}; {self._saves()}"
+            f"about {in_time(max(times))}"
         )
 
-    def _pass(self, model, model_inputs) -> float:
+    def _pass(self, model, attn_implementation: str, compiled: bool) -> float:
         """Seconds of the row's forward and backward pass."""
         cuda = self.device.type == "cuda"
         short = min((batch for step in self.some_steps for batch in step), key=lambda batch: row_of(batch).tokens)
@@ -167,9 +157,10 @@ class Trial:
                 torch.cuda.reset_peak_memory_stats(self.device)
             try:
                 # The first pass of all loads kernels; a row of another length may be compiled first.
-                for batch in (short, self.batch, *[self.batch] * self.args.compile):
+                for batch in [short, self.batch, self.batch] if compiled else [short, self.batch]:
                     start = time.perf_counter()
-                    model(**model_inputs(batch), use_cache=False, num_items_in_batch=1).loss.backward()
+                    inputs = model_inputs(batch, self.device, attn_implementation)
+                    model(**inputs, use_cache=False, num_items_in_batch=1).loss.backward()
                     if cuda:
                         torch.cuda.synchronize(self.device)
                     seconds = time.perf_counter() - start
@@ -179,13 +170,14 @@ class Trial:
         if self.evaluation_bytes > row_bytes(self.config, self.way, self.row):
             model.eval()
             with torch.no_grad():
-                model(**model_inputs(self.test_batch), use_cache=False, num_items_in_batch=1)
+                inputs = model_inputs(self.test_batch, self.device, attn_implementation)
+                model(**inputs, use_cache=False, num_items_in_batch=1)
             model.train()
         return seconds
 
     def _peak(self, engine) -> float:
         """Bytes: the most so far, and the optimizer's moments, which its first step makes."""
-        moments = 0 if engine.optimizer.optimizer.state else 8 * adapter_parameters(self.config, self.args.lora_dim)
+        moments = 0 if engine.optimizer.optimizer.state else 8 * adapter_parameters(self.config, self.way.rank)
         return 1e9 * peak_memory_gb() + moments / self.way.processes
 
     def _passes_left(self) -> float:
@@ -199,15 +191,16 @@ class Trial:
         mean = sum(cost_of(batch) for step in self.some_steps for batch in step) / len(self.some_steps)
         return left * mean / cost_of(self.batch)
 
-    def _saves(self) -> str:
+    def saves(self, output_dir: Path, save_model_step: int, save_total_limit: int | None) -> str:
         """What the adapters and the state will take of the disk."""
-        args, numbers = self.args, adapter_parameters(self.config, self.args.lora_dim)
-        steps = range(self.done + 1, len(self.steps) + 1)
-        periods = [self.steps.steps_per_epoch, *([args.save_model_step] if args.save_model_step else [])]
-        times = sum(any(step % period == 0 for period in periods) for step in steps)
-        kept = min(times, (args.save_total_limit or times) + 1)  # the best one besides
+        numbers = adapter_parameters(self.config, self.way.rank)
+        times = 0
+        for step in range(self.done + 1, len(self.steps) + 1):
+            ends_epoch = step % self.steps.steps_per_epoch == 0
+            times += ends_epoch or (save_model_step > 0 and step % save_model_step == 0)
+        kept = min(times, (save_total_limit or times) + 1)  # the best one besides
         each, state = numbers * self.way.itemsize, numbers * (self.way.itemsize + 12)
-        free, needed = free_bytes(Path(args.output_dir)), kept * each + 2 * state
+        free, needed = free_bytes(output_dir), kept * each + 2 * state
         told = f"saves {in_bytes(each)} each, {in_bytes(needed)} in all on a disk with {in_bytes(free)} free"
         return told + (": too little, lower --save_total_limit" if needed > free else "")
 

@@ -43,6 +43,7 @@ import train  # noqa: E402
 import utils  # noqa: E402
 from baichuan import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
 from support.device import row_cost  # noqa: E402
+from support.dialogues.samples import read_samples  # noqa: E402
 from support.model import stand_in  # noqa: E402
 from support.model.directory import ModelDirectory  # noqa: E402
 
@@ -142,13 +143,13 @@ class Samples:
 def load_samples(args, directory: Path) -> Samples:
     path, tokenizer = load_data(args, directory)
     if args.conversations is None:
-        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)  # as the book
+        data = utils.RoleDataset(read_samples(path), tokenizer, 512, 256, is_skip=True)  # as the book
         kept = set(data.numbers)
-        samples = [s for number, s in enumerate(data_helper.read_samples(path), start=1) if number in kept]
+        samples = [s for number, s in enumerate(read_samples(path), start=1) if number in kept]
         return Samples(samples, tokenizer)
     if args.conversations:
-        return Samples(list(data_helper.read_samples(args.conversations)), tokenizer, args.persona_tokens)
-    return Samples(chained(list(data_helper.read_samples(path)), [3, 4]), tokenizer, args.persona_tokens)
+        return Samples(list(read_samples(args.conversations)), tokenizer, args.persona_tokens)
+    return Samples(chained(list(read_samples(path)), [3, 4]), tokenizer, args.persona_tokens)
 
 
 def random_model(size: str, dtype: torch.dtype, device, attn_implementation: str, vocab_size: int = 125_696):
@@ -236,7 +237,7 @@ class OwnSteps:
     def gradients(self, data, indices) -> dict[str, torch.Tensor]:
         self.model.zero_grad()
         for batch in self.batches(data, indices):
-            self.loss(self.model, batch, data.supervised_tokens(indices)).backward()
+            self.loss(self.model, batch, int(data.supervised[indices].sum())).backward()
         found = {name: p.grad.float().clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad()
         return found
@@ -245,7 +246,7 @@ class OwnSteps:
         """Take one step: (seconds, tokens computed)."""
         synchronize(self.device)
         start = time.perf_counter()
-        batches, tokens = self.batches(data, indices), data.supervised_tokens(indices)
+        batches, tokens = self.batches(data, indices), int(data.supervised[indices].sum())
         with self.engine.coalesce_grad_reduction():
             for batch in batches:
                 self.engine.backward(self.loss(self.engine, batch, tokens))
@@ -444,7 +445,7 @@ def table(args):
                         steps_of.engine = engine
                     reset_peak(device)
                     measured[way].append(
-                        (*steps_of.step(*data.of(way, indices)), data.whole.supervised_tokens(indices))
+                        (*steps_of.step(*data.of(way, indices)), int(data.whole.supervised[indices].sum()))
                     )
                     memory[way] = max(memory.get(way, 0), peak_gib(device))
             seconds = {way: statistics.median(s for s, *_ in runs) for way, runs in measured.items()}
@@ -470,7 +471,7 @@ def growth(args):
     ways = args.ways or ["padded-rounds", "padded", "tree"]
     with tempfile.TemporaryDirectory() as directory:
         path, tokenizer = load_data(args, Path(directory))
-        samples = list(data_helper.read_samples(path))
+        samples = list(read_samples(path))
         device = train.processes.join_processes()
         model = random_model(args.size, torch.float32, device, "sdpa", len(tokenizer))
         model = with_lora(model, utils.find_all_linear_names(model))
@@ -499,21 +500,22 @@ def scale(args):
     """Tokenize and collate many samples: RoleBench repeated with a changed word in each."""
     with tempfile.TemporaryDirectory() as directory:
         path, tokenizer = load_data(args, Path(directory))
-        lines = list(data_helper.read_samples(path))
+        lines = list(read_samples(path))
         many = Path(directory) / "many.json"
         with open(many, "w", encoding="utf-8") as file:
             for number in range(args.scale):
                 sample = lines[number % len(lines)]
+                question, answer = (turn["content"] for turn in sample["messages"])
                 changed = {
-                    **sample,
-                    "prompt": f"{number}、{sample['prompt']}",
-                    "response": f"{sample['response']}{number}",
+                    "system": sample["system"],
+                    "prompt": f"{number}、{question}",
+                    "response": f"{answer}{number}",
                 }
                 file.write(json.dumps(changed, ensure_ascii=False) + "\n")
         del lines
         reset_peak(torch.device("cpu"))
         before, start = peak_gib(torch.device("cpu")), time.perf_counter()
-        data = utils.RoleDataset(data_helper.read_samples(many), tokenizer, 512, 256)
+        data = utils.RoleDataset(read_samples(many), tokenizer, 512, 256)
         tokenized = time.perf_counter() - start
         steps = utils.Steps(data, utils.Collator(data, "tree", 2048, 2), 8, 1, 0)
         start = time.perf_counter()

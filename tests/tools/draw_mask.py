@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import data_helper  # noqa: E402 - the scripts lie in the root
 import utils  # noqa: E402
+from support.dialogues.samples import read_samples  # noqa: E402
 from support.model.directory import ModelDirectory  # noqa: E402
 from tests.tools.sample_model import write_model  # noqa: E402
 
@@ -25,7 +25,7 @@ COLOURS = {"persona": "#f2b134", "sample": "#2f6f9f", "answer": "#14415f"}
 def main():
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(directory)
-        samples = data_helper.read_samples(f"{directory}/train.json")
+        samples = read_samples(f"{directory}/train.json")
         data = utils.RoleDataset(samples, ModelDirectory(model).tokenizer, 512, 256)
     collator = utils.Collator(data, "tree", 2048, 2)
     indices = utils.Steps(data, collator, step_size=8, epochs=1, seed=1234).samples(0)

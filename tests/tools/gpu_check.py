@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from support.command_line import ArgumentParser, number_problems  # noqa: E402 - the project lies in the root
+from support.dialogues.samples import read_samples  # noqa: E402
 from support.errors import UserError, entry_point, first_line, slow_imports  # noqa: E402
 
 SAMPLE = ROOT / "data/sample"
@@ -180,7 +181,7 @@ def weights(args) -> dict:
     data_helper.main([*(str(part) for pair in paths.items() for part in pair), *roles])
     for path, number in zip((every, asked), (args.steps * STEP_SIZE, 32)):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        data = utils.RoleDataset(data_helper.read_samples(path), tokenizer, 512, 256, is_skip=True)
+        data = utils.RoleDataset(read_samples(path), tokenizer, 512, 256, is_skip=True)
         order = np.random.default_rng(0).permutation(len(data))
         chosen = np.resize(order, number)  # a small file is gone through again
         target = samples(args)[0] if path == every else asked
@@ -239,7 +240,7 @@ def llama(args) -> dict:
 
 def gradients(args) -> dict:
     device, tokenizer = pick_device(args.device), ModelDirectory(base(args)).tokenizer
-    data = utils.RoleDataset(data_helper.read_samples(samples(args)[0]), tokenizer, 512, 256)
+    data = utils.RoleDataset(read_samples(samples(args)[0]), tokenizer, 512, 256)
     options = SimpleNamespace(attn_implementation="sdpa", max_pack_len=4096)
     size = "wide" if args.size == "7b" else args.size
     numbers = {}
