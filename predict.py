@@ -238,7 +238,9 @@ def argument_problems(args) -> list[str]:
     if args.engine_model and not args.engine:
         problems.append("--engine_model: belongs to --engine: add it, or leave this out")
     taken = {path.resolve() for path in (args.test_path, args.train_path, args.attacks, args.plain_text)}
-    outputs = {"--output_path": args.output_path} | ({"--html": args.html} if args.html else {})
+    outputs = {"--output_path": args.output_path}
+    if args.html:
+        outputs["--html"] = args.html
     for flag, path in outputs.items():
         if path.resolve() in taken:
             problems.append(f"{flag} {path}: is another file of this run: name another one")

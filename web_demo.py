@@ -60,7 +60,7 @@ with slow_imports(parse_args, __name__):
     from support.page.visit import MAX_KEPT, SETTINGS, Refusal, Visit, warn
 
 
-def check(args) -> tuple:
+def read_inputs(args) -> tuple:
     """The device, the characters, and USER:PASSWORD if there is one. Raises: UserError with all that is wrong."""
     model, device = None, None
     with Problems() as problems:
@@ -322,7 +322,7 @@ def answer_once(speaker, role: str, description: str, question: str) -> str:
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, characters, account = check(args)
+    device, characters, account = read_inputs(args)
     model = args.model_path, args.adapter_path, device, args.load_in_4bit
     speaker = Engine(args.engine).check() if args.engine else Speaker.load(*model)
     if args.ask is not None:

@@ -43,8 +43,9 @@ class Problems(list):
     def __exit__(self, kind, *_):
         found = list(dict.fromkeys(self))  # each once: two models may lack the same
         if found and kind is None:
-            more = len(found) - MOST_PROBLEMS
-            raise UserError(*found[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else []))
+            if len(found) > MOST_PROBLEMS:
+                found[MOST_PROBLEMS:] = [f"and {len(found) - MOST_PROBLEMS} more"]
+            raise UserError(*found)
 
 
 def entry_point(main):
@@ -61,7 +62,7 @@ def entry_point(main):
             return main(argv)
         except UserError as error:
             problems = error.problems
-            speaks |= isinstance(error, OneProcessError)
+            speaks = speaks or isinstance(error, OneProcessError)
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # as shells report Ctrl-C
         except ImportError as error:
@@ -74,8 +75,9 @@ def entry_point(main):
                 problems = [f"{where}{error.strerror or error}"]
             else:
                 raise
-        for problem in problems if speaks else []:
-            print("error:", " ".join(problem.split("\n")), file=sys.stderr)
+        if speaks:
+            for problem in problems:
+                print("error:", " ".join(problem.split("\n")), file=sys.stderr)
         raise SystemExit(2)
 
     return wrapper
@@ -83,9 +85,9 @@ def entry_point(main):
 
 @contextmanager
 def blaming(what: str):
-    """Around what libraries do with a user's file: any error they raise becomes the UserError "{what}: {reason}".
+    """Use around a library that reads a user's file: any error it raises becomes the UserError "{what}: {reason}".
 
-    They share no narrower class: a damaged file fails anywhere in json, torch, pickle, safetensors or transformers.
+    Libraries share no narrower class: a damaged file fails anywhere in json, torch, pickle, safetensors or transformers.
 
     Raises: UserError; MemoryError for want of memory, for which no file is to blame.
     """
@@ -101,7 +103,7 @@ def blaming(what: str):
 
 @contextmanager
 def slow_imports(parse_args, name: str):
-    """Around the imports that take seconds: a script that is run (`name` is "__main__") reads its arguments before them.
+    """Use around the imports that take seconds: a script that is run (`name` is "__main__") reads its arguments first.
 
     So --help and a typing error are answered at once, and an environment that lacks a package is told in a line.
     """
@@ -125,7 +127,10 @@ def import_problem(error: ImportError) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """On a GPU torch has a class for it, told by its name since torch may not be imported; on the CPU only a text."""
+    """Whether memory ran out. On a GPU torch has a class for it, on the CPU only the message says so.
+
+    The class is known by its name, since torch may not be imported.
+    """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or bool(re.search("out of memory|allocate memory|ALLOC_FAILED|bad_alloc", str(error)))
 
@@ -138,4 +143,6 @@ def first_line(error: Exception) -> str:
 
 def few(problems: list[str]) -> list[str]:
     """The first five problems and a count: a fault in every layer needs no more lines."""
-    return problems[:5] + [f"and {len(problems) - 5} more problems like these"] * (len(problems) > 5)
+    if len(problems) <= 5:
+        return problems
+    return [*problems[:5], f"and {len(problems) - 5} more problems like these"]

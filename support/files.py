@@ -1,4 +1,4 @@
-"""Files and directories are whole or absent, even if the process that writes them is killed."""
+"""Files and directories that are whole or absent, even if the process that writes them is killed; files of settings."""
 
 import glob
 import hashlib
@@ -104,7 +104,10 @@ def remove_leftovers(path: Path):
         process = left.name[len(path.name) + 2 : -len(".tmp")]
         own = process == str(os.getpid())  # in a container, the one that was killed often had this one's number
         if process.isdecimal() and (own or not psutil.pid_exists(int(process))):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 def rename_directory(temporary: Path, path: Path):
@@ -142,7 +145,7 @@ def set_link(link: Path, name: str):
 
 
 def followed(path: str | Path) -> Path:
-    """The directory that a path means: of what `set_link` has made, the one it names; of all else, itself."""
+    """Resolve output_dir/best, which `set_link` has made; return other paths unchanged."""
     path = Path(path)
     if path.is_symlink():
         return path.parent / os.readlink(path)
@@ -204,7 +207,7 @@ KINDS = {  # how a file begins → what it is
 
 
 def kind_of_file(path: str | Path) -> str | None:
-    """What a file is that was taken for a text, or for a tokenizer or weights, as far as its first bytes tell."""
+    """What a file is, by its first bytes, where it is none that is read here as it stands; else None."""
     with open(path, "rb") as file:
         beginning = file.read(32)
     return next((kind for magic, kind in KINDS.items() if beginning.startswith(magic)), None)

@@ -35,7 +35,7 @@ def unreadable(path: str | Path, error: OSError) -> UserError:
 
 
 def plain_line_ends(value):
-    r"""Line ends as a browser sends them, \n, of whatever kind they are: else a role is asked in other words than trained."""
+    r"""Every kind of line end as \n, which browsers send: else a role is asked in other words than it was trained on."""
     if isinstance(value, list):
         return [plain_line_ends(part) for part in value]
     return re.sub("\r\n|[\r\v\f\x85\u2028\u2029]", "\n", value) if isinstance(value, str) else value

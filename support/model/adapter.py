@@ -1,4 +1,4 @@
-"""An adapter directory, read and checked: is it a plain LoRA adapter, and one of this base?"""
+"""An adapter directory, read and checked: is it plain LoRA, does it fit, and was it trained on this base?"""
 
 import json
 import re
@@ -49,9 +49,11 @@ def read_adapter(directory: Path) -> dict[str, Update]:
     if problems:
         raise UserError(*problems)
     settings = {name: defaults[name] for name in FOLLOWED} | settings
-    patterns = [settings[name] or {} for name in ("rank_pattern", "alpha_pattern")]
-    numbers = [settings["r"], settings["lora_alpha"], *(n for p in patterns if isinstance(p, dict) for n in p.values())]
-    if not all(isinstance(p, dict) for p in patterns) or not all(type(n) in (int, float) and n > 0 for n in numbers):
+    ranks, alphas = settings["rank_pattern"] or {}, settings["alpha_pattern"] or {}  # of single modules
+    numbers = [settings["r"], settings["lora_alpha"]]
+    for pattern in (ranks, alphas):
+        numbers += pattern.values() if isinstance(pattern, dict) else [None]
+    if not all(type(number) in (int, float) and number > 0 for number in numbers):
         raise UserError(f"{directory / 'adapter_config.json'}: ranks and alphas must be positive numbers")
 
     path = adapter_file(directory)
@@ -73,10 +75,8 @@ def read_adapter(directory: Path) -> dict[str, Update]:
 
     updates = {}
     for module, pair in factors.items():
-        rank, alpha = (
-            pattern.get(get_pattern_key(pattern, module), settings[name])
-            for pattern, name in zip(patterns, ("r", "lora_alpha"))
-        )
+        rank = ranks.get(get_pattern_key(ranks, module), settings["r"])
+        alpha = alphas.get(get_pattern_key(alphas, module), settings["lora_alpha"])
         if pair.keys() != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {rank}:
             problems.append(f"{path}: {module} has no lora_A and lora_B of rank {rank}, which adapter_config.json says")
             continue
@@ -133,7 +133,7 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
 
 
 def load_adapter(model, directory) -> PeftModel:
-    """Put the adapter of a directory beside the weights of `model`, which keeps its place inside. Raises: UserError."""
+    """Put the adapter of a directory beside the weights of `model`, which from then on computes with it. Raises: UserError."""
     with blaming(f"{directory}: the adapter cannot be loaded"):
         # Only layers whose values are in the file take memory, not those that a damaged setting asks for.
         # PEFT would first put them on the first GPU, wherever the model is.

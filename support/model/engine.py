@@ -15,7 +15,7 @@ CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them
 
 
 def without_markers(text: str) -> str:
-    """Of a text, what a server takes for no marker. Where one goes, what stood around it may be another."""
+    """A text without what a server takes for a marker. Repeated, since what stood around one may spell another."""
     while CONTROL.search(text):
         text = CONTROL.sub("", text)
     return text
@@ -79,18 +79,15 @@ class Engine:
 
     def answer(self, messages: list[dict], settings: dict, begun: str = "", **others) -> Iterator[tuple[str, str]]:
         """As `Speaker.answer`: the answer as it grows, and its state. Raises: UserError: none comes, or it is refused."""
-        options = (
-            {"temperature": 0}
-            if not settings["do_sample"]
-            else {name: settings[name] for name in ("temperature", "top_p")}
-        )
-        options |= {
-            "max_tokens": settings["max_new_tokens"],
-            "seed": None if settings["seed"] == -1 else settings["seed"],
-        }
-        more = {"top_k": settings["top_k"]} if settings["do_sample"] else {}
-        more |= {"add_generation_prompt": False, "continue_final_message": True} if begun else {}
-        turns, begins = list(messages), [{"role": "assistant", "content": begun}] if begun else []
+        seed = None if settings["seed"] == -1 else settings["seed"]
+        options, more = {"max_tokens": settings["max_new_tokens"], "seed": seed, "temperature": 0}, {}
+        if settings["do_sample"]:
+            options |= {"temperature": settings["temperature"], "top_p": settings["top_p"]}
+            more["top_k"] = settings["top_k"]
+        turns, begins = list(messages), []
+        if begun:
+            begins = [{"role": "assistant", "content": begun}]
+            more |= {"add_generation_prompt": False, "continue_final_message": True}
         penalty, text, state = settings.get("repetition_penalty", 1.0), begun, "cut"
         try:
             while True:

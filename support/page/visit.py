@@ -77,11 +77,13 @@ class Visit:
 
     def settings(self) -> dict:
         """What the next answer is drawn with, as a Speaker takes it."""
-        settings = {name: self.told[switch] for name, switch in self.page.settings.items()}
-        unset = {"do_sample": True, "seed": -1} | {name: unset for name, (*_, unset) in SETTINGS.items()}
-        settings = {
-            name: type(unset[name])(unset[name] if value is None else value) for name, value in settings.items()
-        }
+        settings = {}
+        for name, switch in self.page.settings.items():
+            unset = {"do_sample": True, "seed": -1}.get(name)
+            if name in SETTINGS:
+                unset = SETTINGS[name][-1]
+            value = self.told[switch]
+            settings[name] = type(unset)(unset if value is None else value)  # the browser sends 1 for 1.0
         if settings["seed"] >= 0:  # another attempt, another answer
             settings["seed"] = (settings["seed"] + self.chat["turns"][-1]["shown"]) % 2**32
         return settings

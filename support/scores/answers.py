@@ -58,6 +58,7 @@ def uses_catchword(system: str, answer: str) -> float:
 def measure_answers(
     questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, np.ndarray]
 ) -> Answers:
+    """Measure one model's answers. style, recall: see voice.py; limits: see `recorded_limits`."""
     texts = [answer.text for answer in answers]
     clusters = [(question.role, first_question(question.messages)) for question in questions]  # of conversations
     items = Items.of([question._asdict() for question in questions], clusters)
@@ -81,18 +82,17 @@ def measure_answers(
         for name in values.keys() - {"rouge_l", "catchwords", "stops"}:
             values[name] = np.where(known, values[name], np.nan)
     beside = {"style": ("ceiling", "floor"), "copies": ("recorded",)}
-    scores = {
-        name: Score(items, own, beside={limit: limits[limit] for limit in beside.get(name, ())})
-        for name, own in values.items()
-    }
-    return Answers(scores | {"distinct_2": distinct_2(items, texts)}, heard_as, nearest)
+    scores = {"distinct_2": distinct_2(items, texts)}
+    for name, own in values.items():
+        scores[name] = Score(items, own, beside={limit: limits[limit] for limit in beside.get(name, ())})
+    return Answers(scores, heard_as, nearest)
 
 
 def distinct_2(items: Items, texts: Sequence[str]) -> Score:
     """Distinct pairs of neighbouring words among all such pairs (Li et al. 2016, arXiv 1510.03055).
 
-    A pair that several of the answers looked at have, or one has several times, is shared out among its places: so the
-    answers' parts add up to the distinct pairs, and no draw of the bootstrap, which takes some twice, lowers it by that.
+    A pair that occurs k times counts 1/k at each occurrence, so the answers' parts add up to the distinct pairs. That is
+    settled before the bootstrap draws: an answer that is drawn twice does not make its pairs less distinct.
     """
     pairs_of = [list(zip(own, own[1:])) for own in map(words, texts)]
     number = numbered([pair for own in pairs_of for pair in own])  # of each pair of words, answer after answer
@@ -101,8 +101,8 @@ def distinct_2(items: Items, texts: Sequence[str]) -> Score:
 
     def among(taken):
         used = taken[owner]
-        places = np.bincount(number[used], minlength=number.max(initial=-1) + 1)
-        distinct = np.bincount(owner, weights=used / places[number].clip(1), minlength=len(texts))
+        occurrences = np.bincount(number[used], minlength=number.max(initial=-1) + 1)
+        distinct = np.bincount(owner, weights=used / occurrences[number].clip(1), minlength=len(texts))
         with np.errstate(invalid="ignore"):
             return 100 * distinct / counts, {}
 

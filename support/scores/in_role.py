@@ -146,5 +146,5 @@ def in_role_scores(
 
 
 def items_of(samples: list[dict]) -> Items:
-    """An attack on one role and the same attack on another hang together."""
+    """The same attack on several roles is one cluster."""
     return Items.of(samples, [sample["number"] for sample in samples])

@@ -64,9 +64,9 @@ class Said(NamedTuple):
         return Said(self.roles, items, *(column[taken] for column in self[2:]))
 
     def among(self, taken: np.ndarray) -> "Said":
-        """The same with those roles alone, and their personas, that have an answer among those taken, (n,) bool.
+        """The same with fewer roles and personas: those that have an answer among the taken ones, (n,) bool.
 
-        The answers of other roles stay, and are not to be looked at.
+        The answers of other roles stay in the arrays, where they mean nothing.
         """
         present = np.unique(self.role[taken])
         roles, own = [self.roles[number] for number in present], np.searchsorted(present, self.role)
@@ -112,8 +112,12 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
 
 
 def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Each (n,): 100 where the own persona, of those of the roles looked at, makes an answer likeliest, else 0; by how
-    many nats a token it is likelier so than under the best other one; and chance. nan where one role is alone."""
+    """Who said it, asked among the roles that have an answer among the taken ones.
+
+    Returns:
+        accuracy (n,): 100 where an answer is likeliest under its own role's persona, else 0; margin (n,): by how many
+        nats a token it is likelier so than under the best other persona; {"chance": (n,)}. nan where one role is alone.
+    """
     here = said.among(taken)
     if len(here.roles) < 2:
         nothing = np.full(len(taken), np.nan)
@@ -129,12 +133,20 @@ def persona_scores(said: Said) -> dict[str, Score]:
         return {}
 
     def accuracy(said: Said) -> Score:
-        return Score(said.items, None, among=lambda taken: who_said_it(said, taken)[::2])
+        def among(taken):
+            found, _, chance = who_said_it(said, taken)
+            return found, chance
+
+        return Score(said.items, None, among=among)
+
+    def margin(taken):
+        _, found, _ = who_said_it(said, taken)
+        return found, {}
 
     items, own, tokens = said.items, said.own(), said.tokens
     scores = {
         "who_said_it": accuracy(said),
-        "who_said_it_margin": Score(items, None, among=lambda taken: (who_said_it(said, taken)[1], {})),
+        "who_said_it_margin": Score(items, None, among=margin),
         "loss": Score(items, -own / tokens, tokens),
         "worth_none": Score(items, (own - said.without) / tokens, tokens),
     }

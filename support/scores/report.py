@@ -65,7 +65,7 @@ def write(
 
 
 def scale(row: Row, left: float, right: float) -> Callable[[float], float]:
-    """A number → its place: percent from 0 to 100, all else over what its intervals span; the better end is right."""
+    """A function: number → x. Percent go from 0 to 100, other numbers over what their intervals span; better is right."""
     ends = [end for own in row.models for end in (own.low, own.high) if not np.isnan(end)]
     worst, best = (0.0, 100.0) if MEASURES[row.measure].form == PERCENT else (min(ends), max(ends))
     if MEASURES[row.measure].better < 0:

@@ -103,7 +103,7 @@ class Row(NamedTuple):
 
 
 def numbered(keys: Sequence) -> np.ndarray:
-    """(n,) the same number for equal keys, from 0 in the order of their first places."""
+    """(n,) the same number for equal keys, counted from 0 in the order in which they first occur."""
     numbers: dict = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
 
@@ -181,7 +181,7 @@ def resampled(cluster: np.ndarray, taken: np.ndarray, resamples: int, seed: int)
 
 
 def estimate(numbers: np.ndarray) -> Estimate:
-    """Of what was measured, and after it what was drawn."""
+    """numbers: first what was measured, then what the bootstrap drew."""
     drawn = numbers[1:][~np.isnan(numbers[1:])]
     if np.isnan(numbers[0]) or not len(drawn):
         return Estimate(numbers[0], np.nan, np.nan)

@@ -1,4 +1,4 @@
-"""The scripts' arguments, and train.py's DeepSpeed file: all that is wrong with them is reported at once."""
+"""What is wrong with train.py's arguments and its DeepSpeed file, all of it at once."""
 
 import math
 import re

@@ -94,10 +94,10 @@ def precision(config: dict) -> torch.dtype:
 
 @contextmanager
 def blaming_configuration(ds_file):
-    """Around DeepSpeed's start: what it raises over its configuration becomes a UserError; a defect stays what it is.
+    """Use around DeepSpeed's start: errors about its configuration become a UserError, others stay what they are.
 
-    DeepSpeed has no class for the former. They come from where it reads the file and makes what the file names; and an
-    assertion is how it refuses a combination.
+    DeepSpeed has no class for them. They are told by where they come from: the code that reads the file, or that makes
+    what the file names; and by being an assertion, which is how DeepSpeed refuses a combination.
     """
     try:
         yield

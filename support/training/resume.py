@@ -25,7 +25,7 @@ from support.training.processes import rank_and_world_size, refuse_differences
 
 
 def claim(output_dir: Path):
-    """Keep other runs out of `output_dir`, and remove what killed ones left half-written there. For all processes.
+    """Keep other runs out of `output_dir`, and remove what killed ones left half-written. Called by all processes.
 
     Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with the
     first process, which writes an id into the file; the other hosts look for that id.
