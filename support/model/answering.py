@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from itertools import takewhile
 from typing import NamedTuple
 
 import psutil
@@ -49,8 +50,8 @@ def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generati
         found = output[:, input_ids.shape[1] :].tolist()
     answers = []
     for ids in found:
-        end = next((place for place, id in enumerate(ids) if id in ends), None)  # padding may follow it
-        answers.append(Answer(tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
+        own = list(takewhile(lambda id: id not in ends, ids))  # padding may follow the end
+        answers.append(Answer(tokenizer.decode(own, skip_special_tokens=True), stopped=len(own) < len(ids)))
     return answers
 
 
@@ -131,13 +132,13 @@ def greedy_ids(
         for row, id in zip(rows, ids[:, 0].tolist()):
             if not answers[row] or answers[row][-1] not in ends:
                 answers[row].append(id)
-        going = [place for place, row in enumerate(rows) if answers[row][-1] not in ends]
+        going = [index for index, row in enumerate(rows) if answers[row][-1] not in ends]
         if not going:
             break
         if len(going) <= len(rows) * 7 // 8:  # to drop rows copies the others
             kept = torch.tensor(going, device=model.device)
             cache.batch_select_indices(kept)
-            ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in going]
+            ids, mask, rows = ids[kept], mask[kept], [rows[index] for index in going]
         mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
     return answers
 

@@ -122,7 +122,7 @@ class Samples:
         rounds, self.rounds_of = [], []
         for sample in samples:
             ends = [
-                place for place, message in enumerate(sample["messages"], start=1) if message["role"] == "assistant"
+                number for number, message in enumerate(sample["messages"], start=1) if message["role"] == "assistant"
             ]
             self.rounds_of.append(range(len(rounds), len(rounds) + len(ends)))
             for end in ends:
@@ -134,7 +134,7 @@ class Samples:
         """The data set that a way reads, and where the samples of a step are in it."""
         if not way.endswith("-rounds"):
             return self.whole, indices
-        return self.rounds, np.array([place for index in indices for place in self.rounds_of[index]])
+        return self.rounds, np.array([number for index in indices for number in self.rounds_of[index]])
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -208,7 +208,7 @@ def equivalent_llama(model):
 
 
 def book_loss(model, batch, tokens: int) -> torch.Tensor:
-    """Head normalisation and logits at every position, as the published model's code has it."""
+    """Logits at every position, and the head normalised in every pass, as the published model's code has it."""
     base = model.get_base_model()
     hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     logits = F.linear(hidden, F.normalize(base.lm_head.weight, dim=-1)).float()
@@ -546,9 +546,9 @@ SINGLE = {f"aten::{name}" for name in ("mul", "mul_", "add", "add_", "div", "div
 
 
 def count_operations(step: Callable) -> Counter:
-    """{(place, operation): times} of a training step: operations that compute and call none that does.
+    """{(part, operation): times} of a training step: operations that compute and call none that does.
 
-    Each is a launch on a GPU, and launches are what the time of a step of few tokens is made of. Places are the names
+    Each is a launch on a GPU, and launches are what the time of a step of few tokens is made of. Parts are the names
     given to `torch.profiler.record_function`, and "backward" wherever autograd computes.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -559,24 +559,24 @@ def count_operations(step: Callable) -> Counter:
     def numbers(event):
         return {event.sequence_nr} | {number for child in event.cpu_children for number in numbers(child)}
 
-    def visit(event, place: str) -> bool:
+    def visit(event, part: str) -> bool:
         """Count an event with those it calls; whether any of them computes."""
-        place = event.name if event.is_user_annotation else place
+        part = event.name if event.is_user_annotation else part
         if event.name.startswith("autograd::engine::evaluate_function"):
-            place = "backward"
+            part = "backward"
             if event.sequence_nr in fused:
                 kernel, first = fused[event.sequence_nr]
-                found[place, f"{kernel} backward"] += (kernel, first) not in counted
+                found[part, f"{kernel} backward"] += (kernel, first) not in counted
                 counted.add((kernel, first))
                 # The sum of the gradients of a tensor that is used twice is no part of the kernel.
-                found[place, "aten::add_"] += sum(child.name == "aten::add_" for child in event.cpu_children)
+                found[part, "aten::add_"] += sum(child.name == "aten::add_" for child in event.cpu_children)
                 return True
         elif event.name in FUSED:
             inside = numbers(event) - {-1}
             fused.update(dict.fromkeys(inside, (event.name, min(inside, default=-1))))
-        inner = [] if event.name in FUSED | SINGLE else [visit(child, place) for child in event.cpu_children]
+        inner = [] if event.name in FUSED | SINGLE else [visit(child, part) for child in event.cpu_children]
         works = not any(inner) and event.name.startswith("aten::") and event.name not in NO_WORK
-        found[place, event.name] += works
+        found[part, event.name] += works
         return works or any(inner)
 
     for event in profile.events():
@@ -625,9 +625,9 @@ def operations(args):
     with tempfile.TemporaryDirectory() as directory:
         found = operations_of_a_step(32, Path(directory))
     print(f"{found.total():,} operations in a step of 8 samples through 32 layers")
-    for place in dict.fromkeys(place for place, _ in found):
-        here = Counter({name: times for (where, name), times in found.items() if where == place})
-        print(f"\n{place}: {here.total():,}")
+    for part in dict.fromkeys(part for part, _ in found):
+        here = Counter({name: times for (where, name), times in found.items() if where == part})
+        print(f"\n{part}: {here.total():,}")
         for name, times in here.most_common():
             print(f"{times:8,}  {name.removeprefix('aten::')}")
 

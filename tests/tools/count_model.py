@@ -41,13 +41,13 @@ def pass_through(model, tokens: int, supervised: int) -> tuple[int, int]:
             kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
-    places = torch.stack((torch.arange(tokens - supervised, tokens), torch.zeros(supervised, dtype=torch.long)), -1)
+    pairs = torch.stack((torch.arange(tokens - supervised, tokens), torch.zeros(supervised, dtype=torch.long)), -1)
     ids = torch.zeros((1, tokens), dtype=torch.long)
     sees = torch.ones((1, 1, tokens, tokens), dtype=torch.bool)
     with FlopCounterMode(display=False) as operations:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             row = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "attention_mask": sees}
-            loss = model(**row, loss_positions=places, use_cache=False, num_items_in_batch=supervised).loss
+            loss = model(**row, loss_positions=pairs, use_cache=False, num_items_in_batch=supervised).loss
         size = sum(storage.nbytes() for storage in kept.values())
         kept.clear()
         loss.backward()

@@ -18,8 +18,8 @@ def panel(number: int, persona: str, rounds: list[int], milliseconds: dict[str, 
     for number_of_rounds in rounds:
         axes += text(number_of_rounds / rounds[-1] * WIDTH, HEIGHT + 20, str(number_of_rounds), "faint middle")
     for way, values in milliseconds.items():
-        places = [f"{x / rounds[-1] * WIDTH:.1f} {(1 - y / top) * HEIGHT:.1f}" for x, y in zip(rounds, values)]
-        axes += f'<path d="M{" L".join(places)}" class="line" stroke="{WAYS[way]}"/>'
+        points = [f"{x / rounds[-1] * WIDTH:.1f} {(1 - y / top) * HEIGHT:.1f}" for x, y in zip(rounds, values)]
+        axes += f'<path d="M{" L".join(points)}" class="line" stroke="{WAYS[way]}"/>'
     return f'<g transform="translate({LEFT + number * (WIDTH + GAP)} {TOP + 24})">{axes}</g>'
 
 
@@ -28,7 +28,7 @@ def picture() -> str:
     panels = []
     for persona in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == persona]
-        times = {way: [float(row[place]) for row in own] for place, way in enumerate(WAYS, start=2)}
+        times = {way: [float(row[column]) for row in own] for column, way in enumerate(WAYS, start=2)}
         panels.append(panel(len(panels), persona, [int(row[1]) for row in own], times))
     legend, x = "", LEFT
     for way, words in zip(WAYS, ("one sample a round, padded", "whole conversations, padded", "trees")):

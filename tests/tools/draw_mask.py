@@ -32,7 +32,7 @@ def main():
     (row,) = collator(indices)
 
     ends = row["end"][0].tolist()
-    supervised = {place + 1 for place in row["loss_positions"][:, 0].tolist()}
+    supervised = {column + 1 for column in row["loss_positions"][:, 0].tolist()}
     kinds, previous = [], np.empty(0)
     for index in indices:  # as `tree_row` lays them out
         ids, _ = data.sample(index)

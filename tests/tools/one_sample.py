@@ -29,22 +29,22 @@ def main(argv=None):
     data = utils.RoleDataset(samples, tokenizer, max_len=512, max_src_len=256)
     (batch,) = utils.Collator(data, packing="none", max_pack_len=512, rows_per_batch=1)([0])
     ids = batch["input_ids"][0].tolist()
-    places, labels = batch["loss_positions"].unbind(-1)
+    columns, labels = batch["loss_positions"].unbind(-1)
     logits = model(input_ids=batch["input_ids"]).logits[0].float()
-    losses = torch.nn.functional.cross_entropy(logits[places], labels, reduction="none")
-    loss_of = dict(zip((places + 1).tolist(), losses.tolist()))  # a token is predicted at the place before it
+    losses = torch.nn.functional.cross_entropy(logits[columns], labels, reduction="none")
+    loss_of = dict(zip((columns + 1).tolist(), losses.tolist()))  # a token is predicted one column before
 
     persona = len(data.personas[0])
-    print("place     id  token            supervised    loss")
-    for place, id in enumerate([*ids, data.eos]):
-        if 3 <= place < persona - 2:
-            if place == 3:
+    print("column    id  token            supervised    loss")
+    for column, id in enumerate([*ids, data.eos]):
+        if 3 <= column < persona - 2:
+            if column == 3:
                 print("    …         the rest of the persona")
             continue
         token = repr(tokenizer.convert_ids_to_tokens(id))[1:-1]
         width = 16 - sum(ord(letter) > 0x2E80 for letter in token)  # Chinese characters are two columns wide
-        mark, loss = ("yes", f"{loss_of[place]:8.3f}") if place in loss_of else ("no", "")
-        print(f"{place:5} {id:6}  {token:{width}} {mark:10}{loss}".rstrip())
+        mark, loss = ("yes", f"{loss_of[column]:8.3f}") if column in loss_of else ("no", "")
+        print(f"{column:5} {id:6}  {token:{width}} {mark:10}{loss}".rstrip())
     print(f"the loss of the sample is the mean of these {len(labels)}: {losses.mean():.3f}")
 
 

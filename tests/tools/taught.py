@@ -53,7 +53,7 @@ def ten_follow_ups(train_path) -> list[dict]:
 
 
 def ten_of(samples: list[dict]) -> list[dict]:
-    return [samples[place * len(samples) // QUESTIONS] for place in range(min(QUESTIONS, len(samples)))]
+    return [samples[number * len(samples) // QUESTIONS] for number in range(min(QUESTIONS, len(samples)))]
 
 
 def answers(directory, samples: list[dict], history: bool = False) -> list[str]:
