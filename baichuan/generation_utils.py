@@ -93,10 +93,7 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     return role, content
 
 
-# ---------------------------------------------------------------- many conversations → answers
-
-
-# ---------------------------------------------------------------- one conversation, as it is written
+# ---------------------------------------------------------------- a conversation → its answer
 
 
 class ChatMixin:
