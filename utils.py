@@ -1,9 +1,10 @@
 """Tools around the model: samples → ids → rows with their mask, evaluation, and saving an adapter."""
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ class RoleDataset:
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         self.max_src_len, self.is_skip = max_src_len, is_skip
         known: dict[str, int] = {}  # system text → its number in personas
-        ids, pairs, persona, numbers = [np.empty(0, dtype=np.int32)], [np.empty((0, 2), dtype=np.int32)], [], []
+        ids, starts, pairs, pair_starts = array("i"), array("q", [0]), array("i"), array("q", [0])
+        persona, numbers = array("i"), array("i")
         for sample in encoded(samples, tokenizer):
             self.counts["read"] += 1
             system = sample["system"]
@@ -55,17 +57,16 @@ class RoleDataset:
             self.counts["nothing left to train"] += bool(messages) and not sample_pairs
             self.kept_of[sample.get("role", "")] += bool(sample_pairs)
             if sample_pairs:
-                ids.append(np.array(sample_ids, dtype=np.int32))
-                pairs.append(np.array(sample_pairs, dtype=np.int32))
+                ids.extend(sample_ids)
+                starts.append(len(ids))
+                pairs.extend(chain.from_iterable(sample_pairs))
+                pair_starts.append(len(pairs) // 2)
                 persona.append(known[system])
                 numbers.append(self.counts["read"])
-        # One array for all samples, which the processes that load them share without copying.
-        self.ids, self.starts = np.concatenate(ids), np.cumsum([len(own) for own in ids])
-        self.pairs, self.pair_starts = (
-            np.concatenate(pairs),
-            np.cumsum([len(own) for own in pairs]),
-        )  # columns from the persona's end on
-        self.persona, self.numbers = np.array(persona, dtype=np.int32), np.array(numbers, dtype=np.int32)
+        self.ids, self.starts = np.frombuffer(ids, np.int32), np.frombuffer(starts, np.int64)
+        self.pairs = np.frombuffer(pairs, np.int32).reshape(-1, 2)  # columns from the persona's end on
+        self.persona, self.pair_starts = np.frombuffer(persona, np.int32), np.frombuffer(pair_starts, np.int64)
+        self.numbers = np.frombuffer(numbers, np.int32)
         self.supervised = np.diff(self.pair_starts)
         self.counts["kept"] = len(self)
 
