@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from peft import PeftModel
-from test_merge import make_adapter
+from test_merge_params import make_adapter
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer

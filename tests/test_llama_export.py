@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHARED
-from test_merge import make_adapter
+from test_merge_params import make_adapter
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import merge_params

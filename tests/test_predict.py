@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SHARED
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_merge import make_adapter
+from test_merge_params import make_adapter
 
 import data_helper
 import predict

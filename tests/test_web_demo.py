@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from test_tokenizer import pause_generation
+from test_tokenization_baichuan import pause_generation
 from web_client import DESC_PATH, Server, free_port
 
 import web_demo

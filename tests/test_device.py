@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, alone, free_port
-from test_merge import make_adapter
+from test_merge_params import make_adapter
 
 import merge_params
 import train

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import adapter_weights, scalars
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_merge import make_adapter
-from test_packing import CONVERSATIONS
+from test_merge_params import make_adapter
+from test_utils import CONVERSATIONS
 
 import merge_params
 import train
