@@ -1,4 +1,4 @@
-"""The launches of a training step, which are what its time on a GPU is made of: a number, counted on the CPU."""
+"""tests/tools/bench_train.py counts the launches of a training step, which are what its time on a GPU is made of."""
 
 import json
 

@@ -101,16 +101,3 @@ def test_what_is_evaluated_between_saves_is_only_logged(train_arguments, tmp_pat
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     losses = {step: loss for step, loss in scalars(tmp_path / "with", "test_loss") if step in (3, 5)}
     assert followed(tmp_path / "with/best").name == f"epoch-1-step-{min(losses, key=losses.get)}"
-
-
-def test_answers_are_shown_once_all_is_saved(train_arguments, tmp_path, monkeypatch):
-    """They may take long, or fail; the state that --resume goes on from does not wait for them."""
-    seen = []
-
-    def watched(*arguments):
-        seen.append([(tmp_path / place / "epoch-1-step-5").exists() for place in ("", "state")])
-        return {}
-
-    monkeypatch.setattr(train, "sample_answers", watched)
-    train.main(train_arguments(tmp_path))
-    assert seen == [[True, True]]

@@ -1,7 +1,6 @@
-"""Whatever answers compares itself with whole passes first, and refuses a model or a library that goes wrong."""
+"""How far two models differ; whatever answers compares itself with whole passes first, and refuses to go wrong."""
 
-import inspect
-
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,9 +10,8 @@ import predict
 import train
 import web_demo
 from baichuan import BaichuanForCausalLM
-from baichuan.configuration_baichuan import TESTED, refuse_untested_transformers
 from baichuan.modeling_baichuan import BaichuanModel
-from support.model.comparison import cache_error
+from support.model.comparison import cache_error, compare
 
 PROMPTS = [[5, 9, 77, 130], [11, 300, 8, 42, 600, 7, 19, 250]]
 
@@ -70,37 +68,34 @@ def test_nothing_answers_with_an_ignored_cache(
     assert not (tmp_path / "answers.jsonl").exists() and not list(tmp_path.glob("run/epoch*"))
 
 
-def test_an_unknown_argument_is_refused_by_name(checkpoint):
-    model, ids = BaichuanForCausalLM.from_pretrained(checkpoint), torch.tensor([PROMPTS[0]])
-    with pytest.raises(TypeError, match="kv_store"):
-        model(ids, kv_store=None)
-    with pytest.raises(TypeError, match="kv_store"):
-        model.generate(ids, max_new_tokens=2, kv_store=None)
+def test_comparison_against_numpy():
+    generator = np.random.default_rng(0)
+    p, q = ([generator.normal(0, 2, (n, 50)) for n in (3, 5)] for _ in range(2))
+    q[0][:] = p[0]
+    result = compare([torch.tensor(x) for x in p], [torch.tensor(x) for x in q])
+    softmax = [[np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in side] for side in (p, q)]
+    divergence = np.concatenate([(a * np.log(a / b)).sum(-1) for a, b in zip(*softmax)])
+    assert result.largest == pytest.approx(np.abs(p[1] - q[1]).max())
+    assert result.divergence == pytest.approx(divergence.mean())
+    assert result.same_argmax == pytest.approx((3 + (p[1].argmax(-1) == q[1].argmax(-1)).sum()) / 8)
+    assert result.worst == 1
 
 
-def test_libraries_call_from_pretrained_by_its_parameter(checkpoint):
-    ours, theirs = (
-        list(inspect.signature(kind.from_pretrained).parameters)[0]
-        for kind in (BaichuanForCausalLM, transformers.PreTrainedModel)
-    )
-    assert ours == theirs
-    assert BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint)
+def test_comparison_does_not_pass_over_nan():
+    good, bad = torch.zeros(2, 4), torch.zeros(2, 4)
+    bad[1, 2] = torch.nan
+    assert compare([good], [bad]).largest == torch.inf
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "5.25.0.dev0", "6.0.0"])
-def test_an_untested_transformers_is_refused_with_the_remedy(version, monkeypatch):
-    monkeypatch.delenv("BAICHUAN_ANY_TRANSFORMERS", raising=False)
-    with pytest.raises(ImportError, match=f"transformers {version} .*pip install"):
-        refuse_untested_transformers(version)
-    monkeypatch.setenv("BAICHUAN_ANY_TRANSFORMERS", "1")
-    refuse_untested_transformers(version)
+def test_half_precision_is_compared_in_float32_and_left_as_it_was(checkpoint):
+    from support.model.comparison import compute_in_float32, logits_of
 
-
-def test_the_range_is_that_of_the_requirements():
-    lowest, highest = (tuple(map(int, version.split("."))) for version in TESTED)
-    beyond = f"{highest[0]}.{highest[1] + 1}"
-    assert f"transformers>={TESTED[0]},<{beyond}\n" in (ROOT / "requirements.txt").read_text()
-    (pinned,) = [
-        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("transformers==")
-    ]
-    assert lowest <= tuple(map(int, pinned.split("==")[1].split(".")[:2])) <= highest
+    half = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    wide = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
+    before = {name: tensor.clone() for name, tensor in half.state_dict().items()}
+    compute_in_float32(half)
+    texts = [[5, 6, 7, 300, 301], [8, 9]]
+    for found, text in zip(logits_of(half, texts), texts):  # padded in one batch, against each by itself
+        with torch.no_grad():
+            assert (found - wide(torch.tensor([text])).logits[0]).abs().max() < 1e-5
+    assert all(torch.equal(before[name], tensor) for name, tensor in half.state_dict().items())

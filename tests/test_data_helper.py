@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import http.server
 import json
-import math
 import os
 import re
 import socket
@@ -16,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import SYSTEM, TWO_ROUNDS, as_written, turns, write_lines
 
 from data_helper import PERSONA, example_questions, main, persona, without_address
 from support.dialogues.profiles import read_characters
@@ -37,10 +37,6 @@ def read_lines(path):
     return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() would also cut at U+2028
 
 
-def write_lines(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def files_below(directory):
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
@@ -48,15 +44,6 @@ def files_below(directory):
 def names_of(role):
     """As the sample's profiles have them."""
     return [role, *read_characters(SAMPLE / "profiles-zh_desc.json").get(role, {}).get("names", [])]
-
-
-def as_written(sample):
-    """A sample of one round that was read, as data_helper.py writes it."""
-    question, answer = sample["messages"]
-    assert question.keys() == answer.keys() == {"role", "content"}
-    assert (question["role"], answer["role"]) == ("user", "assistant")
-    rest = {key: text for key, text in sample.items() if key != "messages"}
-    return {**rest, "prompt": question["content"], "response": answer["content"]}
 
 
 class Run:
@@ -370,12 +357,12 @@ BAD_FILES = [  # (file, its bytes or None for no file, what follows the file's n
 ]
 
 
-@pytest.mark.parametrize("name, content, place, problem", BAD_FILES, ids=[f"{f[0]}-{f[3]}" for f in BAD_FILES])
-def test_a_bad_file(run, name, content, place, problem):
+@pytest.mark.parametrize("name, content, where, problem", BAD_FILES, ids=[f"{f[0]}-{f[3]}" for f in BAD_FILES])
+def test_a_bad_file(run, name, content, where, problem):
     path = run.data / name
     path.unlink() if content is None else path.write_bytes(content)
     (error,) = run.errors()
-    assert error.startswith(f"{path}{place}") and problem in error
+    assert error.startswith(f"{path}{where}") and problem in error
 
 
 def test_a_directory_in_place_of_a_file(run):
@@ -479,82 +466,7 @@ def test_samples_are_read_as_they_were_written(run):
     assert [as_written(sample) for sample in read_samples(run.train)] == train and len(train) == 204
 
 
-@pytest.mark.parametrize("layout", ["lines", "array"])
-def test_older_files_are_read(tmp_path, layout):
-    rows = [
-        {"instruction": "你是李白。", "input": "好吗？", "output": "好"},
-        {"instruction": "写一首诗。", "input": "", "output": "床前"},
-    ]
-    path = tmp_path / "old.json"
-    write_lines(path, *rows) if layout == "lines" else path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    assert [as_written(sample) for sample in read_samples(path)] == [
-        {"role": "", "system": "你是李白。", "prompt": "好吗？", "response": "好"},
-        {"role": "", "system": "", "prompt": "写一首诗。", "response": "床前"},
-    ]
-
-
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"system": "", "prompt": "好吗？"}', '{"prompt": "好吗？", "output": 1}'])
-def test_a_bad_sample_is_named(tmp_path, bad):
-    good = '{"system": "", "prompt": "好吗？", "response": "好"}'
-    path = tmp_path / "samples.json"
-    path.write_text(f"{good}\n{bad}\n", encoding="utf-8")
-    with pytest.raises(UserError) as stop:
-        list(read_samples(path))
-    assert [problem.startswith(f"{path}:2: ") for problem in stop.value.problems] == [True]
-
-
 # ---------------------------------------------------------------- conversations
-
-
-def turns(*contents):
-    """Contents of the user and the assistant in turn, as messages."""
-    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
-
-
-TWO_ROUNDS = turns("你使什么兵器？", "金箍棒！", "那它是从哪儿得来的？", "东海龙宫！")
-SPEAKER = {"system": "system", "user": "human", "assistant": "gpt"}
-SYSTEM = {"role": "system", "content": "你是孙悟空。"}
-SHAREGPT = [{"from": SPEAKER[turn["role"]], "value": turn["content"]} for turn in [SYSTEM, *TWO_ROUNDS]]
-FORMS = {
-    "messages": {"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS},
-    "OpenAI": {"role": "孙悟空", "messages": [SYSTEM, *TWO_ROUNDS]},
-    "ShareGPT": {"role": "孙悟空", "id": 7, "conversations": SHAREGPT},
-    "ShareGPT, system apart": {"role": "孙悟空", "system": "你是孙悟空。", "conversations": SHAREGPT[1:]},
-}
-
-
-@pytest.mark.parametrize("layout", ["lines", "array"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_conversation_reads_the_same(tmp_path, form, layout):
-    path = tmp_path / "conversations.json"
-    if layout == "lines":
-        write_lines(path, FORMS[form])
-    else:
-        path.write_text("\n" + json.dumps([FORMS[form]], indent=1), encoding="utf-8")
-    assert list(read_samples(path)) == [{"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS}]
-
-
-def test_one_round_has_a_prompt_and_a_response_as_well(tmp_path):
-    path = tmp_path / "one.jsonl"
-    write_lines(path, {"messages": TWO_ROUNDS[:2]}, {"prompt": "你使什么兵器？", "response": "金箍棒！"})
-    one = {"role": "", "system": "", "messages": TWO_ROUNDS[:2]}
-    assert list(read_samples(path)) == [one, one]
-
-
-def test_turns_that_are_not_to_be_trained(tmp_path):
-    path = tmp_path / "some.jsonl"
-    messages = [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "train": False}, TWO_ROUNDS[2], {**TWO_ROUNDS[3], "train": True}]
-    weighed = [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "weight": 0}, TWO_ROUNDS[2], {**TWO_ROUNDS[3], "weight": 1}]  # OpenAI's
-    write_lines(path, {"system": "甲", "messages": messages}, {"system": "甲", "role": None, "messages": weighed})
-    sample, same = read_samples(path)
-    assert same == sample
-    assert sample["messages"] == [*messages[:3], TWO_ROUNDS[3]]
-    assert list(rounds(sample)) == [([{"role": "system", "content": "甲"}, *messages[:3]], "东海龙宫！")]
-
-
-def test_the_rounds_of_a_conversation():
-    found = list(rounds({"system": "", "messages": TWO_ROUNDS}))
-    assert found == [(TWO_ROUNDS[:1], "金箍棒！"), (TWO_ROUNDS[:3], "东海龙宫！")]
 
 
 USER, ASSISTANT = turns("问", "答")
@@ -720,46 +632,6 @@ def test_show_needs_a_file(run):
 
 
 # ---------------------------------------------------------------- what other programs write
-
-ONE_ROUND = turns("问？", "答。")
-ABSENT = {"system": "", "history": [], "messages": None, "conversations": [], "role": None, "type": ""}
-HALF_EMPTY = {  # records in which a key holds nothing → their system text
-    "Alpaca": ({"instruction": "问？", "input": "", "output": "答。", "system": "", "history": []}, ""),
-    "Alpaca with a system text": (
-        {"instruction": "问？", "input": "", "output": "答。", "system": "甲", "history": []},
-        "甲",
-    ),
-    "the book's": ({"instruction": "甲", "input": "问？", "output": "答。", "system": None}, "甲"),
-    "input with a system text": ({"system": "甲", "instruction": None, "input": "问？", "output": "答。"}, "甲"),
-    "prompt": ({**ABSENT, "prompt": "问？", "response": "答。", "instruction": "", "output": None}, ""),
-    "messages": ({**ABSENT, "messages": ONE_ROUND}, ""),
-    "conversations": ({**ABSENT, "conversations": ONE_ROUND}, ""),
-    "turns of ShareGPT under messages": (
-        {"messages": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]},
-        "",
-    ),
-    "turns of OpenAI under conversations": ({"conversations": ONE_ROUND}, ""),
-    "speakers of the other form": (
-        {"messages": [{"role": "human", "content": "问？"}, {"role": "gpt", "content": "答。"}]},
-        "",
-    ),
-    "empty keys in turns": (
-        {"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]},
-        "",
-    ),
-    "an empty system turn": ({"messages": [{"role": "system", "content": ""}, *ONE_ROUND]}, ""),
-    "mixed": ({"messages": [{"role": "user", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
-    "pandas": ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),
-}
-
-
-@pytest.mark.parametrize("form", HALF_EMPTY)
-def test_a_key_that_holds_nothing_is_absent(tmp_path, form):
-    record, system = HALF_EMPTY[form]
-    expected = {"role": "", "system": system, "messages": ONE_ROUND}
-    for text in (json.dumps(record), json.dumps([record])):
-        (tmp_path / "one.json").write_text(text)
-        assert list(read_samples(tmp_path / "one.json")) == [expected]
 
 
 SHAPES = {
@@ -1106,50 +978,6 @@ def test_sample_test_questions_rephrase_training_questions():
         nearest = max(own, key=lambda candidate: alike(candidate["question"], row["question"]))
         assert nearest["generated"] == row["generated"] and len(row["generated"]) == 1
         assert nearest["question"] != row["question"]
-
-
-def test_a_profile_is_a_string_or_an_object(run):
-    full = {
-        "description": "好斗",
-        "greeting": "来也！",
-        "questions": ["几时？"],
-        "portrait": "a.png",
-        "names": ["翼德"],
-    }
-    path = run.data / PROFILES
-    path.write_text(json.dumps({"李白": "爱酒", "张飞": full}), encoding="utf-8")
-    empty = {"greeting": "", "questions": [], "portrait": "", "names": []}
-    known = {"names": read_characters(SAMPLE / PROFILES)["李白"]["names"]}  # RoleBench's own file has no names
-    assert read_characters(path) == {"李白": {"description": "爱酒"} | empty | known, "张飞": full}
-    assert len(known["names"]) == 5
-
-
-@pytest.mark.parametrize(
-    "profile, words",
-    [
-        ({"greeting": "a"}, "the profile of '李白' is missing"),
-        ({"description": "a", "greeting": " "}, "greeting in the profile of '李白' is blank"),
-        ({"description": "a", "questions": "b"}, "questions in the profile of '李白' is not a list"),
-        ({"description": "a", "names": ["b", 5]}, "names in the profile of '李白' is not a string"),
-        ({"description": "a", "greetings": "b"}, "greetings in the profile of '李白' is no field"),
-    ],
-)
-def test_a_wrong_field_of_a_profile_is_named(run, profile, words):
-    path = run.data / PROFILES
-    path.write_text(json.dumps({"李白": profile}, ensure_ascii=False), encoding="utf-8")
-    with pytest.raises(UserError, match=f"{PROFILES}:1: {words}"):
-        read_characters(path)
-
-
-def test_a_greeting_before_the_first_question_is_read_and_not_trained(tmp_path):
-    path = tmp_path / "download.jsonl"
-    turns = [{"role": "assistant", "content": "来也！"}, {"role": "user", "content": "谁？"}]
-    turns.append({"role": "assistant", "content": "俺！"})
-    path.write_text(json.dumps({"role": "孙悟空", "system": "你是孙悟空。", "messages": turns}), encoding="utf-8")
-    (sample,) = read_samples(path)
-    assert [turn.get("train", True) for turn in sample["messages"]] == [False, True, True]
-    ((asked, answer),) = rounds(sample)
-    assert [turn["content"] for turn in asked] == ["你是孙悟空。", "来也！", "谁？"] and answer == "俺！"
 
 
 def test_sample_conversations_need_their_history(run):

@@ -2,24 +2,19 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import PUBLISHED
 from safetensors.torch import load_file, save_file
 
 from baichuan import BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
-from support.files import writing
 from support.model.directory import ModelDirectory
 from support.model.weights import write_weights
-
-PUBLISHED = SHARED / "baichuan2-7b-chat"
 
 
 @pytest.fixture
@@ -218,41 +213,3 @@ def test_a_pointer_of_git_lfs(directory):
         with pytest.raises(UserError, match=rf"{name}: is a Git-LFS pointer, not the file itself: .* git lfs pull"):
             ModelDirectory(directory).check()
         (directory / name).write_bytes(content)
-
-
-OPEN_WITH_LITTLE_MEMORY = """
-import resource, sys
-from support.errors import entry_point
-from support.model.directory import ModelDirectory
-in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), -1))
-entry_point(lambda argv: ModelDirectory(sys.argv[1]).check())()
-"""
-
-
-def test_a_file_larger_than_the_memory_is_not_called_damaged(directory):
-    """40 GB of zeros, which take no place on the disk."""
-    size = 40 * 10**9
-    header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
-    ended = subprocess.run(
-        [sys.executable, "-c", OPEN_WITH_LITTLE_MEMORY, directory], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"error: too little memory is free: {directory}/model.safetensors: ")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OSError(12, "Cannot allocate memory")],
-)
-def test_want_of_memory_while_writing_is_told_as_that(tmp_path, error):
-    with pytest.raises(MemoryError, match="allocate memory"), writing(tmp_path / "state"):
-        raise error
-
-
-def test_a_full_disk_is_called_full(tmp_path):
-    with pytest.raises(UserError, match="state: cannot be written: the disk is full"), writing(tmp_path / "state"):
-        raise OSError(28, "No space left on device")

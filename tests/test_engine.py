@@ -6,8 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import free_port
-from test_predict import answers_of
+from conftest import answers_of, free_port
 
 import predict
 from support.dialogues.samples import first_question, read_samples

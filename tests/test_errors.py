@@ -1,7 +1,7 @@
-"""More than a thousand damaged inputs, drawn with a seed: whole output, or exit status 2 and a line for each problem.
+"""Errors are lines and a status, and no output is partial: of more than a thousand damaged inputs, drawn with a seed.
 
-Each draw damages one file of a set that works, or the command line, and calls a script's main. Whatever was wrong, there
-is no traceback, no partial output and nothing left behind.
+Each draw damages one file of a set that works, or the command line, and calls a script's main. Whatever was wrong, the
+output is whole, or exit status 2 and a line for each problem: no traceback, no partial output and nothing left behind.
 """
 
 import copy
@@ -32,6 +32,7 @@ import utils
 import web_demo
 from baichuan import BaichuanForCausalLM
 from support.dialogues.samples import read_samples
+from support.errors import OneProcessError, UserError, entry_point
 from support.model import stand_in
 from support.training.resume import checkpoints
 
@@ -182,8 +183,8 @@ class Run:
         except SystemExit as error:
             status = error.code
         except BaseException as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise AssertionError(f"{case}: ended in {error!r}, {place.filename}:{place.lineno}") from error
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise AssertionError(f"{case}: ended in {error!r}, {where.filename}:{where.lineno}") from error
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         printed = "".join(self.capfd.readouterr())
@@ -547,9 +548,56 @@ def test_a_huge_learning_rate_is_not_saved(small, tmp_path, capfd):
     assert not checkpoints(place / "out/run")
 
 
-def test_a_loss_scale_that_cannot_fall_further_stops_the_run():
-    class Engine:
-        def step(self):
-            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+# ---------------------------------------------------------------- errors as lines
 
-    assert math.isnan(train.update(Engine(), torch.float16))
+
+@pytest.mark.parametrize(
+    "raised, code, lines",
+    [
+        (UserError("a: one", "b: two\nlines"), 2, ["error: a: one", "error: b: two lines"]),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, ["error: x: No such file or directory"]),
+        (KeyboardInterrupt(), 130, []),
+    ],
+)
+def test_errors_are_lines_and_a_status(capsys, raised, code, lines):
+    @entry_point
+    def main(argv):
+        raise raised
+
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == code
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_defect_keeps_its_traceback():
+    @entry_point
+    def main(argv):
+        raise AssertionError("a defect of the program")
+
+    with pytest.raises(AssertionError):
+        main([])
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (UserError("a wrong flag"), False),
+        (OneProcessError("a full disk of one host"), True),
+        (RuntimeError("CUDA out of memory"), True),
+    ],
+    ids=["of all processes", "of one process", "memory"],
+)
+def test_what_the_second_process_of_a_host_tells(monkeypatch, capsys, error, told):
+    """What all processes have found out, the first one tells; what befalls one alone, that one tells."""
+
+    @entry_point
+    def fails(argv):
+        raise error
+
+    for rank, lines in (("0", 1), ("1", int(told))):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            fails()
+        assert end.value.code == 2
+        assert capsys.readouterr().err.count("error: ") == lines, rank

@@ -1,10 +1,10 @@
-"""Files and directories are whole or absent, and errors are lines."""
+"""Files and directories are whole or absent, and a disk or a memory that is full is called so."""
 
 import os
 
 import pytest
 
-from support import errors, files
+from support import files
 from support.errors import UserError
 
 
@@ -18,7 +18,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         (directory / "part").write_text("whole")
         assert not target.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    with pytest.raises(errors.UserError, match="exists already"), files.whole_directory(target):
+    with pytest.raises(UserError, match="exists already"), files.whole_directory(target):
         pass
     with files.whole_directory(target, overwrite=True) as directory:
         (directory / "other").write_text("newer")
@@ -57,7 +57,7 @@ def test_what_a_link_names_is_written(tmp_path):
 
 def test_where_a_disk_is_mounted_nothing_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(files.Path, "is_mount", lambda path: path == tmp_path)
-    with pytest.raises(errors.UserError, match="a disk is mounted there"), files.whole_directory(tmp_path):
+    with pytest.raises(UserError, match="a disk is mounted there"), files.whole_directory(tmp_path):
         pass
 
 
@@ -92,28 +92,17 @@ def test_files_whose_names_begin_alike_do_not_remove_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "raised, code, lines",
-    [
-        (errors.UserError("a: one", "b: two\nlines"), 2, ["error: a: one", "error: b: two lines"]),
-        (FileNotFoundError(2, "No such file or directory", "x"), 2, ["error: x: No such file or directory"]),
-        (KeyboardInterrupt(), 130, []),
-    ],
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OSError(12, "Cannot allocate memory")],
 )
-def test_errors_are_lines_and_a_status(capsys, raised, code, lines):
-    @errors.entry_point
-    def main(argv):
-        raise raised
-
-    with pytest.raises(SystemExit) as error:
-        main([])
-    assert error.value.code == code
-    assert capsys.readouterr().err.splitlines() == lines
+def test_want_of_memory_while_writing_is_told_as_that(tmp_path, error):
+    with pytest.raises(MemoryError, match="allocate memory"), files.writing(tmp_path / "state"):
+        raise error
 
 
-def test_a_defect_keeps_its_traceback():
-    @errors.entry_point
-    def main(argv):
-        raise AssertionError("a defect of the program")
-
-    with pytest.raises(AssertionError):
-        main([])
+def test_a_full_disk_is_called_full(tmp_path):
+    with (
+        pytest.raises(UserError, match="state: cannot be written: the disk is full"),
+        files.writing(tmp_path / "state"),
+    ):
+        raise OSError(28, "No space left on device")

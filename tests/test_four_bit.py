@@ -7,9 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, adapter_weights, scalars
+from conftest import ROOT, adapter_weights, make_adapter, scalars
 from peft import PeftModel
-from test_merge_params import make_adapter
 from web_client import DESC_PATH
 
 import merge_params

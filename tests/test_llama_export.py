@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
-from test_merge_params import make_adapter
+from conftest import ROOT, SHARED, merge
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-import merge_params
 import predict
 import web_demo
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer, llama_export
@@ -79,13 +77,8 @@ HARD = [
 
 
 @pytest.fixture(scope="module")
-def adapter(checkpoint, tmp_path_factory) -> Path:
-    return make_adapter(checkpoint, tmp_path_factory.mktemp("adapter") / "epoch-1-step-3")
-
-
-@pytest.fixture(scope="module")
 def llama(checkpoint, adapter, tmp_path_factory) -> Path:
-    return merge(checkpoint, adapter, tmp_path_factory.mktemp("merged") / "llama", "llama")
+    return merge(checkpoint, adapter, tmp_path_factory.mktemp("merged") / "llama", "--format", "llama")
 
 
 def test_an_export_is_for_other_engines(llama, samples, tmp_path, capsys):
@@ -98,12 +91,6 @@ def test_an_export_is_for_other_engines(llama, samples, tmp_path, capsys):
         assert (
             ended.value.code == 2 and "is a model of the type llama: name a Baichuan2 model" in capsys.readouterr().err
         )
-
-
-def merge(base, adapter, target, format) -> Path:
-    flags = {"--ori_model_dir": base, "--model_dir": adapter, "--save_model_dir": target, "--format": format}
-    merge_params.main([str(value) for pair in flags.items() for value in pair])
-    return target
 
 
 @pytest.fixture(scope="module", params=["stand-in", "published"])
@@ -124,7 +111,9 @@ def tokenizers(request, checkpoint, tmp_path_factory):
 
 def test_logits_equal_the_baichuan_form(checkpoint, adapter, llama, tmp_path):
     """Whole sequences, with padding, and token by token."""
-    baichuan = BaichuanForCausalLM.from_pretrained(merge(checkpoint, adapter, tmp_path / "b", "baichuan")).eval()
+    baichuan = BaichuanForCausalLM.from_pretrained(
+        merge(checkpoint, adapter, tmp_path / "b", "--format", "baichuan")
+    ).eval()
     plain = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(3, plain.config.vocab_size, (3, 50), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

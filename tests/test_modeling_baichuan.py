@@ -1,5 +1,6 @@
 """The model against transformers' LlamaForCausalLM, which Baichuan2 is once W_pack is split and the head normalised."""
 
+import inspect
 import json
 import pickle
 import shutil
@@ -10,24 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from huggingface_hub.errors import StrictDataclassError
+from conftest import ROOT, SIZES
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.modeling_baichuan import NormHead
-
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-}
+from support.model.directory import ModelDirectory
 
 
 def as_llama(model: BaichuanForCausalLM) -> LlamaForCausalLM:
@@ -304,23 +294,7 @@ def test_a_stored_head_may_be_normalised_or_not(pair, batch):
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------- configuration and files
-
-
-def test_config_defaults_are_those_of_7b_and_unknown_fields_survive(tmp_path):
-    config = BaichuanConfig.from_dict({"model_type": "baichuan", "something_new": [1, 2]})
-    expected = {"vocab_size": 125_696, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
-    expected |= {"num_attention_heads": 32, "model_max_length": 4096, "rms_norm_eps": 1e-6, "z_loss_weight": 0}
-    expected |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
-    assert {name: getattr(config, name) for name in expected} == expected
-    config.save_pretrained(tmp_path)
-    assert BaichuanConfig.from_pretrained(tmp_path).something_new == [1, 2]
-
-
-@pytest.mark.parametrize("wrong", [{"hidden_size": 65}, {"num_hidden_layers": 0}, {"hidden_size": 12}])
-def test_config_rejects_impossible_sizes(wrong):
-    with pytest.raises(StrictDataclassError):
-        BaichuanConfig(**SIZES | wrong)
+# ---------------------------------------------------------------- files
 
 
 def stored_as(layout: str, source: Path, target: Path) -> Path:
@@ -423,3 +397,49 @@ print(ids, repr(model.chat(tokenizer, messages)), repr(tokenizer.apply_chat_temp
     assert ids.count(195) == ids.count(196) == 1 and 2 not in ids
     answer, text = model.chat(tokenizer, messages), "<reserved_106>你好<reserved_107></s>"
     assert run.stdout.strip() == f"{ids} {answer!r} {text!r}"
+
+
+# ---------------------------------------------------------------- what other programs rely on
+
+
+def test_the_mask_is_converted_once_and_needs_no_copy(checkpoint, monkeypatch):
+    """The kernel would turn a boolean mask into numbers in each layer, and copy one whose rows are not aligned."""
+    length, used = 21, []
+    sees = torch.ones(1, 1, length, length).tril().bool()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask=None, **others):
+        used.append(attn_mask)
+        return attend(*arguments, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = ModelDirectory(checkpoint).load(torch.bfloat16)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 3 + length)[None], attention_mask=sees, use_cache=False)
+    assert len(used) == model.config.num_hidden_layers > 1
+    assert len({mask.data_ptr() for mask in used}) == 1
+    mask = used[0]
+    assert mask.dtype == torch.bfloat16 and mask.stride(-1) == 1 and all(step % 16 == 0 for step in mask.stride()[:-1])
+    assert torch.equal(mask, torch.where(sees, 0.0, -torch.inf).to(torch.bfloat16))
+
+
+def test_an_unknown_argument_is_refused_by_name(checkpoint):
+    model, ids = BaichuanForCausalLM.from_pretrained(checkpoint), torch.tensor([[5, 9, 77, 130]])
+    with pytest.raises(TypeError, match="kv_store"):
+        model(ids, kv_store=None)
+    with pytest.raises(TypeError, match="kv_store"):
+        model.generate(ids, max_new_tokens=2, kv_store=None)
+
+
+def test_libraries_call_from_pretrained_by_its_parameter(checkpoint):
+    ours, theirs = (
+        list(inspect.signature(kind.from_pretrained).parameters)[0] for kind in (BaichuanForCausalLM, PreTrainedModel)
+    )
+    assert ours == theirs
+    assert BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint)
+
+
+def test_from_pretrained_takes_what_libraries_pass_by_name(checkpoint):
+    options = {"ignore_mismatched_sizes": False, "output_loading_info": True}
+    model, info = BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint, **options)
+    assert isinstance(model, BaichuanForCausalLM) and not info["missing_keys"]

@@ -20,8 +20,7 @@ from playwright.sync_api import Error, expect, sync_playwright
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
-from test_web_demo import adapter, conversation, greedy, whole  # noqa: F401 (a fixture)
-from web_client import DESC_PATH, Server, free_port, squeezed
+from web_client import DESC_PATH, Server, conversation, free_port, greedy, squeezed, whole
 
 import train
 from data_helper import persona
@@ -57,9 +56,9 @@ web_demo.main()
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, adapter, tmp_path_factory):  # noqa: F811
+def server(checkpoint, page_adapter, tmp_path_factory):
     server = Server(
-        tmp_path_factory.mktemp("server") / "log", checkpoint, "--adapter_path", adapter, program=("-c", PROGRAM)
+        tmp_path_factory.mktemp("server") / "log", checkpoint, "--adapter_path", page_adapter, program=("-c", PROGRAM)
     )
     yield server
     server.close()
@@ -67,8 +66,8 @@ def server(checkpoint, adapter, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def speaker(checkpoint, adapter):  # noqa: F811
-    return Speaker.load(checkpoint, adapter, torch.device("cpu"))
+def speaker(checkpoint, page_adapter):
+    return Speaker.load(checkpoint, page_adapter, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

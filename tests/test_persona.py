@@ -1,27 +1,19 @@
-"""Who said it, what a persona is worth, and plain text: against readings one by one, by hand, and by broken models."""
-
-from types import SimpleNamespace
+"""Who said it, and what a persona is worth: against readings one by one, by hand, and by broken models."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, scalars
-from peft import LoraConfig, PeftModel, get_peft_model
-from test_merge_params import make_adapter
-from test_utils import CONVERSATIONS
+from conftest import PERSONAS, ROLE_SAMPLES, adapter_weights, one_by_one, said, scalars
+from peft import LoraConfig, get_peft_model
 
-import merge_params
 import train
 import utils
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import messages_to_ids
 from support.dialogues.samples import read_samples
-from support.errors import UserError
-from support.model.directory import ModelDirectory
 from support.scores import persona
-from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
+from support.scores.likelihood import Likelihood
 from support.scores.persona import Said, persona_scores, read_personas, who_said_it_now
-from support.scores.table import Items, Score, compare
+from support.scores.table import Items, compare
 
 
 @pytest.fixture(scope="module")
@@ -34,91 +26,29 @@ def tokenizer(checkpoint):
     return BaichuanTokenizer.from_pretrained(checkpoint)
 
 
-def said(role: str, system: str, question: str, answer: str) -> dict:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"role": role, "system": system, "messages": turns}
-
-
-PERSONAS = {"孙悟空": "你就是孙悟空。", "李白": "你是诗人李白，爱喝酒。", "张飞": "你叫张飞。"}
-SAMPLES = [
-    said("孙悟空", PERSONAS["孙悟空"], "你是谁？", "俺老孙是也！"),
-    said("孙悟空", PERSONAS["孙悟空"], "你是谁？", "齐天大圣！"),
-    said("李白", PERSONAS["李白"], "你是谁？", "我乃李太白。"),
-    said("李白", PERSONAS["李白"], "饮酒否？", "将进酒，杯莫停。"),
-    said("张飞", PERSONAS["张飞"], "饮酒否？", "拿大碗来！"),
-]
-
-
-def one_by_one(model, tokenizer, sample) -> list[float]:
-    """The log-probabilities of each supervised token, by a whole pass for each answer of a sample."""
-    found, system = [], [{"role": "system", "content": sample["system"]}] if sample["system"] else []
-    for place, turn in enumerate(sample["messages"]):
-        if turn["role"] == "assistant" and turn.get("train", True):
-            prompt = messages_to_ids(tokenizer, [*system, *sample["messages"][:place]])
-            answer = [*tokenizer.text_to_ids(turn["content"]), tokenizer.eos_token_id]
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
-            found += [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)]
-    return found
-
-
-# ---------------------------------------------------------------- likelihoods
-
-
-@pytest.mark.parametrize("packing", ["tree", "none"])
-def test_likelihoods_are_those_of_answers_read_one_by_one(model, tokenizer, packing):
-    samples = [*SAMPLES, *CONVERSATIONS, *SAMPLES[:2]]
-    found = Likelihood(model, tokenizer, packing=packing)(samples)
-    assert len(found) == len(samples)
-    for sample, losses in zip(samples, found):
-        assert losses == pytest.approx(one_by_one(model, tokenizer, sample), abs=1e-4)
+# ---------------------------------------------------------------- one by one
 
 
 def test_every_answer_is_read_under_every_persona_and_under_none(model, tokenizer):
-    scores = read_personas(Likelihood(model, tokenizer), SAMPLES)
+    scores = read_personas(Likelihood(model, tokenizer), ROLE_SAMPLES)
     assert scores.roles == list(PERSONAS)
     assert scores.role.tolist() == [0, 0, 1, 1, 2] and scores.question.tolist() == [0, 0, 0, 1, 1]
-    for number, sample in enumerate(SAMPLES):
+    for number, sample in enumerate(ROLE_SAMPLES):
         systems = [*PERSONAS.values(), ""]
         expected = [one_by_one(model, tokenizer, {**sample, "system": system}) for system in systems]
         assert scores.tokens[number] == len(expected[0])
         assert [*scores.nats[number], scores.without[number]] == pytest.approx([sum(x) for x in expected], abs=1e-4)
 
 
-def test_small_chunks_of_logits_and_adapters_beside_the_weights_change_nothing(
-    checkpoint, model, tokenizer, tmp_path, monkeypatch
-):
-    adapter = make_adapter(checkpoint, tmp_path / "adapter")
-    wrapped = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
-    merged = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
-    expected = np.concatenate(Likelihood(merged.eval(), tokenizer)(SAMPLES))
-    monkeypatch.setattr("support.scores.likelihood.LOGITS", 3 * model.config.vocab_size)
-    assert np.concatenate(Likelihood(wrapped, tokenizer)(SAMPLES)) == pytest.approx(expected, abs=1e-4)
-    with wrapped.disable_adapter():
-        base = np.concatenate(Likelihood(wrapped, tokenizer)(SAMPLES))
-    assert base == pytest.approx(np.concatenate(Likelihood(model, tokenizer)(SAMPLES)), abs=1e-4)
-    assert abs(base - expected).max() > 0.1
-
-
-def test_the_llama_export_finds_the_same(checkpoint, tokenizer, tmp_path):
-    adapter = make_adapter(checkpoint, tmp_path / "adapter")
-    found = {}
-    for kind in ("baichuan", "llama"):
-        flags = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", tmp_path / kind]
-        merge_params.main([*map(str, flags), "--format", kind, "--probes", "1"])
-        found[kind] = Likelihood(ModelDirectory(tmp_path / kind).load_mapped(), tokenizer)([*SAMPLES, *CONVERSATIONS])
-    assert np.concatenate(found["llama"]) == pytest.approx(np.concatenate(found["baichuan"]), abs=1e-4)
-
-
 def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
     """Under a longer persona fewer of its tokens fit, and sums of different tokens cannot be compared."""
     long = said("皇帝", "朕" * 30, "你是谁？", "朕。")
-    whole = read_personas(Likelihood(model, tokenizer), [*SAMPLES, long])
+    whole = read_personas(Likelihood(model, tokenizer), [*ROLE_SAMPLES, long])
     assert len(whole.role) == 6
     limit = 30 + len(tokenizer.text_to_ids("你是谁？朕。")) + 3
     likelihood = Likelihood(model, tokenizer, max_len=limit)
-    assert [len(losses) for losses in likelihood([{**SAMPLES[3], "system": "朕" * 30}])] < [whole.tokens[3]]
-    kept = read_personas(likelihood, [*SAMPLES, long])
+    assert [len(losses) for losses in likelihood([{**ROLE_SAMPLES[3], "system": "朕" * 30}])] < [whole.tokens[3]]
+    kept = read_personas(likelihood, [*ROLE_SAMPLES, long])
     assert len(kept.role) < 6 and kept.role[-1] == 3
     assert len(likelihood([{**long, "system": "朕" * 50}])[0]) == 0
 
@@ -209,25 +139,10 @@ def test_by_hand_what_the_persona_is_worth():
 
 
 def test_one_role_has_a_gain_against_none_alone():
-    found = read_personas(lambda samples: [np.array([-1.0 - (not s["system"])]) for s in samples], SAMPLES[:2])
+    found = read_personas(lambda samples: [np.array([-1.0 - (not s["system"])]) for s in samples], ROLE_SAMPLES[:2])
     rows = rows_of({"model": found})
     assert set(rows) == {"loss", "worth_none"}
     assert rows["loss"].models[0].value == 1 and rows["worth_none"].models[0] == (1, 1, 1)
-
-
-def test_intervals_draw_questions_and_pair_the_models():
-    """Against a bootstrap written out: answers to one question are drawn together, for both models alike."""
-    generator = np.random.default_rng(0)
-    items = Items(["A"] * 36, [None] * 36, [None] * 36, np.repeat(np.arange(12), 3))
-    base = np.repeat(generator.normal(0, 1, 12), 3) + generator.normal(0, 0.1, 36)
-    models = {"base": {"loss": Score(items, base)}, "tuned": {"loss": Score(items, base + 0.5)}}
-    (row,) = compare(models, 200, 7)
-    drawn = np.random.default_rng(7)
-    found = [base.reshape(12, 3)[drawn.choice(12, 12)].mean() for _ in range(200)]
-    low, high = np.percentile(found, (2.5, 97.5))
-    assert row.models[0] == pytest.approx((base.mean(), low, high))
-    assert row.differences == [pytest.approx((0.5, 0.5, 0.5))] and row.verdicts() == [-1]
-    assert high - low > 2 * 1.96 * base.std() / 6  # answers drawn one by one would look far more certain
 
 
 # ---------------------------------------------------------------- broken models
@@ -285,8 +200,8 @@ def test_swapped_personas_swap_who_is_heard(taught, tokenizer):
 
 
 def test_a_model_that_reads_no_persona_is_at_chance():
-    blind = [np.array([-float(len(sample["messages"][-1]["content"]))]) for sample in SAMPLES for _ in range(4)]
-    found = read_personas(lambda samples: blind, SAMPLES)
+    blind = [np.array([-float(len(sample["messages"][-1]["content"]))]) for sample in ROLE_SAMPLES for _ in range(4)]
+    found = read_personas(lambda samples: blind, ROLE_SAMPLES)
     assert value_of(found, "who_said_it") == pytest.approx(100 / 3) and value_of(found, "who_said_it_margin") == 0
     favourite = found._replace(nats=found.nats + [1, 0, 0])  # one that always hears the same role, who answers most
     assert value_of(favourite, "who_said_it") == pytest.approx(100 / 3)
@@ -295,7 +210,7 @@ def test_a_model_that_reads_no_persona_is_at_chance():
 def test_of_very_many_roles_the_most_frequent_are_read(monkeypatch):
     monkeypatch.setattr(persona, "MOST_ROLES", 2)
     read = []
-    scores = read_personas(lambda samples: read.extend(samples) or [np.array([-1.0])] * len(samples), SAMPLES)
+    scores = read_personas(lambda samples: read.extend(samples) or [np.array([-1.0])] * len(samples), ROLE_SAMPLES)
     assert scores.roles == ["孙悟空", "李白"] and len(scores.role) == 4
     assert {sample["system"] for sample in read} == {PERSONAS["孙悟空"], PERSONAS["李白"], ""}
 
@@ -312,22 +227,6 @@ def test_measuring_while_training_changes_nothing(taught, tokenizer, samples):
     assert set(found) == {"who_said_it_accuracy", "who_said_it_margin"} and 0 <= found["who_said_it_accuracy"] <= 100
 
 
-def test_processes_share_the_rows(model, tokenizer, monkeypatch):
-    """Each of two reads half of the rows; the sum over both, which `all_reduce` makes, is what one process finds."""
-    read, parts = [], []
-    row = Likelihood._row
-    monkeypatch.setattr(Likelihood, "_row", lambda self, batch: read.append(batch) or row(self, batch))
-    alone = np.concatenate(Likelihood(model, tokenizer, max_pack_len=24)(SAMPLES))
-    rows = len(read)
-    for rank in range(2):
-        group = {"get_rank": lambda rank=rank: rank, "get_world_size": lambda: 2, "all_reduce": lambda found: None}
-        monkeypatch.setattr("support.scores.likelihood.dist", SimpleNamespace(**group))
-        parts.append(np.concatenate(Likelihood(model, tokenizer, max_pack_len=24, shared=True)(SAMPLES)))
-    assert rows >= 2 and len(read) == 2 * rows  # each row once
-    assert np.array_equal(parts[0] + parts[1], alone)
-    assert all((part == 0).any() for part in parts)
-
-
 def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch):
     chosen = []
     monkeypatch.setattr(persona, "Likelihood", lambda *_, **shared: None)
@@ -340,9 +239,9 @@ def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch):
     assert len(chosen[0]) * 4 <= len(everything) / 10
     assert found["who_said_it_accuracy"] == pytest.approx((75 + 100 / 3) / 3)
     assert found["who_said_it_margin"] == pytest.approx((1.5 / 4 - 1.1) / 3)
-    who_said_it_now(SAMPLES, None, None)
+    who_said_it_now(ROLE_SAMPLES, None, None)
     assert [sum(sample["role"] == role for sample in chosen[1]) for role in PERSONAS] == [2, 2, 1]
-    assert who_said_it_now(SAMPLES[:2], None, None) == {}
+    assert who_said_it_now(ROLE_SAMPLES[:2], None, None) == {}
 
 
 def test_training_shows_it_and_ends_with_the_same_weights(train_arguments, tmp_path, monkeypatch):
@@ -355,46 +254,3 @@ def test_training_shows_it_and_ends_with_the_same_weights(train_arguments, tmp_p
     train.main(train_arguments(tmp_path / "hidden", *flags))
     shown, hidden = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("shown", "hidden"))
     assert shown.keys() == hidden.keys() and all(torch.equal(shown[name], hidden[name]) for name in shown)
-
-
-# ---------------------------------------------------------------- plain text
-
-
-def test_plain_text_is_read_paragraph_by_paragraph(model, tokenizer, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("俺老孙在此，且饮一杯。\n\n  俺老孙在此，哪里去。  \n。\n", encoding="utf-8")
-    texts = read_plain_text(path)
-    assert texts == ["俺老孙在此，且饮一杯。", "俺老孙在此，哪里去。", "。"]
-    losses = Likelihood(model, tokenizer).of_texts(texts)
-    for text, own in zip(texts, losses, strict=True):
-        ids = tokenizer.text_to_ids(text)
-        assert len(own) == len(ids) - 1
-        if len(own):
-            with torch.no_grad():
-                loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-            assert own.sum() == pytest.approx(-loss.item() * len(own), abs=1e-4)
-    score = plain_text_scores(Likelihood(model, tokenizer, max_len=4), texts)["perplexity"]
-    assert score.weight.tolist() == [3, 3]  # the paragraph of one token predicts nothing
-
-
-def test_by_hand_perplexity():
-    base = [np.full(3, -np.log(8) / 3), np.full(1, -np.log(2)), np.empty(0)]
-    tuned = [own - np.log(2) for own in base]
-    models = {
-        name: plain_text_scores(SimpleNamespace(of_texts=lambda texts, own=own: own), [])
-        for name, own in (("base", base), ("tuned", tuned))
-    }
-    (row,) = compare(models, 50, 1)
-    assert row.models == [pytest.approx((2, 2, 2)), pytest.approx((4, 4, 4))]
-    assert row.differences == [pytest.approx((2, 2, 2))]
-
-
-def test_plain_text_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
-        read_plain_text(tmp_path / "missing.txt")
-    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no text"):
-        read_plain_text(tmp_path / "empty.txt")
-    (tmp_path / "gbk.txt").write_bytes("李白".encode("gbk"))
-    with pytest.raises(UserError, match="gbk.txt:1: is not UTF-8"):
-        read_plain_text(tmp_path / "gbk.txt")

@@ -1,4 +1,4 @@
-"""The walk of the README on the sample, script after script: a stand-in learns its roles and answers."""
+"""The walk of the README on the sample: a stand-in learns its roles and answers, in a directory of any name."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, free_port
+from conftest import ROOT, ROOT_USER, SHARED, free_port, output_of, users_environment
 from tools import taught
 
 import data_helper
@@ -163,6 +163,84 @@ def test_the_stand_in_has_the_published_layout(walk):
     assert 1_000_000 < model.num_parameters() < 3_000_000
     names = set(model.state_dict())
     assert {"model.layers.0.self_attn.W_pack.weight", "model.norm.weight", "lm_head.weight"} <= names
+
+
+# Python runs this at its start: it writes down each attempt to look a name up or to reach another machine.
+WATCH_NETWORK = """
+import sys
+
+def watch(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in (None, "", "localhost", "::1", "0.0.0.0") and not str(host).startswith("127."):
+        with open({log!r}, "a") as file:
+            file.write(f"{{sys.argv[:1]}} {{event}} {{host}}\\n")
+
+sys.addaudithook(watch)
+"""
+
+
+def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request):
+    """Every script in a directory with spaces and Chinese characters, under a home that nothing can be written to.
+
+    As root it has no network at all but the loopback; anywhere, no script tries to reach another machine.
+    """
+    place = tmp_path / "角色 扮演 (一)"
+    home, log = tmp_path / "home", tmp_path / "network.log"
+    for directory in (place, home, tmp_path / "site"):
+        directory.mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(WATCH_NETWORK.format(log=str(log)), encoding="utf-8")
+    model = shutil.copytree(checkpoint, place / "模型 7B")
+    caches = {
+        name: "" for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TRITON_CACHE_DIR") if name in os.environ
+    }
+    env = users_environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"), **caches)
+    for name in caches:
+        del env[name]
+    isolated = (
+        ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
+        if ROOT_USER and shutil.which("ip")
+        else []
+    )
+    python = [*isolated, "python3"]
+    train_path, test_path, merged = place / "train 训练.json", place / "test.json", place / "merged 合并"
+    desc = ["--desc_path", ROOT / "data/sample/profiles-zh_desc.json"]
+    try:
+        if ROOT_USER:
+            request.getfixturevalue("mount")(1 << 20, at=home)
+            subprocess.run(["mount", "-o", "remount,ro", home], check=True)
+        else:
+            home.chmod(0o500)
+        data = ["--data_dir", ROOT / "data/sample", "--train_path", train_path, "--test_path", test_path]
+        output_of([*python, "data_helper.py", *data], env=env)
+        flags = ["--model_name_or_path", model, "--train_path", train_path, "--test_path", test_path]
+        flags += ["--ds_file", float32_ds_file, "--output_dir", place / "output dir", "--sample_answers", 1]
+        flags += ["--gradient_accumulation_steps", 16]
+        output_of([*isolated, "deepspeed", "--master_port", free_port(), "train.py", *flags], env=env)
+        (adapter,) = (place / "output dir").glob("epoch-*")
+        output_of(
+            [*python, "merge_params.py", "--ori_model_dir", model, "--model_dir", adapter, "--save_model_dir", merged],
+            env=env,
+        )
+        predict = ["--model_path", merged, "--test_path", test_path, "--output_path", place / "answers 回答.jsonl"]
+        output_of([*python, "predict.py", *predict, "--max_new_tokens", 4, "--resamples", 1], env=env)
+        output_of(
+            [*python, "web_demo.py", "--model_path", merged, *desc, "--ask", "你是谁？", "--role", "孙悟空"], env=env
+        )
+        page = [*python, "web_demo.py", "--model_path", merged, *desc, "--port", free_port()]
+        with subprocess.Popen(list(map(str, page)), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as serving:
+            assert any("http://127.0.0.1" in line for line in serving.stdout)
+            serving.terminate()
+    finally:
+        if not ROOT_USER:
+            home.chmod(0o700)
+    assert not log.exists(), log.read_text()
+    assert not list(home.iterdir())
 
 
 if (SHARED / "rolebench").is_dir():

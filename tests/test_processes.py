@@ -1,41 +1,18 @@
-"""Machines other than the usual: several of them, none with bfloat16, odd paths, nothing to write to, no network.
-
-README.md names the versions of Python that were tried.
-"""
+"""Processes that train together: on two hosts, under the launcher, without bfloat16, and when one of them fails."""
 
 import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, HAS_GPU, ROOT, ROOT_USER, adapter_weights, free_port, scalars
+from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, free_port, output_of, scalars, users_environment
 
 import train
+from support.errors import UserError
 from support.training import processes
-
-BIN = Path(sys.executable).parent
-
-
-def environment(**more) -> dict[str, str]:
-    """This process's, without what conftest.py and training in this process set."""
-    ours = ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    ours += () if HAS_GPU else ("DS_ACCELERATOR",)
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return kept | {"PATH": f"{BIN}:{os.environ['PATH']}"} | more
-
-
-def run(command, **options) -> str:
-    """The output of a command, which has to succeed."""
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
 
 # ---------------------------------------------------------------- precision
 
@@ -117,87 +94,11 @@ def test_overflow_in_float16_is_neither_nan_nor_a_step(accelerator, train_argume
 def test_the_launcher_with_cuda_visible_devices(train_arguments, tmp_path, visible):
     """The README's line, on a machine with or without that GPU."""
     command = ["deepspeed", "--master_port", free_port(), "train.py", *train_arguments(tmp_path, "--sample_answers", 0)]
-    printed = run(command, env=environment(CUDA_VISIBLE_DEVICES=visible, LOCAL_SIZE="1"))  # else a process a CPU socket
+    printed = output_of(
+        command, env=users_environment(CUDA_VISIBLE_DEVICES=visible, LOCAL_SIZE="1")
+    )  # else a process a CPU socket
     assert "5 steps of 8 samples" in printed and "float32 on 1 ×" in printed
     assert (tmp_path / "epoch-1-step-5/adapter_model.safetensors").exists()
-
-
-# ---------------------------------------------------------------- odd paths, a read-only home, no network
-
-# Python runs this at its start: it writes down each attempt to look a name up or to reach another machine.
-WATCH_NETWORK = """
-import sys
-
-def watch(event, arguments):
-    if event == "socket.getaddrinfo":
-        host = arguments[0]
-    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
-        host = arguments[1][0]
-    else:
-        return
-    host = host.decode() if isinstance(host, bytes) else host
-    if host not in (None, "", "localhost", "::1", "0.0.0.0") and not str(host).startswith("127."):
-        with open({log!r}, "a") as file:
-            file.write(f"{{sys.argv[:1]}} {{event}} {{host}}\\n")
-
-sys.addaudithook(watch)
-"""
-
-
-def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request):
-    """Every script in a directory with spaces and Chinese characters, under a home that nothing can be written to.
-
-    As root it has no network at all but the loopback; anywhere, no script tries to reach another machine.
-    """
-    place = tmp_path / "角色 扮演 (一)"
-    home, log = tmp_path / "home", tmp_path / "network.log"
-    for directory in (place, home, tmp_path / "site"):
-        directory.mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(WATCH_NETWORK.format(log=str(log)), encoding="utf-8")
-    model = shutil.copytree(checkpoint, place / "模型 7B")
-    caches = {
-        name: "" for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TRITON_CACHE_DIR") if name in os.environ
-    }
-    env = environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"), **caches)
-    for name in caches:
-        del env[name]
-    isolated = (
-        ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
-        if ROOT_USER and shutil.which("ip")
-        else []
-    )
-    python = [*isolated, "python3"]
-    train_path, test_path, merged = place / "train 训练.json", place / "test.json", place / "merged 合并"
-    desc = ["--desc_path", ROOT / "data/sample/profiles-zh_desc.json"]
-    try:
-        if ROOT_USER:
-            request.getfixturevalue("mount")(1 << 20, at=home)
-            subprocess.run(["mount", "-o", "remount,ro", home], check=True)
-        else:
-            home.chmod(0o500)
-        data = ["--data_dir", ROOT / "data/sample", "--train_path", train_path, "--test_path", test_path]
-        run([*python, "data_helper.py", *data], env=env)
-        flags = ["--model_name_or_path", model, "--train_path", train_path, "--test_path", test_path]
-        flags += ["--ds_file", float32_ds_file, "--output_dir", place / "output dir", "--sample_answers", 1]
-        flags += ["--gradient_accumulation_steps", 16]
-        run([*isolated, "deepspeed", "--master_port", free_port(), "train.py", *flags], env=env)
-        (adapter,) = (place / "output dir").glob("epoch-*")
-        run(
-            [*python, "merge_params.py", "--ori_model_dir", model, "--model_dir", adapter, "--save_model_dir", merged],
-            env=env,
-        )
-        predict = ["--model_path", merged, "--test_path", test_path, "--output_path", place / "answers 回答.jsonl"]
-        run([*python, "predict.py", *predict, "--max_new_tokens", 4, "--resamples", 1], env=env)
-        run([*python, "web_demo.py", "--model_path", merged, *desc, "--ask", "你是谁？", "--role", "孙悟空"], env=env)
-        page = [*python, "web_demo.py", "--model_path", merged, *desc, "--port", free_port()]
-        with subprocess.Popen(list(map(str, page)), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as serving:
-            assert any("http://127.0.0.1" in line for line in serving.stdout)
-            serving.terminate()
-    finally:
-        if not ROOT_USER:
-            home.chmod(0o700)
-    assert not log.exists(), log.read_text()
-    assert not list(home.iterdir())
 
 
 # ---------------------------------------------------------------- two hosts
@@ -240,7 +141,7 @@ if ROOT_USER and shutil.which("ip"):
                 + ["--node_rank", str(rank), "--master_addr", hosts[0][2], "--master_port", str(port), "train.py"]
                 + list(map(str, arguments[rank])),
                 cwd=ROOT,
-                env=environment(GLOO_SOCKET_IFNAME=interface),
+                env=users_environment(GLOO_SOCKET_IFNAME=interface),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -261,7 +162,7 @@ if ROOT_USER and shutil.which("ip"):
         assert statuses == (0, 0), printed
         assert "5 steps of 8 samples" in printed[0] and "steps of" not in printed[1]
         one = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "train.py"]
-        run([*one, *train_arguments(tmp_path / "one", *flags)], env=environment())
+        output_of([*one, *train_arguments(tmp_path / "one", *flags)], env=users_environment())
         ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("two", "one"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs)
         for curve in ("train_loss", "grad_norm", "ppl"):
@@ -284,14 +185,59 @@ if ROOT_USER and shutil.which("ip"):
         assert not list((tmp_path / "two").iterdir())
 
 
-def test_the_versions_of_python_at_hand_compile_every_file():
-    """Each that is installed at least reads the code."""
-    versions = filter(None, (shutil.which(f"python3.{minor}") for minor in (11, 12, 13, 14)))
-    sources = sorted(map(str, [*ROOT.glob("*.py"), *(ROOT / "baichuan").glob("*.py")]))
-    check = (
-        "import ast, json, sys\nfor path in json.load(sys.stdin): ast.parse(open(path, encoding='utf-8').read(), path)"
-    )
-    for python in versions:
-        if subprocess.run([python, "--version"], capture_output=True).returncode:
-            continue  # pyenv's name for one that is not chosen
-        subprocess.run([python, "-c", check], input=json.dumps(sources), text=True, check=True)
+# ---------------------------------------------------------------- a GPU, as far as a machine without one can show it
+
+
+def test_a_gpu_named_by_its_uuid_is_refused_by_that_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6")
+    with pytest.raises(UserError, match="by number alone"):
+        processes.join_processes()
+
+
+class GPU:
+    """DeepSpeed's accelerator, on a machine without one."""
+
+    def device_name(self, number=None):
+        return "cuda" if number is None else f"cuda:{number}"
+
+    def set_device(self, number):
+        self.device = number
+
+
+def test_no_compiler_is_looked_for_on_a_gpu(monkeypatch):
+    """Even a look into `__compatible_ops__` would try every operation's compiler."""
+    import deepspeed
+
+    class Untouched(dict):
+        def __setitem__(self, name, value):
+            raise AssertionError(name)
+
+        __getitem__ = get = __contains__ = __iter__ = __setitem__
+
+    gpu = GPU()
+    monkeypatch.setattr(deepspeed, "get_accelerator", lambda: gpu)
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", Untouched())
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.join_processes() == torch.device("cuda:1") and gpu.device == 1
+
+
+@pytest.mark.parametrize("error, ends", [(None, "destroyed"), (UserError("no"), "aborted")])
+def test_an_error_under_nccl_does_not_wait_for_the_others(monkeypatch, error, ends):
+    ended = []
+    monkeypatch.setattr(processes, "failed", [])
+    monkeypatch.setattr(processes.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: ended.append("destroyed"))
+    monkeypatch.setattr(processes.dist.distributed_c10d, "_abort_process_group", lambda: ended.append("aborted"))
+    try:
+        with processes.one_line_for_each_end():
+            if error:
+                raise error
+    except UserError:
+        pass
+    processes.leave_processes()
+    assert ended == [ends]

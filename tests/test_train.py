@@ -17,7 +17,6 @@ import train
 import utils
 from baichuan import BaichuanForCausalLM, modeling_baichuan
 from support.dialogues.samples import read_samples
-from support.errors import OneProcessError, UserError, entry_point
 from support.model.adapter import training_record
 from support.model.directory import ModelDirectory
 from support.training import processes
@@ -170,9 +169,9 @@ def test_perplexity_is_that_of_the_saved_adapter(trained, checkpoint, few_sample
     for index in range(len(data)):
         ids, labels = labelled(data, index)
         logits = model(ids[None]).logits[0].log_softmax(-1)
-        (places,) = torch.nonzero(labels != -100, as_tuple=True)
-        total -= logits[places - 1, ids[places]].sum().item()
-        tokens += len(places)
+        (columns,) = torch.nonzero(labels != -100, as_tuple=True)
+        total -= logits[columns - 1, ids[columns]].sum().item()
+        tokens += len(columns)
     assert scalars(output, "ppl")[-1][1] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
@@ -465,25 +464,37 @@ def test_the_launcher_prints_each_problem_once(train_arguments, tmp_path):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (UserError("a wrong flag"), False),
-        (OneProcessError("a full disk of one host"), True),
-        (RuntimeError("CUDA out of memory"), True),
-    ],
-    ids=["of all processes", "of one process", "memory"],
-)
-def test_what_the_second_process_of_a_host_tells(monkeypatch, capsys, error, told):
-    """What all processes have found out, the first one tells; what befalls one alone, that one tells."""
+def test_a_loss_scale_that_cannot_fall_further_stops_the_run():
+    class Engine:
+        def step(self):
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
 
-    @entry_point
-    def fails(argv):
-        raise error
+    assert math.isnan(train.update(Engine(), torch.float16))
 
-    for rank, lines in (("0", 1), ("1", int(told))):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as end:
-            fails()
-        assert end.value.code == 2
-        assert capsys.readouterr().err.count("error: ") == lines, rank
+
+def test_the_timer_that_would_synchronise_is_off(train_arguments, tmp_path, monkeypatch):
+    """DeepSpeed takes the setting: at the start of a pass its timer does nothing."""
+    import deepspeed
+
+    engines, initialize = [], deepspeed.initialize
+
+    def watched(**arguments):
+        engines.append(initialize(**arguments)[0])
+        return (engines[0],)
+
+    monkeypatch.setattr(deepspeed, "initialize", watched)
+    train.main(train_arguments(tmp_path, "--ds_file", ROOT / "ds_zero2_no_offload.json", "--sample_answers", 0))
+    assert engines[0].tput_timer.config.enabled is False and engines[0].tput_timer.start_time == 0
+
+
+def test_answers_are_shown_once_all_is_saved(train_arguments, tmp_path, monkeypatch):
+    """They may take long, or fail; the state that --resume goes on from does not wait for them."""
+    seen = []
+
+    def watched(*arguments):
+        seen.append([(tmp_path / place / "epoch-1-step-5").exists() for place in ("", "state")])
+        return {}
+
+    monkeypatch.setattr(train, "sample_answers", watched)
+    train.main(train_arguments(tmp_path))
+    assert seen == [[True, True]]

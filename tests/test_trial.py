@@ -73,13 +73,13 @@ class Peak(TorchDispatchMode):
 def test_memory_of_a_row(checkpointing, dropout, vocab_size, supervised):
     """Against the storages that are alive while the row passes. The CPU's masks of dropout are as wide as the numbers."""
     model, tokens = small_model(torch.float32, checkpointing, dropout, vocab_size), 512
-    places = torch.stack((torch.arange(tokens - supervised, tokens), torch.zeros(supervised, dtype=torch.long)), -1)
+    columns = torch.stack((torch.arange(tokens - supervised, tokens), torch.zeros(supervised, dtype=torch.long)), -1)
     mask = torch.ones((1, 1, tokens, tokens), dtype=torch.bool)
     with Peak(model) as storages:
         model(
             input_ids=torch.zeros((1, tokens), dtype=torch.long),
             attention_mask=mask,
-            loss_positions=places,
+            loss_positions=columns,
             use_cache=False,
         ).loss.backward()
     config, way = model.config, memory.Way(4, 16, dropout > 0, checkpointing, False)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import CONVERSATIONS, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,6 @@ import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.generation_utils import messages_to_ids
 from support.dialogues.samples import read_samples
-from support.errors import UserError
 from support.model.directory import ModelDirectory
 
 SAMPLES = [
@@ -39,41 +38,13 @@ def messages(sample) -> dict:
     return {**sample, "messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def conversation(system: str, *texts: str, silent=()) -> dict:
-    """Turns of user and assistant in turn; those numbered in `silent` are not to be trained."""
-    turns = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
-    for number in silent:
-        turns[number]["train"] = False
-    return {"role": "", "system": system, "messages": turns}
-
-
-CONVERSATIONS = [
-    conversation("你是李白。", "你是谁？", "我乃李太白。", "那你爱酒吗？", "无酒不成诗。", "什么酒？", "新丰美酒。"),
-    conversation(
-        "你是李白。", "你是谁？", "我乃李太白。", "那你爱酒吗？", "爱。"
-    ),  # another answer to the second question
-    conversation("你是李白。", "你是谁？", "我乃李太白。", "你从哪里来？", "碎叶。", silent=[1]),  # another question
-    conversation("你是李白。", "你是谁？", "我乃李太白。"),  # the beginning of the others, supervised once more
-    conversation("你是李白。", "你是谁？", "我。"),
-    conversation("你是孙悟空。", "你怕谁？", "师父念咒。", "为什么？", "头疼。"),
-    conversation("", "无名？", "无名。", "真的？", "真的。"),
-    {  # the page's download begins with the greeting
-        "system": "你是张飞。",
-        "messages": [
-            {"role": "assistant", "content": "哈哈！", "train": False},
-            *conversation("", "谁？", "俺！")["messages"],
-        ],
-    },
-]
-
-
 def dataset(loaded, samples=SAMPLES, max_len=512, max_src_len=256, **options):
     samples = [sample if "messages" in sample else messages(sample) for sample in samples]
     return utils.RoleDataset(samples, loaded, max_len, max_src_len, **options)
 
 
 def whole(data, index) -> list[int]:
-    """The ids of a sample of one round with its eos, which has no place in a row."""
+    """The ids of a sample of one round with its eos, which has no column in a row."""
     ids, pairs = data.sample(index)
     return [*ids.tolist(), data.eos] if pairs[-1].tolist() == [len(ids) - 1, data.eos] else ids.tolist()
 
@@ -112,8 +83,8 @@ def test_exact_ids_and_supervised_tokens(loaded):
         assert whole(data, index) == [*system, 195, *prompt, 196, *response, 2]
         ids, pairs = data.sample(index)
         assert ids.tolist() == [*system, 195, *prompt, 196, *response]
-        places = range(len(ids) - len(response) - 1, len(ids))
-        assert pairs.tolist() == [[place, token] for place, token in zip(places, [*response, 2])]
+        columns = range(len(ids) - len(response) - 1, len(ids))
+        assert pairs.tolist() == [[column, token] for column, token in zip(columns, [*response, 2])]
     assert int(data.supervised[np.array([0, 1])].sum()) == sum(
         len(loaded.text_to_ids(sample["response"])) + 1 for sample in SAMPLES[:2]
     )
@@ -190,26 +161,6 @@ def test_older_keys_and_arrays_give_the_same_samples(loaded, tmp_path):
     assert found == {"role": "", "system": "", "messages": turns}
 
 
-@pytest.mark.parametrize(
-    "text, place",
-    [
-        ('{"system": "", "prompt": "a", "response": "b"}\nnot json', "2"),
-        ('{"system": "", "prompt": "a"}', "1"),
-        ('{"system": "", "prompt": "a", "response": " "}', "1"),
-        ('{"system": 1, "prompt": "a", "response": "b"}', "1"),
-        ("[1]", " sample 1"),
-        ("[", "1"),
-        ("[" * 100_000, "1"),
-    ],
-)
-def test_what_is_no_sample_is_named(tmp_path, text, place):
-    path = tmp_path / "bad.json"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        list(read_samples(path))
-    assert error.value.problems[0].startswith(f"{path}:{place}: ")
-
-
 # ---------------------------------------------------------------- samples → rows
 
 
@@ -217,10 +168,10 @@ def sees(row) -> np.ndarray:
     return utils.tree_mask(row["end"])[0, 0].numpy()
 
 
-def plain(ids: str, *places: int) -> tuple[np.ndarray, np.ndarray]:
-    """A sample of one token a letter; at `places` it predicts its next letter."""
+def plain(ids: str, *columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sample of one token a letter; at `columns` it predicts its next letter."""
     tokens = np.array([ord(letter) - ord("A") + 3 for letter in ids])
-    pairs = [[place, tokens[place + 1]] for place in places]
+    pairs = [[column, tokens[column + 1]] for column in columns]
     return tokens, np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
@@ -317,9 +268,10 @@ def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.integers(3, 5), min_size=2, max_size=9), min_size=1, max_size=7))
 def test_any_tree_gives_the_logits_of_its_single_samples(model, sequences):
-    """Three tokens make many shared beginnings; every place of every sample predicts, so all its logits are compared."""
+    """Three tokens make many shared beginnings; every column of every sample predicts, so all its logits are compared."""
     samples = [
-        (np.array(ids), np.array([[place, token] for place, token in enumerate(ids[1:])])) for ids in sorted(sequences)
+        (np.array(ids), np.array([[column, token] for column, token in enumerate(ids[1:])]))
+        for ids in sorted(sequences)
     ]
     row = utils.tree_row(samples)
     with torch.no_grad():

@@ -1,13 +1,16 @@
-"""The same answers from every way to generate, and what the comparison of releases reports."""
+"""The same answers from every way to generate, what the comparison of releases reports, and every Python at hand.
+
+README.md names the versions of Python that were tried.
+"""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from baichuan import BaichuanForCausalLM
+from conftest import ROOT
 
 TOOLS = Path(__file__).parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -46,7 +49,14 @@ def test_a_wrong_release_fails_the_comparison_or_is_a_warning(monkeypatch, capsy
     assert told in captured.err and ("warning" in captured.err) == bool(told)
 
 
-def test_from_pretrained_takes_what_libraries_pass_by_name(checkpoint):
-    options = {"ignore_mismatched_sizes": False, "output_loading_info": True}
-    model, info = BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint, **options)
-    assert isinstance(model, BaichuanForCausalLM) and not info["missing_keys"]
+def test_the_versions_of_python_at_hand_compile_every_file():
+    """Each that is installed at least reads the code."""
+    versions = filter(None, (shutil.which(f"python3.{minor}") for minor in (11, 12, 13, 14)))
+    sources = sorted(map(str, [*ROOT.glob("*.py"), *(ROOT / "baichuan").glob("*.py")]))
+    check = (
+        "import ast, json, sys\nfor path in json.load(sys.stdin): ast.parse(open(path, encoding='utf-8').read(), path)"
+    )
+    for python in versions:
+        if subprocess.run([python, "--version"], capture_output=True).returncode:
+            continue  # pyenv's name for one that is not chosen
+        subprocess.run([python, "-c", check], input=json.dumps(sources), text=True, check=True)

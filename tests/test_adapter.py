@@ -1,0 +1,164 @@
+"""An adapter is read, refused where it does not belong, and loaded onto its base."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_adapter, merge, refusal
+from safetensors.torch import load_file, save_file
+from web_client import DESC_PATH
+
+import web_demo
+from baichuan import BaichuanForCausalLM
+from support.errors import UserError
+from support.model.adapter import load_adapter, write_training
+from support.model.directory import ModelDirectory
+from support.model.weights import write_weights
+from support.scores.candidates import Candidate
+
+
+def test_adapters_that_do_not_belong_to_the_base(checkpoint, adapter, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    target = tmp_path / "results/merged"
+
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    factors = load_file(other / "adapter_model.safetensors")
+
+    def with_factors(change) -> str:
+        save_file({key: tensor for key, tensor in map(change, factors.items())}, other / "adapter_model.safetensors")
+        return refusal(capsys, checkpoint, other, target)
+
+    error = with_factors(lambda pair: (pair[0], pair[1].repeat(1, 2) if "W_pack.lora_A" in pair[0] else pair[1]))
+    assert "W_pack.weight as a matrix of (192, 128), the base has (192, 64)" in error
+    error = with_factors(lambda pair: (pair[0].replace("W_pack", "q_proj"), pair[1]))
+    assert "changes model.layers.0.self_attn.q_proj.weight, which the base does not have" in error
+    error = with_factors(lambda pair: (pair[0].replace("layers.1", "layers.7"), pair[1]))
+    assert "layers.7" in error
+    error = with_factors(lambda pair: (pair[0], pair[1] * 0 if "lora_B" in pair[0] else pair[1]))
+    assert "the adapter is empty" in error
+    error = with_factors(lambda pair: (pair[0], pair[1] / 0 if "lora_B" in pair[0] else pair[1]))
+    assert "holds infinite numbers or NaN" in error and error.count("\n") == 5
+    error = with_factors(lambda pair: (pair[0], pair[1][:2] if "lora_A" in pair[0] else pair[1]))
+    assert "rank 4" in error
+    error = with_factors(lambda pair: (pair[0].replace("o_proj.lora_A", "o_proj.lora_C"), pair[1]))
+    assert "merge this adapter with PEFT" in error
+    error = with_factors(lambda pair: (pair[0], torch.empty(0)))
+    assert "is empty, as ZeRO-3 leaves it without gathering" in error
+    save_file({}, other / "adapter_model.safetensors")
+    assert "the adapter is empty" in refusal(capsys, checkpoint, other, target)
+    (other / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "fetch it with git lfs pull" in refusal(capsys, checkpoint, other, target)
+    (other / "adapter_model.safetensors").unlink()
+    assert "holds no adapter_model.safetensors" in refusal(capsys, checkpoint, other, target)
+    (other / "adapter_config.json").unlink()
+    assert "adapter_config.json: is missing" in refusal(capsys, checkpoint, other, target)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "LOHA"},
+        {"fan_in_fan_out": True},
+        {"a_later_invention": 3},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_that_change_more_than_the_weights_are_refused(checkpoint, adapter, tmp_path, capsys, setting):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings | setting))
+    name, value = next(iter(setting.items()))
+    error = refusal(capsys, checkpoint, tmp_path / "adapter", tmp_path / "merged")
+    assert f"adapter_config.json: {name} = {json.dumps(value)} is not supported here" in error
+
+
+def test_a_base_that_is_itself_merged(checkpoint, adapter, merged, tmp_path, capsys):
+    assert "has this adapter merged into it already" in refusal(capsys, merged, adapter, tmp_path / "twice")
+    other = make_adapter(checkpoint, tmp_path / "other", spread=0.2)
+    error = refusal(capsys, merged, other, tmp_path / "both")
+    assert "is itself merged" in error and checkpoint in error
+    second = make_adapter(merged, tmp_path / "second", spread=0.2)  # trained on the merged model: this one belongs
+    merge(merged, second, tmp_path / "stacked")
+
+
+@pytest.fixture
+def own_adapter(checkpoint, adapter, tmp_path) -> Path:
+    """As train.py saves it: with the fingerprint of its base."""
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    write_training(own, ModelDirectory(checkpoint).fingerprint, False)
+    return own
+
+
+def test_an_adapter_goes_into_its_own_base_alone(checkpoint, own_adapter, merged, tmp_path, capsys):
+    """By its weights, not by its name: other ones of the same shape are refused, by every script, whatever they are called."""
+    torch.manual_seed(7)
+    random = tmp_path / "elsewhere" / Path(checkpoint).name
+    shutil.copytree(checkpoint, random)
+    write_weights(random, BaichuanForCausalLM(ModelDirectory(checkpoint).config).state_dict().items())
+    error = refusal(capsys, random, own_adapter, tmp_path / "merged")
+    assert error == f"error: {own_adapter}: was trained on other weights than those of {random}: " + (
+        f"name the base that it was trained on, called {checkpoint} then"
+    )
+    assert "trained on other weights" in refusal(capsys, random, own_adapter, merged, "--check_only")
+    with pytest.raises(UserError, match="was trained on other weights"):
+        Candidate("other", tmp_path / "answers", ModelDirectory(random), own_adapter).check(False)
+    with pytest.raises(SystemExit):
+        web_demo.main(
+            [
+                "--model_path",
+                str(random),
+                "--adapter_path",
+                str(own_adapter),
+                "--desc_path",
+                str(DESC_PATH),
+                "--ask",
+                "谁？",
+            ]
+        )
+    assert "was trained on other weights" in capsys.readouterr().err
+
+    second = make_adapter(merged, tmp_path / "second", spread=0.2)  # the second stage of a training, on what was merged
+    write_training(second, ModelDirectory(merged).fingerprint, False)
+    assert "was trained on other weights" in refusal(capsys, checkpoint, second, tmp_path / "first base")
+    moved = Path(shutil.copytree(merged, tmp_path / "renamed"))
+    merge(moved, second, tmp_path / "both stages")
+
+
+def test_a_base_that_has_moved_and_is_stored_in_another_way_is_the_same(
+    checkpoint, own_adapter, merged, tmp_path, capsys
+):
+    base, tensors = tmp_path / "moved", load_file(Path(checkpoint) / "model.safetensors")
+    shutil.copytree(checkpoint, base)
+    (base / "model.safetensors").unlink()
+    write_weights(base, tensors.items(), shard_bytes=100_000)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    capsys.readouterr()
+    merge(base, own_adapter, tmp_path / "merged")
+    assert "warning" not in capsys.readouterr().err
+    ours, theirs = (load_file(directory / "model.safetensors") for directory in (tmp_path / "merged", merged))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_adapter_of_another_program_is_merged_with_a_warning(checkpoint, adapter, tmp_path, capsys):
+    base = shutil.copytree(checkpoint, tmp_path / "another name")
+    capsys.readouterr()
+    merge(base, adapter, tmp_path / "merged")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert f"{adapter}: names {checkpoint} as its base" in warning
+    merge(checkpoint, adapter, tmp_path / "merged", "--overwrite")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_adapter_goes_where_its_model_is(checkpoint, tmp_path, monkeypatch):
+    """PEFT alone would take it to the first GPU, whichever was chosen."""
+    asked = []
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: asked.append("cuda") or "cuda")
+    model = load_adapter(ModelDirectory(checkpoint).load(), make_adapter(checkpoint, tmp_path / "adapter"))
+    assert not asked and {parameter.device.type for parameter in model.parameters()} == {"cpu"}

@@ -1,0 +1,124 @@
+"""What is measured of answers: by hand, against definitions, and with intervals."""
+
+from itertools import pairwise
+
+import jieba
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED
+
+from data_helper import persona
+from predict import Question
+from support.dialogues.profiles import read_characters
+from support.model.answering import Answer
+from support.scores.answers import catchwords, measure_answers, rouge_l
+from support.scores.table import Score, compare
+
+
+def test_catchwords_of_personas():
+    assert catchwords(persona("皇帝", "一个君王，“官二代”之主。常用口头禅是：“朕”、“本皇”")) == ["朕", "本皇"]
+    assert catchwords(persona("张飞", "猛将。常用口头禅是：“我乃燕人张翼德”、“吃我一矛！”、“啊~~~”")) == [
+        *("我乃燕人张翼德", "吃我一矛！", "啊~~~")
+    ]
+    assert catchwords(persona("孙悟空", "美猴王。说话爱自称“俺老孙”“我齐天大圣”。")) == ["俺老孙", "我齐天大圣"]
+    assert catchwords(persona("李白", "为人爽朗大方，乐于交友，爱好饮酒作诗")) == []
+
+
+@pytest.mark.parametrize("directory", [ROOT / "data/sample", SHARED / "rolebench"], ids=["sample", "RoleBench"])
+def test_every_persona_but_li_bais_has_catchwords(directory):
+    if not directory.exists():
+        pytest.skip("RoleBench is not beside this checkout")
+    profiles = read_characters(directory / "profiles-zh_desc.json")
+    found = {role: catchwords(persona(role, profile["description"])) for role, profile in profiles.items()}
+    assert {role for role in profiles if not found[role]} == {"李白"}
+    assert "官二代" not in found["华妃"] and "本宫" in found["华妃"]
+
+
+def longest_common(a: list, b: list) -> int:
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
+def test_rouge_l_against_its_definition():
+    pairs = [
+        ("俺老孙一个筋斗十万八千里", "俺老孙翻一个筋斗云便是十万八千里"),
+        ("今天天气很好我们去喝酒", "我们今天去江边喝酒看月亮"),
+        ("俺老孙来也", "朕知道了"),
+    ]
+    for answer, reference in pairs:
+        a, b = list(jieba.cut(answer)), list(jieba.cut(reference))
+        common = longest_common(a, b)
+        expected = 2 * common / (len(a) + len(b))  # F-measure of common / len(a) and common / len(b)
+        assert rouge_l(answer, reference) == pytest.approx(expected, abs=1e-6)
+    assert rouge_l("吃我一矛！", "吃我一矛！") == pytest.approx(1, abs=1e-6)
+    assert rouge_l("", "吃我一矛！") == rouge_l(" \n", "吃我一矛！") == 0
+    assert 0 <= rouge_l("。" * 1100, "……！？" * 50) <= 1  # long, odd texts neither fail nor recurse
+
+
+def scored(*rows) -> dict[str, Score]:
+    """Rows of (system, references, answer, stopped)."""
+    questions = [
+        Question("角色", system, f"问{n}", None, None, references, [{"role": "user", "content": f"问{n}"}])
+        for n, (system, references, _, _) in enumerate(rows)
+    ]
+    return measure_answers(questions, [Answer(text, stopped) for *_, text, stopped in rows], None, None, {}).scores
+
+
+EMPEROR = "常用口头禅是：“朕”、“本皇”"
+
+
+def with_kinds(score: Score, kinds: list) -> Score:
+    return score._replace(items=score.items._replace(kind=kinds))
+
+
+def test_measures_by_hand():
+    scores = scored(
+        (EMPEROR, ["朕知道了", "甲乙丙丁"], "朕知道了", True),
+        (EMPEROR, ["朕知道了"], "朕知道了", False),
+        (EMPEROR, ["朕知道了"], "", True),
+        ("", ["举杯邀明月"], "举杯邀明月", True),
+    )
+    words = [list(jieba.cut(text)) for text in ("朕知道了", "举杯邀明月")]
+    first, second = (set(pairwise(line)) for line in words)
+    twice, once = 2 * len(list(pairwise(words[0]))), len(list(pairwise(words[1])))
+    expected = {"rouge_l": (0.5 + 1 + 0 + 1) / 4, "catchwords": 2 / 3, "stops": 3 / 4}
+    expected["distinct_2"] = len(first | second) / (twice + once)
+
+    def values(kinds):
+        models = {"model": {name: with_kinds(score, kinds) for name, score in scores.items()}}
+        return {row.measure: row.models[0].value / 100 for row in compare(models, 5, 1, "kind", "甲")}
+
+    assert values(["甲"] * 4) == pytest.approx(expected, abs=1e-6)
+    assert "catchwords" not in values([None, None, None, "甲"])  # nobody's
+    assert "distinct_2" not in values([None, None, "甲", None])  # no words, so no pairs
+    assert values(["甲", None, None, None])["distinct_2"] == pytest.approx(len(first) / (twice / 2))
+    # A question drawn several times says nothing else than once; nor does one whose pairs another has too.
+    same = {"model": {"distinct_2": with_kinds(scores["distinct_2"], ["甲", "甲", None, None])}}
+    (row,) = compare(same, 50, 1, "kind", "甲")
+    assert row.models[0] == pytest.approx((100 * len(first) / twice,) * 3)
+
+
+def test_intervals():
+    """Those of a share against the binomial's; paired; the same for the same seed; around what was measured."""
+    draw = np.random.default_rng(0)
+    rows = 400
+    stops = draw.random(rows) < 0.7
+    texts = ["".join(draw.choice(list("朕知道了喝酒明月"), 6)) for _ in range(rows)]
+    tuned = scored(*(("", ["朕"], text, bool(stop)) for text, stop in zip(texts, stops)))
+    baseline = scored(*(("", ["朕"], "知道知道知道", False) for _ in range(rows)))
+    found = {row.measure: row for row in compare({"baseline": baseline, "model": tuned}, 1000, 5)}
+    assert set(found) == {"rouge_l", "stops", "distinct_2"}
+    share = stops.mean()
+    reach = 1.96 * 100 * (share * (1 - share) / rows) ** 0.5
+    for estimate in (found["stops"].models[1], found["stops"].differences[0]):
+        assert estimate.value == pytest.approx(100 * share)
+        assert estimate.low == pytest.approx(estimate.value - reach, abs=0.15 * reach)
+        assert estimate.high == pytest.approx(estimate.value + reach, abs=0.15 * reach)
+    for row in found.values():
+        assert all(estimate.low <= estimate.value <= estimate.high for estimate in [*row.models, *row.differences])
+    assert compare({"model": tuned}, 50, 1) == compare({"model": tuned}, 50, 1)
+    for row in compare({"a": tuned, "b": tuned}, 50, 1):
+        assert row.differences == [(0, 0, 0)] and row.verdicts() == [0]

@@ -1,0 +1,117 @@
+"""Weight files: every layout is read alike, and files that are damaged, incomplete or too large are told."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, merge, refusal
+from safetensors.torch import load_file, save_file
+
+from support.model.weights import Weights, write_weights
+
+
+@pytest.mark.parametrize("layout", ["bin", "bin shards", "legacy bin", "safetensors shards", "inv_freq"])
+def test_every_layout_of_the_base_is_read_alike(checkpoint, adapter, merged, tmp_path, layout):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    if layout == "safetensors shards":
+        write_weights(base, tensors.items(), shard_bytes=100_000)
+        assert len(list(base.glob("model-*.safetensors"))) > 3
+    elif layout == "bin shards":
+        files = {name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(tensors)}
+        for file in set(files.values()):
+            torch.save({name: tensors[name] for name in tensors if files[name] == file}, base / file)
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    elif layout == "inv_freq":
+        save_file(
+            tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}, base / "model.safetensors"
+        )
+    else:
+        torch.save(tensors, base / "pytorch_model.bin", _use_new_zipfile_serialization=layout == "bin")
+    found = dict(Weights(base))
+    assert tensors.keys() == found.keys()
+    assert all(torch.equal(tensors[name], found[name]) for name in tensors)
+    if layout == "bin shards":  # the whole script on one of them: it has no other way to the weights
+        merge(base, adapter, tmp_path / "merged")
+        assert (tmp_path / "merged/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemError('code of a pickle ran')",)
+
+
+def test_bases_that_cannot_be_merged(checkpoint, adapter, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    (tmp_path / "results").mkdir()
+    tensors = load_file(base / "model.safetensors")
+
+    def error() -> str:
+        return refusal(capsys, base, adapter, tmp_path / "results/merged")
+
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, base / "model.safetensors"
+    )
+    assert "the weights lack model.norm.weight" in error()
+    save_file(tensors | {"model.extra": torch.ones(1)}, base / "model.safetensors")
+    assert "the weights hold model.extra, which the model has not" in error()
+    save_file(tensors | {"model.norm.weight": torch.ones(9)}, base / "model.safetensors")
+    assert "model.norm.weight has shape (9,), config.json asks for (64,)" in error()
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}, base / "model.safetensors")
+    assert "lm_head.weight is torch.int8" in error()
+    (base / "model.safetensors").write_bytes((Path(checkpoint) / "model.safetensors").read_bytes()[:-1000])
+    assert "model.safetensors: is damaged or incomplete" in error()
+    (base / "model.safetensors").unlink()
+    assert "has no weights" in error()
+    torch.save(tensors | {"model.norm.weight": Evil()}, base / "pytorch_model.bin")
+    assert "may run code" in error()
+    torch.save(
+        tensors | {"model.norm.weight": Evil()}, base / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
+    assert "may run code" in error()
+    torch.save(tensors | {"epoch": 3}, base / "pytorch_model.bin")
+    assert "holds other things than named tensors" in error()
+    (base / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "fetch it with git lfs pull" in error()
+    (base / "pytorch_model.bin.index.json").write_text('{"weight_map": {"lm_head.weight": "pytorch_model-1.bin"}}')
+    (base / "pytorch_model.bin").unlink()
+    assert "pytorch_model-1.bin: is missing" in error()
+    shutil.copy(Path(checkpoint) / "model.safetensors", base)
+    settings = (base / "config.json").read_text()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    assert "is a model of the type llama" in error()
+    (base / "config.json").write_text(settings)
+    (base / "generation_config.json").unlink()
+    assert "generation_config.json" in error()
+
+
+OPEN_WITH_LITTLE_MEMORY = """
+import resource, sys
+from support.errors import entry_point
+from support.model.directory import ModelDirectory
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), -1))
+entry_point(lambda argv: ModelDirectory(sys.argv[1]).check())()
+"""
+
+
+def test_a_file_larger_than_the_memory_is_not_called_damaged(checkpoint, tmp_path):
+    """40 GB of zeros, which take no place on the disk."""
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    size = 40 * 10**9
+    header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    ended = subprocess.run(
+        [sys.executable, "-c", OPEN_WITH_LITTLE_MEMORY, directory], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: too little memory is free: {directory}/model.safetensors: ")
