@@ -83,7 +83,7 @@ def test_memory_of_a_row(checkpointing, dropout, vocab_size, supervised):
             use_cache=False,
         ).loss.backward()
     config, way = model.config, memory.Way(4, 16, dropout > 0, checkpointing, False)
-    computed = memory.row_bytes(config, way, memory.Row(tokens, supervised, tokens))
+    computed = memory.row_bytes(config, way, memory.RowSize(tokens, supervised, tokens))
     if dropout:
         masks = 3 * (4 * config.hidden_size + config.intermediate_size) * tokens
         computed += masks * (1 if checkpointing else config.num_hidden_layers)
@@ -114,7 +114,7 @@ def test_weights_and_adapters_are_those_of_the_model():
     ],
 )
 def test_the_flag_that_makes_it_fit(gib, checkpointing, tokens, shortest, told):
-    row = memory.Row(tokens, tokens // 3, tokens)
+    row = memory.RowSize(tokens, tokens // 3, tokens)
     way = BOOK._replace(checkpointing=checkpointing)
     assert told in memory.remedy(SEVEN_B, way, row, gib * GIB, shortest)
 

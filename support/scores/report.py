@@ -71,9 +71,11 @@ def scale(row: Row, left: float, right: float) -> Callable[[float], float]:
     if MEASURES[row.measure].better < 0:
         worst, best = best, worst
     margin = (right - left) / 20
-    return lambda value: round(
-        float(np.interp(abs(value - worst), (0, abs(best - worst)), (left + margin, right - margin))), 1
-    )
+
+    def x(value: float) -> float:
+        return round(float(np.interp(abs(value - worst), (0, abs(best - worst)), (left + margin, right - margin))), 1)
+
+    return x
 
 
 def shown(number: int, answers: dict[str, list], measured: dict[str, Answers], text: dict[str, str]) -> Iterator[dict]:

@@ -5,8 +5,6 @@ Sizes in the formulas: h hidden, m intermediate, V vocabulary, L layers, r rank 
 
 from typing import NamedTuple
 
-# ---------------------------------------------------------------- memory
-
 
 class Way(NamedTuple):
     """How a run holds its weights, and what it keeps for the backward pass."""
@@ -19,7 +17,7 @@ class Way(NamedTuple):
     processes: int = 1  # which share the optimizer's state
 
 
-class Row(NamedTuple):
+class RowSize(NamedTuple):
     """What passes through the model at once."""
 
     tokens: int  # padding included
@@ -72,7 +70,7 @@ def layer_bytes(config, way: Way) -> float:
     return norms + attention + mlp + adapters + 5 * way.rank * s
 
 
-def row_bytes(config, way: Way, row: Row) -> float:
+def row_bytes(config, way: Way, row: RowSize) -> float:
     """The most that a row takes beyond the weights, from its forward to the end of its backward pass.
 
     Every layer keeps its activations or, with checkpointing, its input alone, and computes the rest again in the backward
@@ -88,7 +86,7 @@ def row_bytes(config, way: Way, row: Row) -> float:
     return row.tokens * kept * config.num_hidden_layers + max(head, row.tokens * working + unpacked) + mask
 
 
-def evaluation_bytes(config, way: Way, row: Row) -> float:
+def evaluation_bytes(config, way: Way, row: RowSize) -> float:
     """The same for a row of the test set, of which nothing is kept: the head's logits and their softmax, or a layer."""
     working = (4 * config.hidden_size + 3 * config.intermediate_size) * way.itemsize
     return (
@@ -101,7 +99,7 @@ def held_bytes(config, way: Way) -> float:
     return weight_bytes(config, way) + trained_bytes(config, way)
 
 
-def need(config, way: Way, row: Row) -> float:
+def need(config, way: Way, row: RowSize) -> float:
     """All that a training run takes of a device."""
     return held_bytes(config, way) + row_bytes(config, way, row)
 
@@ -109,13 +107,13 @@ def need(config, way: Way, row: Row) -> float:
 FRAGMENTS = 1.05  # what the pieces of a device's memory that are too small for anything add; an estimate
 
 
-def remedy(config, way: Way, row: Row, available: float, shortest: int | None) -> str:
+def remedy(config, way: Way, row: RowSize, available: float, shortest: int | None) -> str:
     """Which flags make a run fit into `available` bytes, as few as possible and those first that change no result.
 
     shortest: --max_len, below which --max_pack_len may not go; None where rows are padded.
     """
     lengths = [n for n in (4096, 2048, 1024, 512, 256, 128) if shortest and shortest <= n < row.tokens]
-    rows = {"": row} | {f"--max_pack_len {n}": Row(n, row.supervised * n // row.tokens, n) for n in lengths}
+    rows = {"": row} | {f"--max_pack_len {n}": RowSize(n, row.supervised * n // row.tokens, n) for n in lengths}
     ways = {"": way, "--gradient_checkpointing": way._replace(checkpointing=True)}
     four_bit = {f"--load_in_4bit {flags}".strip(): way._replace(four_bit=True) for flags, way in ways.items()}
     now, least = need(config, way, row), None

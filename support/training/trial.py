@@ -16,7 +16,7 @@ from support.errors import UserError, out_of_memory
 from support.files import free_bytes
 from support.training.log import peak_memory_gb
 from support.training.memory import (
-    Row,
+    RowSize,
     Way,
     adapter_parameters,
     evaluation_bytes,
@@ -42,8 +42,8 @@ def memory(device: torch.device) -> tuple[int, int]:
     return total, total
 
 
-def row_of(batch: dict) -> Row:
-    return Row(batch["input_ids"].numel(), len(batch["loss_positions"]), batch["input_ids"].shape[1])
+def row_of(batch: dict) -> RowSize:
+    return RowSize(batch["input_ids"].numel(), len(batch["loss_positions"]), batch["input_ids"].shape[1])
 
 
 def largest_batch(steps, done: int, size) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def largest_batch(steps, done: int, size) -> dict[str, torch.Tensor]:
                 np.maximum(collator.max_pack_len, whole[order].max(1)),
             )
         rows = enumerate(zip(tokens.tolist(), supervised.tolist(), length.tolist()), epoch * steps.steps_per_epoch)
-        bounds += [(size(Row(*row)), step) for step, row in rows if step >= done]
+        bounds += [(size(RowSize(*row)), step) for step, row in rows if step >= done]
     found, largest = None, 0.0
     for bound, step in sorted(bounds, reverse=True)[:LOOKED_AT]:
         if bound <= largest:

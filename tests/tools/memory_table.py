@@ -10,7 +10,7 @@ import argparse
 
 from baichuan import BaichuanConfig
 from support.scores.table import markdown
-from support.training.memory import FRAGMENTS, Row, Way, evaluation_bytes, row_bytes, trained_bytes, weight_bytes
+from support.training.memory import FRAGMENTS, RowSize, Way, evaluation_bytes, row_bytes, trained_bytes, weight_bytes
 
 CARDS = (12, 16, 24, 40, 80)  # GiB
 
@@ -23,8 +23,8 @@ def main(argv=None):
     parser.add_argument("--test_tokens", type=int, default=1486, help="of the largest row of the test set")
     parser.add_argument("--test_supervised", type=int, default=1128, help="of them with loss")
     args = parser.parse_args(argv)
-    config, row = BaichuanConfig(), Row(args.tokens, args.supervised, args.tokens)
-    test_row = Row(args.test_tokens, args.test_supervised, args.test_tokens)
+    config, row = BaichuanConfig(), RowSize(args.tokens, args.supervised, args.tokens)
+    test_row = RowSize(args.test_tokens, args.test_supervised, args.test_tokens)
     rows = [["flags", "weights", "adapters, optimizer", "largest row", "sum", *(f"{card} GB" for card in CARDS)]]
     for four_bit in (False, True):
         for checkpointing in (False, True):
