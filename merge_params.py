@@ -12,6 +12,7 @@ its adapter, as PEFT computes them; only a result within the bound of its dtype 
 """
 
 import gc
+import math
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -115,7 +116,7 @@ def read_probes(args, base: ModelDirectory) -> tuple[list[list[dict]], list[list
     samples = list(read_samples(args.probe_path)) if args.probe_path else [as_sample(probe, "") for probe in PROBES]
     if args.probes < 1 or not samples:
         raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")
-    samples = samples[:: -(-len(samples) // args.probes)]
+    samples = samples[:: math.ceil(len(samples) / args.probes)]
     conversations = [with_system(sample["system"], sample["messages"]) for sample in samples]
     return conversations, [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
 

@@ -14,8 +14,11 @@ from support.errors import UserError, blaming
 from support.files import PNG, kind_of_file
 
 OLD_NAMES = {  # of cards before version 1
-    **{"char_name": "name", "char_persona": "description", "char_greeting": "first_mes"},
-    **{"world_scenario": "scenario", "example_dialogue": "mes_example"},
+    "char_name": "name",
+    "char_persona": "description",
+    "char_greeting": "first_mes",
+    "world_scenario": "scenario",
+    "example_dialogue": "mes_example",
 }
 
 

@@ -6,6 +6,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from support.model.answering import left_padded
+
 POSITIONS = 64  # the last tokens of a text, whose logits are compared
 
 
@@ -86,18 +88,20 @@ def cache_error(model: torch.nn.Module, prompts: list[list[int]], pad: int, new_
     Returns:
         the error in standard deviations of the expected logits: rounding leaves it near 0, a lost cache near 1.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)  # (b, l)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ids, mask = left_padded(prompts, pad, model.device)  # (b, l)
     config = GenerationConfig(
-        **{"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": pad},
-        **{"do_sample": False, "repetition_penalty": 1.0},
-        **{"return_dict_in_generate": True, "output_logits": True},
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=pad,
+        do_sample=False,
+        repetition_penalty=1.0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     worst = 0.0
     for row, prompt in enumerate(prompts):
-        whole = output.sequences[row : row + 1, width - len(prompt) :]
+        whole = output.sequences[row : row + 1, ids.shape[1] - len(prompt) :]
         expected = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # (new_tokens, V)
         found = torch.stack([logits[row] for logits in output.logits]).float()
         errors = (found - expected).pow(2).mean(-1).sqrt() / expected.std(-1)

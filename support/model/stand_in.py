@@ -7,6 +7,7 @@ tensors under the same names, the same JSON files. It is pre-trained on the sing
 answer belongs to which question: that is left for train.py to teach.
 """
 
+import math
 import os
 import random
 import re
@@ -140,16 +141,24 @@ def main(argv=None):
             config = BaichuanConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=args.hidden_size,
-                intermediate_size=-(-args.hidden_size * 11 // (4 * 64)) * 64,  # for --load_in_4bit a multiple of 64
+                intermediate_size=64
+                * math.ceil(args.hidden_size * 11 / (4 * 64)),  # for --load_in_4bit a multiple of 64
                 num_hidden_layers=args.num_hidden_layers,
                 num_attention_heads=max(1, args.hidden_size // 32),
                 stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.train_path}",
             )
         model = BaichuanForCausalLM(config)
         model.generation_config = GenerationConfig(
-            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-            **{"user_token_id": USER_TOKEN_ID, "assistant_token_id": ASSISTANT_TOKEN_ID},
-            **{"max_new_tokens": 256, "do_sample": True, "temperature": 0.3, "top_k": 5, "top_p": 0.85},
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            user_token_id=USER_TOKEN_ID,
+            assistant_token_id=ASSISTANT_TOKEN_ID,
+            max_new_tokens=256,
+            do_sample=True,
+            temperature=0.3,
+            top_k=5,
+            top_p=0.85,
             repetition_penalty=1.05,
         )
         if args.steps:

@@ -179,7 +179,8 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
     chosen = []
     for role in roles:
         own = [sample for sample in samples if sample["role"] == role]
-        chosen += own[:: max(1, len(own) // per_role)][:per_role]
+        every = max(1, len(own) // per_role)
+        chosen += own[::every][:per_role]
     likelihood = Likelihood(model, tokenizer, *limits, shared=dist.is_initialized())
     said = read_personas(likelihood, chosen)
     if not len(said.role):
