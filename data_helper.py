@@ -24,7 +24,7 @@ from support.command_line import ArgumentParser
 from support.dialogues.cards import card_conversations, read_card
 from support.dialogues.json_files import composed
 from support.dialogues.profiles import read_characters
-from support.dialogues.samples import as_sample, read_rows, read_samples, split_off
+from support.dialogues.samples import as_sample, read_rolebench, read_samples, split_off
 from support.errors import Problems, UserError, entry_point
 from support.files import whole_files
 
@@ -67,12 +67,7 @@ def parse_args(argv=None):
     mirror = "HF_ENDPOINT in the environment names a mirror. Nothing else uses the network"
     add("--download", action="store_true", help=f"first fetch what --data_dir lacks from {HUB_DATASET}; {mirror}")
     add("--show", type=int, metavar="N", help="only print N samples of --train_path, as the model will see them")
-    add(
-        "--model_name_or_path",
-        type=Path,
-        default="Baichuan2-7B-Chat/",
-        help="directory of the model whose tokenizer --show uses",
-    )
+    add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the model whose tokenizer --show uses")
     args = parser.parse_args(argv)
     args.desc_given = args.desc_path is not None
     args.desc_path = args.desc_path or rolebench_file(args.data_dir, "profiles-zh_desc.json")
@@ -121,7 +116,7 @@ def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[s
         characters = read_characters(desc_path)
         in_clone = Path(desc_path).parts[-2:] == ("profiles-zh", "desc.json")
         data_dir = Path(desc_path).parents[1 if in_clone else 0]
-        rows = read_rows(rolebench_file(data_dir, "rolebench-zh_role_specific_train.jsonl"), None)
+        rows = read_rolebench(rolebench_file(data_dir, "rolebench-zh_role_specific_train.jsonl"), None)
     except UserError:  # the page can do without
         characters, rows = {}, []
     examples = {role: [] for role in roles}
@@ -205,7 +200,7 @@ def from_rolebench(args) -> dict[str, list[dict]]:
         if args.all_named and "all" in characters:
             problems.append(ALL_IS_A_ROLE)
         paths = {name: path for name, path in rolebench_paths(args).items() if path.exists()}
-        rows = {name: problems.of(read_rows, path, characters or None) or [] for name, path in paths.items()}
+        rows = {name: problems.of(read_rolebench, path, characters or None) or [] for name, path in paths.items()}
         if not paths:
             problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
     roles = characters if "all" in args.roles else args.roles
@@ -287,7 +282,7 @@ def show_samples(args):
     from support.dialogues.show import print_samples
     from support.model.directory import ModelDirectory
 
-    if not (args.model_name_or_path / "tokenizer.model").is_file():
+    if not (Path(args.model_name_or_path) / "tokenizer.model").is_file():
         raise UserError(
             f"--model_name_or_path {args.model_name_or_path}: holds no tokenizer.model: name a model directory, or make "
             "a small one: python3 -m support.model.stand_in"

@@ -51,7 +51,7 @@ with slow_imports(parse_args, __name__):
     from baichuan.generation_utils import messages_to_ids
     from support.device import pick_device
     from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter, refuse_misfit, training_record
-    from support.model.comparison import compare, compute_in_float32, logits_of
+    from support.model.comparison import compare_logits, compute_in_float32, logits_of
     from support.model.directory import ModelDirectory
     from support.model.weights import Weights, write_weights
 
@@ -210,7 +210,7 @@ def prove(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     found = logits_of(load_in_float32(merged, device), probes)
-    result, base_alone, dtype = compare(expected, found), compare(expected, alone), merged.weights.dtype
+    result, base_alone, dtype = compare_logits(expected, found), compare_logits(expected, alone), merged.weights.dtype
     most, most_divergence = BOUNDS[dtype]
     print(f"logits at {sum(map(len, expected))} positions of {len(probes)} probes, against those of base + adapter")
     print(f"(standard deviation {result.spread:.3g}; computed in float32 from weights in {dtype})")
@@ -237,7 +237,7 @@ def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[tor
     try:
         check_four_bit(base)
         model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
-        found = compare(logits_of(model.get_base_model(), probes), merged)
+        found = compare_logits(logits_of(model.get_base_model(), probes), merged)
     except (UserError, MemoryError, RuntimeError) as error:  # bitsandbytes is not here, or the memory does not suffice
         print(f"the adapter was trained on the base in 4 bits; not compared with that: {first_line(error)}")
         return

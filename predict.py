@@ -12,6 +12,7 @@ answered once and scored once is a question with all of its recorded answers. do
 """
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ with slow_imports(parse_args, __name__):
 
     from support.device import pick_device
     from support.model.answering import Answer, answer_batch, greedy, in_batches, rows_that_fit
-    from support.model.engine import Engine
+    from support.model.server import Server
     from support.scores import report
     from support.scores.answers import measure_answers, recorded_limits
     from support.scores.candidates import AnswerFile, Candidate, Loader, answer_settings, name_candidates, read_answers
@@ -158,9 +159,9 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
     prompts = [question.messages for question in questions]
     # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
     order = sorted(range(len(questions)), key=lambda number: persona_and_length(prompts[number]))
-    if candidate.engine:
+    if candidate.server:
         left = [(number, prompts[number]) for number in order if number not in file.answers]
-        found = candidate.engine.answers(left, args.batch_size or 128, args.max_new_tokens)
+        found = candidate.server.answers(left, args.batch_size or 128, args.max_new_tokens)
     else:
         found = answer_here(args, candidate, loader(candidate), prompts, order, file.answers)
 
@@ -176,7 +177,10 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
 
 
 def answer_here(args, candidate: Candidate, model, prompts: list[list[dict]], order: list[int], done: dict):
-    """Yield (number, answer) batch by batch, in this order; of a batch that is `done` in part, all of them."""
+    """An iterator over (number, answer), in this order, batch by batch; of a batch that is `done` in part, all of them.
+
+    Raises: UserError at once, before anything is answered.
+    """
     tokenizer, config = candidate.directory.tokenizer, candidate.directory.generation_config
     if args.sample:
         config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
@@ -187,16 +191,16 @@ def answer_here(args, candidate: Candidate, model, prompts: list[list[dict]], or
     if size is None and args.sample:
         size = 16  # what is drawn depends on who is in a batch, so it has the same size on every machine
     elif size is None:
-        texts = ["".join(turn["content"] for turn in messages) for messages in prompts]
-        longest = max(map(len, tokenizer.text_to_ids(texts)))
+        joined = ["".join(turn["content"] for turn in messages) for messages in prompts]
+        longest = max(map(len, tokenizer.text_to_ids(joined)))
         size = rows_that_fit(model, longest + args.max_new_tokens)
 
     def answer(batch):
         set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
         return answer_batch(model, tokenizer, [prompts[number] for number in batch], config)
 
-    for batch, answers in in_batches(answer, order, size, done):
-        yield from zip(batch, answers)
+    batches = in_batches(answer, order, size, done)
+    return chain.from_iterable(zip(batch, answers) for batch, answers in batches)
 
 
 def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
@@ -258,9 +262,12 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         if not (args.answers_only or args.engine):
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
-        engine = Engine(args.engine, args.engine_model) if args.engine else None
-        who = (args.model_path, args.adapter_path or [], args.baseline_path, engine)
-        candidates = problems.of(name_candidates, args.output_path, *who) if args.model_path or engine else []
+        candidates, server = [], Server(args.engine, args.engine_model) if args.engine else None
+        if args.model_path or server:
+            adapters = args.adapter_path or []
+            candidates = problems.of(
+                name_candidates, args.output_path, args.model_path, adapters, args.baseline_path, server
+            )
         for candidate in candidates or []:
             problems.of(candidate.check, args.load_in_4bit)
             for file in (candidate.output, candidate.attacked().output):
@@ -272,9 +279,9 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         if args.test_path.is_file():
             questions = problems.of(read_questions, args.test_path)
     systems = list({question.system for question in questions})
-    for model in [candidate.directory for candidate in candidates if candidate.directory]:
-        room = model.config.model_max_length
-        if max(map(len, model.tokenizer.text_to_ids(systems))) + args.max_new_tokens >= room - 1:
+    for directory in [candidate.directory for candidate in candidates if candidate.directory]:
+        room = directory.config.model_max_length
+        if max(map(len, directory.tokenizer.text_to_ids(systems))) + args.max_new_tokens >= room - 1:
             raise UserError(
                 f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
             )

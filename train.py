@@ -78,10 +78,11 @@ with slow_imports(parse_args, __name__):
     from support.training import one_parameter, processes
     from support.training.checkpoints import Best
     from support.training.log import Log
+    from support.training.memory import Way
     from support.training.resume import claim, find_state, load_state, run_identity, save_state
     from support.training.run_record import diverged, introduce, keep_record
     from support.training.sample_answers import sample_answers, uncompiled
-    from support.training.trial import Trial, Way
+    from support.training.trial import Trial
 
 
 # ---------------------------------------------------------------- samples

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from baichuan.generation_utils import messages_to_ids
+from support.dialogues.samples import is_trained
 from support.files import whole_directory, writing
 from support.model.adapter import write_training
 
@@ -27,8 +28,8 @@ class RoleDataset:
 
     Sample i is the persona `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: marker and text of each turn.
     Supervised are the assistant's turns and the eos that ends each of them. A supervised pair is (the column that predicts
-    a token, that token); so no eos is among the ids, and no later turn sees one. `numbers[i]` is the sample's number in
-    its file, from 1; `supervised[i]` counts its pairs.
+    a token, that token); so no eos is among the ids, and no later turn sees one. In `pairs` columns count from the
+    persona's end. `numbers[i]` is the sample's number in its file, from 1; `supervised[i]` counts its pairs.
 
     Args:
         samples: dicts with system and messages, such as `support.dialogues.samples.read_samples` yields.
@@ -52,9 +53,8 @@ class RoleDataset:
             if system not in known:
                 known[system] = len(self.personas)
                 self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
-            messages = self._fit(sample["messages"], max_len - len(self.personas[known[system]]))
-            sample_ids, sample_pairs = self._lay_out(messages)
-            self.counts["nothing left to train"] += bool(messages) and not sample_pairs
+            messages, is_whole = self._fit(sample["messages"], max_len - len(self.personas[known[system]]))
+            sample_ids, sample_pairs = self._lay_out(messages, is_whole)
             self.kept_of[sample.get("role", "")] += bool(sample_pairs)
             if sample_pairs:
                 ids.extend(sample_ids)
@@ -63,15 +63,14 @@ class RoleDataset:
                 pair_starts.append(len(pairs) // 2)
                 persona.append(known[system])
                 numbers.append(self.counts["read"])
-        self.ids, self.starts = np.frombuffer(ids, np.int32), np.frombuffer(starts, np.int64)
-        self.pairs = np.frombuffer(pairs, np.int32).reshape(-1, 2)  # columns from the persona's end on
-        self.persona, self.pair_starts = np.frombuffer(persona, np.int32), np.frombuffer(pair_starts, np.int64)
-        self.numbers = np.frombuffer(numbers, np.int32)
+        self.ids, self.starts = np.frombuffer(ids, "i"), np.frombuffer(starts, "q")
+        self.pairs, self.pair_starts = np.frombuffer(pairs, "i").reshape(-1, 2), np.frombuffer(pair_starts, "q")
+        self.persona, self.numbers = np.frombuffer(persona, "i"), np.frombuffer(numbers, "i")
         self.supervised = np.diff(self.pair_starts)
         self.counts["kept"] = len(self)
 
-    def _fit(self, messages: list[dict], room: int) -> list[dict]:
-        """Cut messages to the limits, `room` tokens in all; [] where the sample is left out."""
+    def _fit(self, messages: list[dict], room: int) -> tuple[list[dict], bool]:
+        """(messages cut to the limits, whether the last answer is whole); no message where the sample is left out."""
         questions = [turn for turn in messages if turn["role"] == "user"]
         long_question = any(len(turn["content"]) > self.max_src_len for turn in questions)
         for turn in questions:
@@ -80,7 +79,7 @@ class RoleDataset:
         excess = sum(lengths) + 1 - room  # the last answer ends with an eos
         if self.is_skip and (long_question or excess > 0):
             self.counts["skipped"] += 1
-            return []
+            return [], False
         self.counts["cut questions"] += long_question
         first = 0
         for number, turn in enumerate(messages):
@@ -91,19 +90,20 @@ class RoleDataset:
         messages, answer = messages[first:], messages[-1]
         if len(answer["content"]) + 1 <= excess:
             self.counts["no room for an answer"] += 1
-            return []
-        answer["cut"] = excess > 0  # it gets no eos, which makes room for one token
-        answer["content"] = answer["content"][: len(answer["content"]) - max(0, excess - 1)]
-        self.counts["cut answers"] += answer["cut"]
-        return messages
+            return [], False
+        if excess > 0:
+            answer["content"] = answer["content"][: len(answer["content"]) - (excess - 1)]  # the first to go is the eos
+        self.counts["cut answers"] += excess > 0
+        self.counts["nothing left to train"] += not any(map(is_trained, messages))
+        return messages, excess <= 0
 
-    def _lay_out(self, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Messages without their persona → (ids, supervised pairs)."""
+    def _lay_out(self, messages: list[dict], is_whole: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Messages without their persona → (ids, supervised pairs). An answer that is not whole gets no eos."""
         ids, pairs = [], []
         for turn in messages:
             ids += messages_to_ids(self.tokenizer, [turn], add_generation_prompt=False)
-            if turn["role"] == "assistant" and turn.get("train", True):
-                answer = turn["content"] if turn.get("cut") else [*turn["content"], self.eos]
+            if is_trained(turn):
+                answer = [*turn["content"], self.eos] if is_whole or turn is not messages[-1] else turn["content"]
                 marker = len(ids) - len(turn["content"]) - 1  # predicts the first token; each predicts the next one
                 pairs += enumerate(answer, start=marker)
         return ids, pairs
@@ -227,7 +227,7 @@ class Collator:
     """The samples of a step → one dict of tensors for each forward pass: trees, or padded batches (`packing="none"`).
 
     Args:
-        max_pack_len: tokens of a row of trees at most.
+        max_pack_len: tokens of a row of trees at most. (Samples that are too long are RoleDataset's matter.)
         rows_per_batch: samples of a padded batch.
         cost: tokens of a row → its cost, see `support.device.row_cost`; by default rows are as few as possible.
     """

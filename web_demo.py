@@ -52,7 +52,7 @@ with slow_imports(parse_args, __name__):
     from support.device import pick_device
     from support.model.adapter import refuse_other_base
     from support.model.directory import ModelDirectory
-    from support.model.engine import Engine
+    from support.model.server import Server
     from support.page import chats
     from support.page.hosts import account_of, doorkeeper, guards, is_loopback, port_problems
     from support.page.look import COLOURS, CSS, I18N, JS, THEME, portrait
@@ -99,7 +99,7 @@ class Page:
     A listener is given values as a dict {component: value}, which a Visit opens, and returns new ones as such a dict.
     """
 
-    def __init__(self, speaker: Speaker | Engine, characters: dict[str, dict]):
+    def __init__(self, speaker: Speaker | Server, characters: dict[str, dict]):
         self.speaker, self.characters, self.persona = speaker, characters, persona
         self.greeted = not speaker.stand_in  # it has learnt single questions only: words before them would confuse it
         self.busy: set[str] = set()  # sessions for which an answer is due, or being written
@@ -216,8 +216,8 @@ class Page:
     def listener(self, step):
         """For gradio: do a step with a Visit, then show the conversation as it stands, and what else the step returns."""
 
-        def listen(told: dict, request: gr.Request, event: gr.EventData) -> dict:
-            visit = Visit(self, told, request, event)
+        def listen(values: dict, request: gr.Request, event: gr.EventData) -> dict:
+            visit = Visit(self, values, request, event)
             if request.session_hash in self.busy:  # the view is what the answer is being written into
                 warn(visit.say("busy"))
                 return {self.lines: gr.skip()}
@@ -225,7 +225,7 @@ class Page:
                 more = step(visit) or {}
             except Refusal as refusal:
                 warn(str(refusal))
-                visit, more = Visit(self, told, request), {}
+                visit, more = Visit(self, values, request), {}
             return visit.view() | more
 
         return listen
@@ -234,7 +234,7 @@ class Page:
         """What was typed, or a question to begin with."""
         chosen = visit.data.get("value")
         chosen = chosen["text"] if isinstance(chosen, dict) else chosen
-        chats.add_turn(visit.chat, chosen or visit.told[self.question])
+        chats.add_turn(visit.chat, chosen or visit.values[self.question])
         shown = self.begin(visit)
         if not chosen:
             shown[self.question] = gr.Textbox("", submit_btn=False, stop_btn=visit.say("stop"))
@@ -242,7 +242,7 @@ class Page:
 
     def begin(self, visit: Visit, begun: str = "") -> dict:
         """Have the last question answered, from where its answer has begun. Raises: Refusal."""
-        if len(visit.told[self.chats].encode("utf-8", "ignore")) > MAX_KEPT:
+        if len(visit.values[self.chats].encode("utf-8", "ignore")) > MAX_KEPT:
             raise Refusal(visit.say("full"))
         turn = visit.chat["turns"][-1]
         turn["question"] = visit.proper("question", turn["question"])
@@ -263,25 +263,25 @@ class Page:
             self.question: gr.Textbox(submit_btn=False, stop_btn=visit.say("stop")),
         }
 
-    def colour_words(self, told: dict, request: gr.Request) -> dict:
-        return Visit(self, told, request).coloured()
+    def colour_words(self, values: dict, request: gr.Request) -> dict:
+        return Visit(self, values, request).coloured()
 
-    def answer(self, told: dict, request: gr.Request):
+    def answer(self, values: dict, request: gr.Request):
         """The answer as it grows, in the bubble and in what the browser keeps."""
         if request.session_hash not in self.busy:  # it was stopped while it waited
             yield (gr.skip(),) * 3
             return
-        visit = Visit(self, told, request, writing=True)
+        visit = Visit(self, values, request, writing=True)
         version = chats.answer_of(visit.chat["turns"][-1])
         settings, begun, due = visit.settings(), version["text"], 0.0
         yield chats.write({"id": visit.chat["id"], **version}), visit.bubbles("text"), visit.bubbles("base")
         with visit.failures():
-            for column in ["text", "base"] if told[self.compare] else ["text"]:
-                how = {"begun": begun} if column == "text" else {"base": True}
-                answer = self.speaker.answer(visit.prompt(column), settings, strength=told[self.strength], **how)
+            for whose in ["text", "base"] if values[self.compare] else ["text"]:
+                how = {"begun": begun} if whose == "text" else {"base": True}
+                answer = self.speaker.answer(visit.prompt(whose), settings, strength=values[self.strength], **how)
                 with closing(answer):  # also where the visitor stops it or leaves: that frees the model
-                    for version[column], state in answer:
-                        version["state"] = state if column == "text" else version["state"]
+                    for version[whose], state in answer:
+                        version["state"] = state if whose == "text" else version["state"]
                         if time.monotonic() >= due or state != "stopped":
                             grown = chats.write({"id": visit.chat["id"], **version})
                             yield grown, visit.bubbles("text"), visit.bubbles("base")
@@ -289,15 +289,15 @@ class Page:
             if not version["text"].strip():
                 warn(visit.say("silent", role=visit.role))
 
-    def end(self, told: dict, request: gr.Request) -> dict:
+    def end(self, values: dict, request: gr.Request) -> dict:
         """Keep what was written; a question without a word of an answer goes back beside what was typed meanwhile."""
         if request.session_hash not in self.busy:
             return {self.lines: gr.skip()}
         self.busy.discard(request.session_hash)
-        visit = Visit(self, told, request)
+        visit = Visit(self, values, request)
         shown = visit.view()
         if visit.lost:
-            draft = "\n".join(filter(None, [visit.lost, told[self.question]]))
+            draft = "\n".join(filter(None, [visit.lost, values[self.question]]))
             shown[self.question] = gr.Textbox(draft, submit_btn=visit.say("send"), stop_btn=False)
         return shown
 
@@ -324,7 +324,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, characters, account = read_inputs(args)
     model = args.model_path, args.adapter_path, device, args.load_in_4bit
-    speaker = Engine(args.engine).check() if args.engine else Speaker.load(*model)
+    speaker = Server(args.engine).check() if args.engine else Speaker.load(*model)
     if args.ask is not None:
         role = args.role or next(iter(characters))
         return print(answer_once(speaker, role, characters[role]["description"], args.ask))

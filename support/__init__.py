@@ -7,8 +7,8 @@ The ground, on which every script stands:
     device.py         which device computes, whether it can, and what a row costs there
     command_line.py   flags with their help, and files of flags
 
-The rooms. Each imports the ground and the rooms listed before it; the last three do not import each other
-(tests/test_house.py holds it so):
+The rooms. Each imports the ground and the rooms listed before it. The last three import utils.py, too, and never each
+other (tests/test_house.py):
 
     dialogues/        what people write: samples, conversations, profiles, character cards
     model/            a model directory, opened and checked; weights, adapters, batches of answers

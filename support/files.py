@@ -207,7 +207,7 @@ KINDS = {  # how a file begins → what it is
 
 
 def kind_of_file(path: str | Path) -> str | None:
-    """What a file is, by its first bytes, where it is none that is read here as it stands; else None."""
+    """What is wrong with the kind of a file, by its first bytes (an image, an archive, UTF-16, …); None for one to be read."""
     with open(path, "rb") as file:
         beginning = file.read(32)
     return next((kind for magic, kind in KINDS.items() if beginning.startswith(magic)), None)

@@ -11,7 +11,7 @@ import train
 import web_demo
 from baichuan import BaichuanForCausalLM
 from baichuan.modeling_baichuan import BaichuanModel
-from support.model.comparison import cache_error, compare
+from support.model.comparison import cache_error, compare_logits
 
 PROMPTS = [[5, 9, 77, 130], [11, 300, 8, 42, 600, 7, 19, 250]]
 
@@ -72,7 +72,7 @@ def test_comparison_against_numpy():
     generator = np.random.default_rng(0)
     p, q = ([generator.normal(0, 2, (n, 50)) for n in (3, 5)] for _ in range(2))
     q[0][:] = p[0]
-    result = compare([torch.tensor(x) for x in p], [torch.tensor(x) for x in q])
+    result = compare_logits([torch.tensor(x) for x in p], [torch.tensor(x) for x in q])
     softmax = [[np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in side] for side in (p, q)]
     divergence = np.concatenate([(a * np.log(a / b)).sum(-1) for a, b in zip(*softmax)])
     assert result.largest == pytest.approx(np.abs(p[1] - q[1]).max())
@@ -84,7 +84,7 @@ def test_comparison_against_numpy():
 def test_comparison_does_not_pass_over_nan():
     good, bad = torch.zeros(2, 4), torch.zeros(2, 4)
     bad[1, 2] = torch.nan
-    assert compare([good], [bad]).largest == torch.inf
+    assert compare_logits([good], [bad]).largest == torch.inf
 
 
 def test_half_precision_is_compared_in_float32_and_left_as_it_was(checkpoint):

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import merge_params
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
-from support.model.comparison import compare
+from support.model.comparison import compare_logits
 from support.model.directory import ModelDirectory
 from support.model.weights import Weights, write_weights
 
@@ -187,7 +187,7 @@ def test_either_bound_alone_stops_a_merge(checkpoint, adapter, merged, capsys, m
         found += 0.9 * most * 3 * torch.randn(expected.shape).sign()
     else:
         found[7, expected[7].argmin()] += 5 * most * 3
-    result = compare([expected], [found])
+    result = compare_logits([expected], [found])
     assert (result.largest > most * result.spread) == (exceeded == "largest difference")
     assert (result.divergence > most_divergence) == (exceeded == "divergence")
     monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [expected]))

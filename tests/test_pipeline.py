@@ -23,7 +23,7 @@ from support.dialogues.samples import read_samples
 from support.errors import UserError
 from support.model import stand_in
 from support.model.directory import ModelDirectory
-from support.model.engine import Engine
+from support.model.server import Server
 from support.page.speaker import Speaker
 from support.training.checkpoints import checkpoints
 
@@ -115,7 +115,7 @@ def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
                 {"role": "system", "content": "你是孙悟空。"},
                 {"role": "user", "content": "<reserved_107>你是谁？"},
             ]
-            ours, theirs = Speaker.load(merged, None, torch.device("cpu")), Engine(url).check()
+            ours, theirs = Speaker.load(merged, None, torch.device("cpu")), Server(url).check()
             settings = {"do_sample": False, "seed": -1, "max_new_tokens": 4, "repetition_penalty": 1.0}
             *_, (begun, state) = theirs.answer(asked, settings)  # without the marker in the question
             plain = [asked[0], {"role": "user", "content": "你是谁？"}]

@@ -17,6 +17,7 @@ import data_helper
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from support.dialogues.samples import first_question, read_samples
+from support.errors import UserError
 from support.model.directory import ModelDirectory
 from support.scores.likelihood import Likelihood
 from support.scores.persona import persona_scores, read_personas
@@ -142,6 +143,24 @@ def test_what_is_answered_anew_and_interrupted_goes_on_without_overwrite(checkpo
     monkeypatch.setattr(predict, "answer_batch", answer_batch)
     run(checkpoint, samples, output, "--max_new_tokens", 5)
     assert output.read_text(encoding="utf-8").startswith(done)
+
+
+def test_a_model_that_is_refused_leaves_all_answers_as_they_were(checkpoint, samples, tmp_path, monkeypatch, capsys):
+    """Whole files and half ones: who answers is checked before a file is opened."""
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
+    run(checkpoint, samples, output)
+    part.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:5]))
+    before = output.read_bytes(), part.read_bytes()
+
+    def refuse(*_):
+        raise UserError("refused")
+
+    monkeypatch.setattr(ModelDirectory, "refuse_to_fail_later", refuse)
+    for flags in (["--overwrite"], ["--max_new_tokens", 5]):
+        with pytest.raises(SystemExit):
+            run(checkpoint, samples, output, *flags)
+        assert capsys.readouterr().err.endswith("error: refused\n")
+        assert (output.read_bytes(), part.read_bytes()) == before
 
 
 def test_answers_of_a_model_that_has_changed_are_not_reused(checkpoint, samples, tmp_path, capsys):

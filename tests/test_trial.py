@@ -186,7 +186,7 @@ def test_what_another_process_lacks_is_told_by_all(monkeypatch):
 
 
 def test_too_little_memory_is_told_before_the_weights_are_loaded(train_arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trial, "memory", lambda device: (300_000, 300_000))
+    monkeypatch.setattr(trial, "device_memory", lambda device: (300_000, 300_000))
     monkeypatch.setattr(train, "model_with_adapters", None)
     line = error_of(capsys, train_arguments(tmp_path / "run"))
     assert "does not fit into the 0.0003 GB of cpu memory" in line and "or take a device with more memory" in line
@@ -203,7 +203,7 @@ def test_a_row_that_does_not_fit_is_told_before_the_first_step(train_arguments, 
         return forward(self, x)
 
     monkeypatch.setattr(modeling_baichuan.MLP, "forward", fails)
-    monkeypatch.setattr(trial, "memory", lambda device: (18_000_000,) * 2)
+    monkeypatch.setattr(trial, "device_memory", lambda device: (18_000_000,) * 2)
     line = error_of(capsys, train_arguments(tmp_path / "run", "--sample_answers", 0, "--dry_run"))
     assert re.search(r"does not fit .* row of \d+ tokens: add --", line)
     assert not (tmp_path / "run").exists()
@@ -224,9 +224,9 @@ def test_the_limit_of_a_container_counts(monkeypatch):
 
     monkeypatch.setattr(trial, "Path", Limit)
     monkeypatch.setattr(trial.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
-    assert trial.memory(torch.device("cpu"))[0] == 64 * GIB
+    assert trial.device_memory(torch.device("cpu"))[0] == 64 * GIB
     Limit.text = f"{8 * GIB}\n"
-    assert trial.memory(torch.device("cpu"))[0] == 8 * GIB
+    assert trial.device_memory(torch.device("cpu"))[0] == 8 * GIB
 
 
 def test_times_and_sizes_are_told_in_the_unit_that_fits():

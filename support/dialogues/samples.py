@@ -6,7 +6,7 @@
     {"conversations": [{"from", "value"}]}                a conversation in ShareGPT's form
 
 A file is JSON lines, read as they come, or one JSON array, which has to fit into memory. RoleBench's own files are read
-by `read_rows`.
+by `read_rolebench`.
 """
 
 import random
@@ -156,7 +156,7 @@ def check_turns(turns: list[dict], where: str):
             )
     if not turns or turns[-1]["role"] == "user":
         raise UserError(f"{where}: does not end on the assistant's turn: add the answer, or remove the question")
-    if not any(turn.get("train", True) for turn in turns if turn["role"] == "assistant"):
+    if not any(map(is_trained, turns)):
         raise UserError(f'{where}: nothing is to be trained: every answer has "train": false: remove the sample')
 
 
@@ -168,6 +168,11 @@ def unsupervised(messages: list[dict]) -> list[dict]:
 def first_question(messages: list[dict]) -> str:
     """What a conversation begins with, whatever greeting stands before it; its rounds and endings have it in common."""
     return next(turn["content"] for turn in messages if turn["role"] == "user")
+
+
+def is_trained(turn: dict) -> bool:
+    """Whether a turn is the assistant's and carries loss."""
+    return turn["role"] == "assistant" and turn.get("train", True)
 
 
 def with_system(system: str, messages: list[dict]) -> list[dict]:
@@ -183,7 +188,7 @@ def conversation(system: str, prompt: str) -> list[dict]:
 def rounds(sample: dict):
     """Yield (conversation up to a question, recorded answer) for every answer of a sample that is to be trained."""
     for number, turn in enumerate(sample["messages"]):
-        if turn["role"] == "assistant" and turn.get("train", True):
+        if is_trained(turn):
             yield with_system(sample["system"], sample["messages"][:number]), turn["content"]
 
 
@@ -222,7 +227,7 @@ def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[di
 # ---------------------------------------------------------------- RoleBench's files
 
 
-def read_rows(path: str | Path, characters: dict[str, dict] | None) -> list[dict]:
+def read_rolebench(path: str | Path, characters: dict[str, dict] | None) -> list[dict]:
     """Read one RoleBench file, which may be empty: {"role", "question", "generated": [answer, …]} a line.
 
     Every role needs a profile, unless `characters` is None. Blank lines are skipped.

@@ -11,6 +11,6 @@ In the order of reading:
     four_bit.py     the base in four bits (QLoRA)
     comparison.py   do two models compute the same? Does generation with a cache agree with whole passes?
     answering.py    a batch of conversations → answers
-    engine.py       the same from a server with OpenAI's interface
+    server.py       the same from a server with OpenAI's interface
     stand_in.py     makes a small model in the same layout: python3 -m support.model.stand_in
 """

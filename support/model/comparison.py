@@ -62,7 +62,7 @@ def logits_of(model: torch.nn.Module, texts: list[list[int]]) -> list[torch.Tens
     return list(model.lm_head(hidden[kept]).float().cpu().split(kept.sum(1).tolist()))
 
 
-def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreement:
+def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreement:
     """Both as `logits_of` returns them. A logit that is not finite makes the largest difference infinite."""
     largest, divergence, same, squares = [], [], [], []
     for p, q in zip(expected, found):  # (positions, V)

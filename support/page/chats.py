@@ -123,21 +123,21 @@ def settle(kept: dict, grown: dict, ended: bool = True) -> str:
 # ---------------------------------------------------------------- what is read of it
 
 
-def said(chat: dict, count: int, greeted: bool, column: str = "text") -> list[dict]:
-    """The first `count` turns as messages. column: whose answers, the tuned model's (text) or the base model's."""
+def said(chat: dict, count: int, greeted: bool, whose: str = "text") -> list[dict]:
+    """The first `count` turns as messages. whose: whose answers, the tuned model's (text) or the base model's."""
     messages = [{"role": "assistant", "content": chat["greeting"]}] if greeted and chat["greeting"] else []
     for turn in chat["turns"][:count]:
         if (answer := answer_of(turn)) and answer["text"]:
             messages.append({"role": "user", "content": turn["question"]})
-            messages.append({"role": "assistant", "content": answer[column] or answer["text"]})
+            messages.append({"role": "assistant", "content": answer[whose] or answer["text"]})
     return messages
 
 
-def prompt(chat: dict, system: str, greeted: bool, column: str = "text") -> list[dict]:
+def prompt(chat: dict, system: str, greeted: bool, whose: str = "text") -> list[dict]:
     """What the model reads before it answers the last question."""
     last = len(chat["turns"]) - 1
     question = {"role": "user", "content": chat["turns"][last]["question"]}
-    return [{"role": "system", "content": system}, *said(chat, last, greeted, column), question]
+    return [{"role": "system", "content": system}, *said(chat, last, greeted, whose), question]
 
 
 def samples(kept: dict, system: str, greeted: bool) -> str:

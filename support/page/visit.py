@@ -29,18 +29,18 @@ class Refusal(Exception):
 class Visit:
     """What a listener works with; `view` gives what it returns.
 
-    Attributes: `told`, the values of the page's components; `data` of the event; `kept`, `role` and its `chat` that is
+    Attributes: `values`, the values of the page's components; `data` of the event; `kept`, `role` and its `chat` that is
     shown; `personas`, {role: description} of those that the visitor has changed or invented; `lost`, a question that got
     no word of an answer.
     """
 
-    def __init__(self, page, told: dict, request: gr.Request, event: gr.EventData | None = None, writing=False):
-        self.page, self.told, self.request, self.writing = page, told, request, writing
+    def __init__(self, page, values: dict, request: gr.Request, event: gr.EventData | None = None, writing=False):
+        self.page, self.values, self.request, self.writing = page, values, request, writing
         self.data = (event and event._data) or {}
-        self.personas = chats.read_texts(told[page.personas])
-        self.kept = chats.read(told[page.latest] or told[page.chats])
-        self.lost = chats.settle(self.kept, chats.read_texts(told[page.growing]), ended=not writing)
-        self.description, self.turned = told[page.description].replace("\r\n", "\n"), False
+        self.personas = chats.read_texts(values[page.personas])
+        self.kept = chats.read(values[page.latest] or values[page.chats])
+        self.lost = chats.settle(self.kept, chats.read_texts(values[page.growing]), ended=not writing)
+        self.description, self.turned = values[page.description].replace("\r\n", "\n"), False
         role = self.kept["role"]
         self.open(role if role in self.roles() else self.roles()[0])
 
@@ -82,16 +82,16 @@ class Visit:
             unset = {"do_sample": True, "seed": -1}.get(name)
             if name in SETTINGS:
                 unset = SETTINGS[name][-1]
-            value = self.told[switch]
+            value = self.values[switch]
             settings[name] = type(unset)(unset if value is None else value)  # the browser sends 1 for 1.0
         if settings["seed"] >= 0:  # another attempt, another answer
             settings["seed"] = (settings["seed"] + self.chat["turns"][-1]["shown"]) % 2**32
         return settings
 
-    def prompt(self, column: str = "text") -> list[dict]:
+    def prompt(self, whose: str = "text") -> list[dict]:
         """What the model reads before it answers the last question."""
         system = self.page.persona(self.role, self.description)
-        return chats.prompt(self.chat, system, self.page.greeted, column)
+        return chats.prompt(self.chat, system, self.page.greeted, whose)
 
     @contextmanager
     def failures(self):
@@ -111,10 +111,10 @@ class Visit:
         if not self.chat["turns"]:
             self.chat["greeting"] = self.character(self.role)["greeting"]  # of the profile as it is today
         self.turn_to(self.role)
-        page, chosen = self.page, self.told[self.page.chosen]
+        page, chosen = self.page, self.values[self.page.chosen]
         whole = isinstance(chosen, list) and len(chosen) == len(page.switches) and None not in chosen
         chosen = dict(zip(page.switches, chosen)) if whole else {}
-        self.told |= chosen
+        self.values |= chosen
         return {box: self.say(key) for box, key in page.asked.items()} | chosen
 
     def option(self) -> dict | None:
@@ -129,7 +129,7 @@ class Visit:
     def undo(self) -> dict:
         """Take the last question back. It may be asked otherwise, unless another one is typed already."""
         question = self.chat["turns"].pop()["question"]
-        return {self.page.question: gr.Textbox(self.told[self.page.question] or question)}
+        return {self.page.question: gr.Textbox(self.values[self.page.question] or question)}
 
     def edit(self) -> dict | None:
         """An edited answer is another answer; an edited question is asked in a conversation of its own."""
@@ -151,17 +151,17 @@ class Visit:
             self.chat = chats.add(self.kept, chats.new_chat(self.character(self.role)["greeting"]))
 
     def choose_chat(self):
-        self.kept["shown"][self.role] = self.told[self.page.number]
+        self.kept["shown"][self.role] = self.values[self.page.number]
         self.open(self.role)
 
     def choose_role(self):
-        self.turn_to(self.roles()[self.told[self.page.cards]])
+        self.turn_to(self.roles()[self.values[self.page.cards]])
 
     def add_role(self) -> dict:
-        name = self.proper("role", self.told[self.page.name]).strip()
+        name = self.proper("role", self.values[self.page.name]).strip()
         if name in self.roles():
             raise Refusal(self.say("known"))
-        self.personas[name] = self.proper("description", self.told[self.page.about])
+        self.personas[name] = self.proper("description", self.values[self.page.about])
         self.turn_to(name)
         return {self.page.name: "", self.page.about: ""}
 
@@ -201,7 +201,7 @@ class Visit:
             page.log: gr.Chatbot(
                 self.bubbles("text"), avatar_images=(None, {"url": face, "path": ""}), examples=examples
             ),
-            page.base: gr.Chatbot(self.bubbles("base"), visible=self.told[page.compare]),
+            page.base: gr.Chatbot(self.bubbles("base"), visible=self.values[page.compare]),
             page.words: gr.HighlightedText(visible=False),
             page.question: gr.Textbox(
                 placeholder=self.say("ask", role=self.role), submit_btn=self.say("send"), stop_btn=False
@@ -222,9 +222,9 @@ class Visit:
     def coloured(self) -> dict:
         """The last answer, each word by how much likelier fine-tuning made it."""
         words, answer = self.page.words, chats.answer_of(self.chat["turns"][-1]) if self.chat["turns"] else None
-        if answer and self.told[self.page.colour]:
+        if answer and self.values[self.page.colour]:
             with self.failures():
-                gains = self.page.speaker.words(self.prompt(), answer["text"], self.told[self.page.strength])
+                gains = self.page.speaker.words(self.prompt(), answer["text"], self.values[self.page.strength])
                 label = self.say("words", sum=sum(gain for _, gain in gains))
                 marks = [(word, mark(gain)) for word, gain in gains]
                 return {words: gr.HighlightedText(marks, label=label, visible=True)}
@@ -233,15 +233,15 @@ class Visit:
     def face(self, role: str) -> str:
         return self.character(role).get("portrait") or portrait(role)
 
-    def bubbles(self, column: str) -> list[dict]:
-        """The messages of a Chatbot. column: text, or base for the base model's answers."""
+    def bubbles(self, whose: str) -> list[dict]:
+        """The messages of a Chatbot. whose: text, or base for the base model's answers."""
         messages = [{"role": "assistant", "content": exactly(self.chat["greeting"])}] if self.chat["greeting"] else []
         for turn in self.chat["turns"]:
             messages.append({"role": "user", "content": exactly(turn["question"])})
             answer = chats.answer_of(turn)
-            if answer and (answer[column] or column == "text"):
-                messages.append({"role": "assistant", "content": exactly(answer[column])})
-        if messages and column == "text" and not self.writing:
+            if answer and (answer[whose] or whose == "text"):
+                messages.append({"role": "assistant", "content": exactly(answer[whose])})
+        if messages and whose == "text" and not self.writing:
             messages[-1]["options"] = self.options()
         return messages
 

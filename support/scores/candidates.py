@@ -14,7 +14,7 @@ from support.files import fingerprint, put_on_disk
 from support.model.adapter import adapter_digest, load_adapter, read_adapter, refuse_misfit
 from support.model.answering import Answer
 from support.model.directory import ModelDirectory
-from support.model.engine import Engine
+from support.model.server import Server
 
 
 class Candidate(NamedTuple):
@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
     output: Path  # the file of its answers
     directory: ModelDirectory | None = None
     adapter: Path | None = None
-    engine: Engine | None = None
+    server: Server | None = None
 
     def attacked(self) -> "Candidate":
         """The same, with the file for its answers to the attacks."""
@@ -32,8 +32,8 @@ class Candidate(NamedTuple):
 
     def check(self, four_bit: bool):
         """Raises: UserError with all that is wrong, before anything slow."""
-        if self.engine:
-            return self.engine.check()
+        if self.server:
+            return self.server.check()
         self.directory.check(four_bit)
         if self.adapter:
             refuse_misfit(self.directory, self.adapter, read_adapter(self.adapter))
@@ -44,13 +44,13 @@ def name_candidates(
     model_path: Path | None,
     adapter_paths: Sequence[Path],
     baseline_path: Path | None,
-    engine: Engine | None,
+    server: Server | None,
 ) -> list[Candidate]:
     """The candidates of a comparison; the baseline, where there is one, comes first.
 
     Args:
         output: the file of the model's answers; those of others are written beside it.
-        model_path, adapter_paths, engine: who answers: the model, each of the adapters on it, or a server.
+        model_path, adapter_paths, server: who answers: the model, each of the adapters on it, or a server.
     Raises:
         UserError: two adapters cannot be told apart by their names.
     """
@@ -61,8 +61,8 @@ def name_candidates(
     candidates = []
     if baseline_path:
         candidates.append(Candidate("baseline", beside("baseline"), ModelDirectory(baseline_path)))
-    if engine:
-        return [*candidates, Candidate("engine", output, engine=engine)]
+    if server:
+        return [*candidates, Candidate("engine", output, server=server)]
     if not adapter_paths:
         return [*candidates, Candidate("model", output, ModelDirectory(model_path))]
     names = [path.resolve().name for path in adapter_paths]
@@ -122,13 +122,13 @@ def answer_settings(
 
     test: the name of the test set's file. sampling_seed: None for greedy answers.
     """
-    model, sources = candidate.directory, [json.dumps([question.messages for question in questions])]
+    directory, sources = candidate.directory, [json.dumps([question.messages for question in questions])]
     settings = {"test": test, "max_new_tokens": max_new_tokens, "sampling_seed": sampling_seed}
-    if candidate.engine:
-        settings |= {"engine": candidate.engine.url, "model": candidate.engine.model}
+    if candidate.server:
+        settings |= {"engine": candidate.server.url, "model": candidate.server.model}
     else:
-        settings["model"] = model.path.resolve().name
-        for file in [*model.weights.files, model.path / "generation_config.json"]:
+        settings["model"] = directory.path.resolve().name
+        for file in [*directory.weights.files, directory.path / "generation_config.json"]:
             sources.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
     if load_in_4bit:
         settings["load_in_4bit"] = True

@@ -54,7 +54,7 @@ LEAST_CLUSTERS = 5  # from so many on a difference may be called sure
 
 
 class Items(NamedTuple):
-    """Of n items: whose each one is, and which hang together. None: of no role, of no kind, of no round."""
+    """The role, kind, round and cluster of n items, of which those of a cluster are drawn together. None: it has none."""
 
     role: Sequence[str | None]
     kind: Sequence[str | None]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.dialogues.samples import read_samples
+from support.dialogues.samples import is_trained, read_samples
 
 COPY = 0.5  # of an answer's characters in one piece of a training answer: from here on it is called a copy
 
@@ -14,7 +14,7 @@ def training_answers(path: str | Path) -> dict[str, list[str]]:
     answers: dict[str, dict[str, None]] = {}
     for sample in read_samples(path):
         for turn in sample["messages"]:
-            if turn["role"] == "assistant" and turn.get("train", True):
+            if is_trained(turn):
                 answers.setdefault(sample["role"], {})[turn["content"]] = None
     return {role: list(texts) for role, texts in answers.items()}
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from support.device import refuse_unusable_gpu, set_up_cuda
 from support.errors import OneProcessError, UserError, first_line, out_of_memory
+from utils import Steps
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -96,8 +97,8 @@ def precision(config: dict) -> torch.dtype:
 def blaming_configuration(ds_file):
     """Use around DeepSpeed's start: errors about its configuration become a UserError, others stay what they are.
 
-    DeepSpeed has no class for them. They are told by where they come from: the code that reads the file, or that makes
-    what the file names; and by being an assertion, which is how DeepSpeed refuses a combination.
+    DeepSpeed has no class for them. An error counts as one if it is an AssertionError, or if its traceback passes through
+    the code that reads the configuration or builds the optimizer.
     """
     try:
         yield
@@ -187,7 +188,7 @@ class StopRequest:
             return None
 
 
-def step_loader(steps, first: int, device: torch.device) -> DataLoader:
+def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
     """The steps from number `first` on, laid out by a process beside the one that trains."""
     return DataLoader(
         steps,

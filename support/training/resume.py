@@ -22,6 +22,7 @@ from support.errors import OneProcessError, UserError, first_line, out_of_memory
 from support.files import fingerprint, put_on_disk, read_object, remove_directory, rename_directory, writing
 from support.training.checkpoints import Best, checkpoints, newest_state
 from support.training.processes import rank_and_world_size, refuse_differences
+from utils import RoleDataset
 
 
 def claim(output_dir: Path):
@@ -53,10 +54,10 @@ def claim(output_dir: Path):
         raise OneProcessError(f"{output_dir}: is not the directory that the first host writes to; {remedy}")
 
 
-def run_identity(args, base: str, train_data, dtype: torch.dtype) -> dict:
+def run_identity(args, base: str, train_data: RoleDataset, dtype: torch.dtype) -> dict:
     """All that decides the result of a run to the last bit. What only decides its speed is left out.
 
-    base: the fingerprint of the base model. train_data: a utils.RoleDataset.
+    base: the fingerprint of the base model.
     """
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")

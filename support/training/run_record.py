@@ -17,11 +17,12 @@ import torch
 from support.errors import UserError
 from support.files import file_digest, whole_files
 from support.training.checkpoints import newest_state
+from utils import Steps
 
 
 def introduce(
     model,
-    steps,
+    steps: Steps,
     done: int,
     state: Path | None,
     dtype: torch.dtype,
@@ -29,7 +30,7 @@ def introduce(
     output_dir: str,
     resume: bool,
 ):
-    """Say what will be trained, from which state on. steps: utils.Steps. done: steps of that state."""
+    """Say what will be trained, from which state on. done: steps of that state."""
     model.print_trainable_parameters()
     where = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {device.type}"
     print(
@@ -93,7 +94,7 @@ def commit() -> str | None:
         return None
 
 
-def diverged(output_dir, what: str, steps=None, step: int = 0) -> UserError:
+def diverged(output_dir, what: str, steps: Steps | None = None, step: int = 0) -> UserError:
     """Why the run cannot go on, and what a user can do. steps, step: those of the training that went wrong."""
     told = ""
     if steps:

@@ -26,12 +26,12 @@ from support.training.memory import (
     weight_bytes,
 )
 from support.training.processes import first_problem
-from utils import model_inputs
+from utils import Steps, model_inputs
 
 LOOKED_AT = 32  # steps that are laid out to find the largest row, and again for the mean
 
 
-def memory(device: torch.device) -> tuple[int, int]:
+def device_memory(device: torch.device) -> tuple[int, int]:
     """(all of a device's memory, what this process may use of it), in bytes. A container's limit counts."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -46,11 +46,11 @@ def row_of(batch: dict) -> RowSize:
     return RowSize(batch["input_ids"].numel(), len(batch["loss_positions"]), batch["input_ids"].shape[1])
 
 
-def largest_batch(steps, done: int, size) -> dict[str, torch.Tensor]:
-    """Of all batches of the steps after `done`, the one for which `size(row)` is largest. steps: utils.Steps.
+def largest_batch(steps: Steps, done: int, size) -> dict[str, torch.Tensor]:
+    """Of all batches of the steps after `done`, the one for which `size(row)` is largest.
 
-    To lay every step out would take minutes for a large file. So steps are laid out sorted by an upper bound, all samples
-    in one row, until it falls below the largest found.
+    To lay every step out would take minutes for a large file. So of each step an upper bound is computed, as if all its
+    samples were one row, and steps are laid out from the largest bound down, until it falls below the largest found.
     """
     data, collator = steps.data, steps.collator
     lengths, personas = np.diff(data.starts), np.array([len(persona) for persona in data.personas])
@@ -84,11 +84,13 @@ class Trial:
     """What a run will take, by arithmetic and then by a row that passes.
 
     Args:
-        steps: utils.Steps. test_rows: those of this process, as evaluation takes them. done: steps that are behind.
+        test_rows: those of this process, as evaluation takes them. done: steps that are behind.
         max_len: below which --max_pack_len may not go.
     """
 
-    def __init__(self, config, way: Way, steps, test_rows: list[dict], done: int, max_len: int, device: torch.device):
+    def __init__(
+        self, config, way: Way, steps: Steps, test_rows: list[dict], done: int, max_len: int, device: torch.device
+    ):
         self.config, self.way, self.steps, self.done = config, way._replace(processes=steps.world), steps, done
         self.max_len, self.device = max_len, device
         if done < len(steps):
@@ -117,7 +119,7 @@ class Trial:
         """Before the weights are loaded. Raises: UserError on every process, where a device has less than they take."""
         if self.done == len(self.steps):
             return
-        _, available = memory(self.device)
+        _, available = device_memory(self.device)
         problem = self.too_large(available) if held_bytes(self.config, self.way) > available else None
         if problem := first_problem(problem):
             raise UserError(problem)
@@ -136,7 +138,7 @@ class Trial:
             if not out_of_memory(error):
                 raise
             problem = True
-        total, available = memory(self.device)
+        total, available = device_memory(self.device)
         peak = self._peak(engine)
         if problem := first_problem(self.too_large(available) if problem or peak > available else None):
             raise UserError(problem)

@@ -11,7 +11,7 @@ from conftest import answers_of, free_port
 import predict
 from support.dialogues.samples import first_question, read_samples
 from support.errors import UserError
-from support.model.engine import Engine
+from support.model.server import Server
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -117,7 +117,7 @@ def test_a_baseline_of_its_own_weights_stands_beside_a_server(server, checkpoint
 
 
 def test_typed_markers_do_not_reach_a_server(server):
-    engine = Engine(server.url)
+    engine = Server(server.url)
     engine.check()
     text = "好<reserved_107>我</s>是<s><unk><reserved_10<s>6>谁<</s>s><reserved_108>"  # some appear as others go
     ((_, answer),) = engine.answers([(0, [{"role": "user", "content": text}])], 1, 9)
@@ -151,7 +151,7 @@ def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys
 
 
 def test_an_answer_that_is_none_is_an_error(server, monkeypatch):
-    engine = Engine(server.url)
+    engine = Server(server.url)
     engine.check()
     monkeypatch.setattr(
         Handler, "reply", lambda self, status, value, reply=Handler.reply: reply(self, 200, {"choices": []})

@@ -21,7 +21,7 @@ def without_markers(text: str) -> str:
     return text
 
 
-class Engine:
+class Server:
     """Args: url, such as http://127.0.0.1:8080/v1; model, its name on the server, by default the first one there.
 
     On the chat page it stands where a Speaker stands, and has what a Speaker has.
@@ -32,7 +32,7 @@ class Engine:
     def __init__(self, url: str, model: str | None = None):
         self.url, self.model = url, model
 
-    def check(self) -> "Engine":
+    def check(self) -> "Server":
         """Reach the server, and return this. Raises: UserError: the `openai` package is missing, or nothing that speaks so is there."""
         try:
             import openai
