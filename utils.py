@@ -242,9 +242,9 @@ class Collator:
         if self.packing == "none":
             starts = range(0, len(samples), self.rows_per_batch)
             return [padded_batch(samples[start : start + self.rows_per_batch]) for start in starts]
-        return [tree_row(row) for row in self._rows(samples)]
+        return [tree_row(row) for row in self._split_into_rows(samples)]
 
-    def _rows(self, samples: list) -> list[list]:
+    def _split_into_rows(self, samples: list) -> list[list]:
         """Split a step into the rows of least total cost; what two rows share is computed in both.
 
         best[j] is the least cost of the first j samples, whose last row begins with sample split[j].

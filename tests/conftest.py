@@ -57,6 +57,14 @@ def checkpoint(samples, tmp_path_factory) -> str:
     return str(directory)
 
 
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    """The model of `checkpoint`, for tests that leave it as it is."""
+    from baichuan import BaichuanForCausalLM
+
+    return BaichuanForCausalLM.from_pretrained(checkpoint).eval()
+
+
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory) -> tuple[str, str]:
     """train.json and test.json of the sample's five roles."""

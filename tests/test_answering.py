@@ -14,11 +14,6 @@ from support.model.answering import answer_batch, greedy, greedy_ids, in_batches
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return BaichuanForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(checkpoint):
     return BaichuanTokenizer.from_pretrained(checkpoint)
 

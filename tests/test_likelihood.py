@@ -16,11 +16,6 @@ from support.scores.table import compare
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return BaichuanForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(checkpoint):
     return BaichuanTokenizer.from_pretrained(checkpoint)
 
