@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("--config", help="JSON file of flags, such as a run's train_args.json; those on the line win")
-    return parser.parse_args(with_config(parser, argv))
+    return parser.parse_args(with_config(argv))
 
 
 # After the arguments, since these take seconds.

@@ -1,9 +1,10 @@
-"""The command line of a script: flags with their help, what a file of flags adds, and numbers out of range."""
+"""The command line of a script: flags with their help, what a file of flags adds, and numbers within their range."""
 
 import argparse
+import math
 import sys
 
-from support.errors import Problems, UserError
+from support.errors import UserError
 from support.files import read_object
 
 
@@ -27,36 +28,49 @@ class ArgumentParser(argparse.ArgumentParser):
 Switch = argparse.BooleanOptionalAction  # --flag, and --no-flag where --config has switched it on
 
 
-def with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
-    """The command line with what `--config FILE` holds put before it, so that a flag on the line wins.
+def with_config(argv: list[str] | None) -> list[str]:
+    """The command line with the flags of `--config FILE` before it, so that a flag on the line wins. Raises: UserError.
 
-    The file is a JSON object {flag's name: value}, as train.py writes it. Raises: UserError.
+    The file is a JSON object {flag's name: value}, as train.py writes it. What is wrong in it, argparse says.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
     path = only_config.parse_known_args(argv)[0].config
-    if path is None:
-        return argv
-    settings = read_object(path, f"--config {path}")
-    known, flags = vars(parser.parse_args([])), []
-    with Problems() as problems:
-        for name, value in settings.items():
-            if name not in known or name == "config":
-                problems.append(f"--config {path}: there is no flag --{name}")
-            elif isinstance(known[name], bool):
-                if not isinstance(value, bool):
-                    problems.append(f"--config {path}: {name} must be true or false")
-                flags += [f"--{name}"] if value else []
-            elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-                flags.append(f"--{name}={value}")
-            elif value is not None:
-                problems.append(f"--config {path}: {name} must be a number or a text")
-    try:
-        parser.parse_args(flags)
-    except UserError as error:
-        raise UserError(*(f"--config {path}: {problem}" for problem in error.problems)) from None
+    flags = []
+    for name, value in (read_object(path) if path else {}).items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value not in (None, False):
+            flags.append(f"--{name}={value}")
     return flags + argv
+
+
+def integer(least: int):
+    """For `type=`: an integer from `least` to what 32 bits hold."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"{text} is no integer from {least} to 2³²−1")
+        return int(text)
+
+    return parse
+
+
+def number(least: float = 0, below: float = math.inf, positive: bool = False):
+    """For `type=`: a number in [least, below), and above 0 where it has to be positive."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below or (positive and value == 0):
+            wanted = "a positive number" if positive else f"a number in [{least}, {below})"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
 
 
 def number_problems(args, least: dict[str, int]) -> list[str]:
