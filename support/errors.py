@@ -20,7 +20,7 @@ class OneProcessError(UserError):
     """A problem that other processes of the run may not have. Each process that has it prints it."""
 
 
-MOST_PROBLEMS = 20  # lines told at most: a file in the wrong format would otherwise print thousands
+MOST_PROBLEMS = 10  # lines told at most: a file in the wrong format would otherwise print thousands
 
 
 class Problems(list):
@@ -57,30 +57,57 @@ def entry_point(main):
             if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
                 stream.reconfigure(errors="backslashreplace")
         warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user could act on them
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes on a host, one
-        try:
+        with errors_as_lines():
             return main(argv)
-        except UserError as error:
-            problems = error.problems
-            speaks = speaks or isinstance(error, OneProcessError)
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None  # as shells report Ctrl-C
-        except ImportError as error:
-            problems = [import_problem(error)]
-        except Exception as error:
-            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-            if out_of_memory(error):
-                problems, speaks = [f"too little memory is free: {where}{first_line(error)}"], True
-            elif isinstance(error, OSError):  # disk full, permission, a directory where a file should be, …
-                problems = [f"{where}{error.strerror or error}"]
-            else:
-                raise
-        if speaks:
-            for problem in problems:
-                print("error:", " ".join(problem.split("\n")), file=sys.stderr)
-        raise SystemExit(2)
 
     return wrapper
+
+
+@contextmanager
+def slow_imports(parse_args, name: str):
+    """Use around the imports that take seconds: a script that is run (`name` is "__main__") reads its arguments first.
+
+    So --help and a typing error are answered at once, and an environment that lacks a package is told in a line.
+    """
+    if name != "__main__":
+        yield
+        return
+    with errors_as_lines():
+        parse_args()
+        yield
+
+
+@contextmanager
+def errors_as_lines():
+    """Errors that are no defect of the program end the process with a line each; others keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells report Ctrl-C
+    except Exception as error:
+        file = getattr(error, "filename", None)
+        where = f"{file}: " if file else ""
+        of_one_process = isinstance(error, OneProcessError) or out_of_memory(error)
+        if isinstance(error, UserError):
+            problems = error.problems
+        elif isinstance(error, ImportError):
+            problems = [import_problem(error)]
+        elif out_of_memory(error):
+            problems = [f"too little memory is free: {where}{first_line(error)}"]
+        elif isinstance(error, OSError):  # disk full, permission, a directory where a file should be, …
+            problems = [f"{where}{error.strerror or error}"]
+        else:
+            raise
+        if of_one_process or os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a host one speaks
+            for problem in problems:
+                print("error:", " ".join(problem.split("\n")), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def import_problem(error: ImportError) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return first_line(error)
+    return f'{error.name} is not installed for this Python: run "make setup", then use .venv/bin/python3'
 
 
 @contextmanager
@@ -101,31 +128,6 @@ def blaming(what: str):
         raise UserError(f"{what}: {error.__cause__ or error}") from error
 
 
-@contextmanager
-def slow_imports(parse_args, name: str):
-    """Use around the imports that take seconds: a script that is run (`name` is "__main__") reads its arguments first.
-
-    So --help and a typing error are answered at once, and an environment that lacks a package is told in a line.
-    """
-    if name != "__main__":
-        yield
-        return
-    entry_point(parse_args)()
-    try:
-        yield
-    except ImportError as error:
-        print("error:", import_problem(error), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def import_problem(error: ImportError) -> str:
-    if not isinstance(error, ModuleNotFoundError):
-        return first_line(error)
-    script = os.path.relpath(sys.argv[0])
-    script = "-m support.model.stand_in" if script == "support/model/stand_in.py" else script
-    return f'{error.name} is not installed for this Python: run "make setup", then .venv/bin/python3 {script} …'
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out. On a GPU torch has a class for it, on the CPU only the message says so.
 
@@ -139,10 +141,3 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class if it has no message."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def few(problems: list[str]) -> list[str]:
-    """The first five problems and a count: a fault in every layer needs no more lines."""
-    if len(problems) <= 5:
-        return problems
-    return [*problems[:5], f"and {len(problems) - 5} more problems like these"]
