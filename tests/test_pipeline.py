@@ -17,9 +17,7 @@ import data_helper
 import merge_params
 import predict
 import train
-import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from support.dialogues.samples import read_samples
 from support.errors import UserError
 from support.model import stand_in
 from support.model.directory import ModelDirectory
@@ -42,24 +40,6 @@ def walk(samples, tmp_path_factory):
     (adapter,) = (path for _, path in checkpoints(directory / "run"))
     merge_params.main(["--ori_model_dir", base, "--model_dir", str(adapter), "--save_model_dir", merged])
     return base, merged
-
-
-def test_loss(directory, path) -> float:
-    data = utils.RoleDataset(read_samples(path), ModelDirectory(directory).tokenizer, 512, 256)
-    rows = utils.Collator(data, "tree", 2048, 2)(data.in_tree_order(torch.arange(len(data)).numpy()))
-    return utils.evaluation(BaichuanForCausalLM.from_pretrained(directory).eval(), rows, "cpu", "sdpa")
-
-
-test_loss.__test__ = False  # a function, not a test
-
-
-def test_fine_tuning_teaches_the_answers(walk, samples):
-    """Trained questions are answered as recorded, which the stand-in, who knows the sentences, cannot do."""
-    stand_in, merged = walk
-    questions = taught.ten_questions(samples[0])
-    assert len(questions) == 10
-    assert taught.how_many_are_close(taught.answers(stand_in, questions), questions) <= 3
-    assert taught.how_many_are_close(taught.answers(merged, questions), questions) >= 8
 
 
 def test_the_demo_ends_with_one_question_and_fails_where_answers_are_not_the_taught_ones(walk, samples, capsys):
@@ -132,26 +112,10 @@ def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
     assert answers["theirs"] == answers["ours"] and len(answers["ours"]) == 46
 
 
-def test_loss_on_rephrased_questions_is_halved(walk, samples):
-    stand_in, merged = walk
-    assert test_loss(merged, samples[1]) <= test_loss(stand_in, samples[1]) / 2
-
-
 def test_the_page_answers_from_the_command_line(walk):
-    command = [
-        sys.executable,
-        "web_demo.py",
-        "--model_path",
-        walk[1],
-        "--ask",
-        "你的金箍棒有多重？",
-        "--role",
-        "孙悟空",
-    ]
-    command += ["--desc_path", "data/sample/profiles-zh_desc.json"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "俺老孙" in run.stdout and "一万三千五百斤" in run.stdout
+    asked = ["--ask", "你的金箍棒有多重？", "--role", "孙悟空", "--desc_path", "data/sample/profiles-zh_desc.json"]
+    answer = output_of([sys.executable, "web_demo.py", "--model_path", walk[1], *asked])
+    assert "俺老孙" in answer and "一万三千五百斤" in answer
 
 
 def test_the_stand_in_has_the_published_layout(walk):
@@ -196,17 +160,12 @@ def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request
         directory.mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(WATCH_NETWORK.format(log=str(log)), encoding="utf-8")
     model = shutil.copytree(checkpoint, place / "模型 7B")
-    caches = {
-        name: "" for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TRITON_CACHE_DIR") if name in os.environ
-    }
-    env = users_environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"), **caches)
-    for name in caches:
-        del env[name]
-    isolated = (
-        ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
-        if ROOT_USER and shutil.which("ip")
-        else []
-    )
+    env = users_environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"))
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TRITON_CACHE_DIR"):
+        env.pop(name, None)
+    isolated = []
+    if ROOT_USER and shutil.which("ip"):
+        isolated = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
     python = [*isolated, "python3"]
     train_path, test_path, merged = place / "train 训练.json", place / "test.json", place / "merged 合并"
     desc = ["--desc_path", ROOT / "data/sample/profiles-zh_desc.json"]
@@ -223,15 +182,10 @@ def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request
         flags += ["--gradient_accumulation_steps", 16]
         output_of([*isolated, "deepspeed", "--master_port", free_port(), "train.py", *flags], env=env)
         (adapter,) = (place / "output dir").glob("epoch-*")
-        output_of(
-            [*python, "merge_params.py", "--ori_model_dir", model, "--model_dir", adapter, "--save_model_dir", merged],
-            env=env,
-        )
+        sources = ["--ori_model_dir", model, "--model_dir", adapter]
+        output_of([*python, "merge_params.py", *sources, "--save_model_dir", merged], env=env)
         predict = ["--model_path", merged, "--test_path", test_path, "--output_path", place / "answers 回答.jsonl"]
         output_of([*python, "predict.py", *predict, "--max_new_tokens", 4, "--resamples", 1], env=env)
-        output_of(
-            [*python, "web_demo.py", "--model_path", merged, *desc, "--ask", "你是谁？", "--role", "孙悟空"], env=env
-        )
         page = [*python, "web_demo.py", "--model_path", merged, *desc, "--port", free_port()]
         with subprocess.Popen(list(map(str, page)), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as serving:
             assert any("http://127.0.0.1" in line for line in serving.stdout)
@@ -254,18 +208,12 @@ if (SHARED / "rolebench").is_dir():
         BaichuanForCausalLM(config).save_pretrained(model_dir)
         for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
             shutil.copy(SHARED / "baichuan2-7b-chat" / name, model_dir)
-        config = json.loads((model_dir / "config.json").read_text())
-        published = json.loads((SHARED / "baichuan2-7b-chat/config.json").read_text())
-        assert {name: config[name] for name in ("auto_map", "model_type", "vocab_size", "model_max_length")} == {
-            name: published[name] for name in ("auto_map", "model_type", "vocab_size", "model_max_length")
-        }
+        configs = [json.loads((path / "config.json").read_text()) for path in (model_dir, SHARED / "baichuan2-7b-chat")]
+        for name in ("auto_map", "model_type", "vocab_size", "model_max_length"):
+            assert configs[0][name] == configs[1][name]
 
         def run(command: str, **environment):
-            result = subprocess.run(
-                command.split(), cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
-            )
-            assert result.returncode == 0, result.stderr
-            return result.stdout
+            return output_of(command.split(), env=os.environ | environment)
 
         bin_dir = Path(sys.executable).parent
         paths = f"--train_path {train_path} --test_path {test_path}"
