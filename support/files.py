@@ -97,6 +97,8 @@ def set_link(link: Path, name: str):
     """Let `link` name a directory beside it. Where a file system has no links, there is none."""
     temporary = link.with_name(f".{link.name}.tmp")
     with suppress(OSError):
+        if link.is_dir() and not link.is_symlink():  # made by a copy that followed the link
+            remove_directory(link)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(name)
         temporary.replace(link)

@@ -372,8 +372,8 @@ if ROOT_USER:
         place = fresh(small, tmp_path / "set")
         script, _, arguments = DISKS[case]
         arguments = arguments.format(*[place] * 9).split()
-        disk = mount((16 if case in ("data", "predict") else 100) * 1024, at=place / "out")
-        (disk / "ballast").write_bytes(bytes(8192))
+        disk = mount({"predict": 4, "data": 16}.get(case, 100) * 1024, at=place / "out")
+        (disk / "ballast").write_bytes(bytes(4096))
         run(script, arguments, disk, lambda *_: pytest.fail("has no room"))
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         run(script, arguments, disk, assert_whole)
