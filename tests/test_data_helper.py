@@ -367,7 +367,8 @@ def test_what_is_no_problem(run):
 
 
 def test_arrays_byte_order_marks_and_a_clone_of_the_hubs_dataset_are_read_alike(run):
-    write_lines(run.data / NAMES[0], {"role": "李白", "question": "李白，几岁？", "generated": ["忘了"]})
+    questions = ["李白，几岁？", f"李白，{'长' * 29}？", f"李白，{'长' * 30}？"]  # the last is no example
+    write_lines(run.data / NAMES[0], *({"role": "李白", "question": q, "generated": ["忘了"]} for q in questions))
     expected = run()
     for path in [run.data / PROFILES, *(run.data / name for name in NAMES)]:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -376,7 +377,7 @@ def test_arrays_byte_order_marks_and_a_clone_of_the_hubs_dataset_are_read_alike(
         rows = [json.loads(line) for line in (run.data / name).read_text(encoding="utf-8-sig").splitlines()]
         (run.data / name).write_text("\ufeff\n" + json.dumps(rows, indent=1), encoding="utf-8")
     assert run() == expected
-    assert example_questions(run.data / PROFILES, ["李白"]) == {"李白": ["几岁？"]}
+    assert example_questions(run.data / PROFILES, ["李白"]) == {"李白": ["几岁？", "长" * 29 + "？"]}
     for name, remote in HUB_FILES.items():
         (run.data / remote).parent.mkdir(parents=True, exist_ok=True)
         (run.data / name).rename(run.data / remote)
@@ -434,12 +435,13 @@ def test_conversations_of_ones_own(run):
 def test_a_test_file_of_conversations_is_the_test_part(run):
     other = run.data / "other.jsonl"
     write_lines(run.mine, {"messages": TWO_ROUNDS}, {"role": "李白", "messages": TWO_ROUNDS})
-    write_lines(other, {"messages": TWO_ROUNDS[:2]}, {"messages": TWO_ROUNDS})
+    write_lines(other, {"messages": TWO_ROUNDS[:2], "kind": "x"}, {"messages": TWO_ROUNDS})
     train, test = run.of_conversations("--test_conversations", other)
     assert [sample["system"] for sample in train] == ["", persona("李白", "爱酒")]
-    assert [sample["messages"] for sample in test] == [TWO_ROUNDS[:2]]  # the other one is a training sample
+    assert test == [{"role": "", "system": "", "messages": TWO_ROUNDS[:2]}]  # the other one is a training sample
     out = run.capsys.readouterr().out
     assert "set aside" not in out and "1 exact duplicates" in out and "(no role)" in out
+    write_lines(run.mine, *({"messages": turns(f"问{n}", "答")} for n in range(3)))
     (error,) = run.errors("--conversations", run.mine, "--test_conversations", run.mine, roles=["all"])
     assert error.startswith(f"{run.mine}: no samples for the test file, each counted once")
 
