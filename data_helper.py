@@ -20,12 +20,12 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from support.command_line import ArgumentParser
+from support.command_line import ArgumentParser, integer, number
 from support.dialogues.cards import card_conversations, read_card
 from support.dialogues.json_files import composed
 from support.dialogues.profiles import read_characters
 from support.dialogues.samples import as_sample, read_rolebench, read_samples, split_off
-from support.errors import Problems, UserError, entry_point
+from support.errors import Problems, UserError, blaming, entry_point
 from support.files import whole_files
 
 # The persona text: what the model is told about the role it plays. Change it to your liking, then train again, since
@@ -38,7 +38,6 @@ PERSONA = (
 
 # The titles that may follow a role's name: 张将军, 李白先生, 齐天大圣孙悟空.
 TITLES = ["先生", "将军", "大圣", "娘娘", "殿下", "陛下", "大人", "阁下", "老师", "诗人", "大哥", "兄"]
-ALL_IS_A_ROLE = "--roles all: a role has that name: rename it, or name the roles that you want"
 
 HUB_DATASET = "ZenMoore/RoleBench"
 HUB_FILES = {  # name in --data_dir: name in the dataset
@@ -58,20 +57,19 @@ def parse_args(argv=None):
     add("--conversations", nargs="+", type=Path, default=[], help="files of your own, read instead of RoleBench's")
     add("--test_conversations", nargs="+", type=Path, default=[], help="the same for the test, instead of --test_share")
     add("--merge_turns", action="store_true", help="join turns of the same speaker that follow each other")
-    add("--test_share", type=float, default=0.1, help="part of the samples, 0 to 1, set aside without a test file")
+    share = number(below=1, positive=True)
+    add("--test_share", type=share, default=0.1, help="part of the samples, 0 to 1, set aside without a test file")
     add("--train_path", type=Path, default=Path("data/train.json"), help="file for the training samples, replaced")
     add("--test_path", type=Path, default=Path("data/test.json"), help="file for the test samples, replaced")
     add("--roles", nargs="+", help="roles to keep, or all (default: 孙悟空 李白 张飞; of --conversations all)")
-    add("--max_responses", type=int, default=2, help="recorded answers drawn for a question of RoleBench's, at most")
+    add("--max_responses", type=integer(1), default=2, help="recorded answers drawn for a question of RoleBench's")
     add("--seed", type=int, default=1234, help="decides which answers are drawn, and what is set aside for the test")
     mirror = "HF_ENDPOINT in the environment names a mirror. Nothing else uses the network"
     add("--download", action="store_true", help=f"first fetch what --data_dir lacks from {HUB_DATASET}; {mirror}")
-    add("--show", type=int, metavar="N", help="only print N samples of --train_path, as the model will see them")
+    add("--show", type=integer(1), metavar="N", help="only print N samples of --train_path, as the model will see them")
     add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the model whose tokenizer --show uses")
     args = parser.parse_args(argv)
-    args.desc_given = args.desc_path is not None
     args.desc_path = args.desc_path or rolebench_file(args.data_dir, "profiles-zh_desc.json")
-    args.all_named = "all" in (args.roles or [])
     args.roles = list(map(composed, args.roles or (["all"] if args.conversations else ["孙悟空", "李白", "张飞"])))
     return args
 
@@ -97,26 +95,22 @@ def without_address(question: str, names: list[str]) -> str:
     return rest if any(map(str.isalnum, rest)) else question
 
 
-def samples(row: dict, role_specific: bool, character: dict, max_responses: int, seed: int) -> list[dict]:
+def samples(row: dict, kind: str, characters: dict[str, dict], max_responses: int, seed: int) -> list[dict]:
     """The samples of one RoleBench line. But for the address, its text stays as it is, white space at the ends too."""
     role, question, answers = row["role"], row["question"], row["generated"]
     generator = random.Random(f"{seed} {role} {question}")  # its own, so its draw does not depend on what else is kept
     drawn = sorted(generator.sample(range(len(answers)), min(max_responses, len(answers))))
     prompt = question
-    if role_specific:
-        prompt = without_address(question, [role, *character["names"]])
-    system = persona(role, character["description"])
-    kind = "role-specific" if role_specific else "general"
-    return [{"role": role, "system": system, "prompt": prompt, "response": answers[i], "kind": kind} for i in drawn]
+    if kind == "role-specific" and role in characters:
+        prompt = without_address(question, [role, *characters[role]["names"]])
+    return [{"role": role, "system": "", "prompt": prompt, "response": answers[i], "kind": kind} for i in drawn]
 
 
 def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[str]]:
     """A few short questions for each role, from the training file beside its description if there is one."""
     try:
         characters = read_characters(desc_path)
-        in_clone = Path(desc_path).parts[-2:] == ("profiles-zh", "desc.json")
-        data_dir = Path(desc_path).parents[1 if in_clone else 0]
-        rows = read_rolebench(rolebench_file(data_dir, "rolebench-zh_role_specific_train.jsonl"), None)
+        rows = read_rolebench(Path(desc_path).with_name("rolebench-zh_role_specific_train.jsonl"))
     except UserError:  # the page can do without
         characters, rows = {}, []
     examples = {role: [] for role in roles}
@@ -132,50 +126,25 @@ def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[s
 
 
 def download(data_dir: Path) -> None:
-    """Fetch the files `data_dir` lacks; they appear, by rename, once all have arrived. Raises: UserError."""
+    """Fetch the files `data_dir` lacks; each appears whole, by rename. Raises: UserError."""
     from huggingface_hub import hf_hub_download, logging  # here, since only --download may touch the network
 
     logging.set_verbosity_error()  # it would tell of every retry; a failure is told below
-    missing = dict(HUB_FILES)
-    for name in HUB_FILES:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    remedy = "check the network, set HF_ENDPOINT to a mirror of the hub, or fetch it by hand and give it this name"
+    for name, remote in HUB_FILES.items():
         if (path := rolebench_file(data_dir, name)).exists():
             print(f"{path} is there already and stays: delete it to fetch it again")
-            del missing[name]
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as arrivals:
-        for name, remote in missing.items():
-            print(f"fetching {remote} of {HUB_DATASET}", flush=True)
-            try:
-                hf_hub_download(HUB_DATASET, remote, repo_type="dataset", local_dir=arrivals)
-            except Exception as error:  # the hub's, its HTTP client's or the system's: they share no narrower class
-                reason = str(error.__cause__ or error).strip().split("\n")[0]
-                raise UserError(
-                    f"{data_dir / name}: cannot fetch {remote} of {HUB_DATASET}: {reason}: check the network, set "
-                    "HF_ENDPOINT to a mirror of the hub, or fetch the file by hand and save it under this name"
-                ) from None
-        for name, remote in missing.items():
-            (Path(arrivals) / remote).replace(data_dir / name)
+            continue
+        print(f"fetching {remote} of {HUB_DATASET}", flush=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as arrivals,
+            blaming(f"{path}: cannot fetch {remote} of {HUB_DATASET}: {remedy}"),
+        ):
+            Path(hf_hub_download(HUB_DATASET, remote, repo_type="dataset", local_dir=arrivals)).replace(path)
 
 
 # ---------------------------------------------------------------- the script
-
-
-def flag_problems(args) -> list[str]:
-    """What is wrong with the flags by themselves."""
-    problems = []
-    if args.max_responses < 1:
-        problems.append(f"--max_responses {args.max_responses}: is less than 1: give at least 1")
-    if not 0 < args.test_share < 1:
-        problems.append(f"--test_share {args.test_share}: is not between 0 and 1: give a part, such as 0.1")
-    if not args.conversations and (args.test_conversations or args.merge_turns):
-        problems.append("--test_conversations and --merge_turns: belong to --conversations: add it, or leave them out")
-    inputs = [args.desc_path, *args.conversations, *args.test_conversations, *rolebench_paths(args).values()]
-    taken = set(map(os.path.realpath, inputs))
-    for flag, path in (("--train_path", args.train_path), ("--test_path", args.test_path)):
-        if path.exists() and not path.is_file() or os.path.realpath(path) in taken:
-            problems.append(f"{flag} {path}: is no regular file, an input or the other output: choose another path")
-        taken.add(os.path.realpath(path))
-    return problems
 
 
 def rolebench_file(data_dir: Path, name: str) -> Path:
@@ -184,109 +153,87 @@ def rolebench_file(data_dir: Path, name: str) -> Path:
     return in_clone if in_clone.exists() and not path.exists() else path
 
 
-def rolebench_paths(args) -> dict[str, Path]:
-    return {name: rolebench_file(args.data_dir, name) for name in HUB_FILES if name.startswith("rolebench")}
+def input_files(args) -> list[tuple[str, str, Path]]:
+    """The files to read: split, kind of the questions (of RoleBench's files), path."""
+    files = [("train", "", path) for path in args.conversations]
+    files += [("test", "", path) for path in args.test_conversations]
+    if not files:
+        for name, remote in HUB_FILES.items():
+            path = rolebench_file(args.data_dir, name)
+            if remote.endswith(".jsonl") and path.exists():
+                _, kind, split = remote.removesuffix(".jsonl").split("/")
+                files.append((split, kind.replace("_", "-"), path))
+    return files
 
 
-def from_rolebench(args) -> dict[str, list[dict]]:
-    """The samples for training and test. Raises: UserError with every problem of flags and files."""
-    with Problems() as problems:
-        problems += flag_problems(args)
-        characters = problems.of(read_characters, args.desc_path) or {}
-        advice = f"has no profile in {args.desc_path}: choose from {', '.join(characters)}, all"
-        problems += [
-            f"--roles {role}: {advice}" for role in args.roles if characters and role not in {*characters, "all"}
-        ]
-        if args.all_named and "all" in characters:
-            problems.append(ALL_IS_A_ROLE)
-        paths = {name: path for name, path in rolebench_paths(args).items() if path.exists()}
-        rows = {name: problems.of(read_rolebench, path, characters or None) or [] for name, path in paths.items()}
-        if not paths:
-            problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
-    roles = characters if "all" in args.roles else args.roles
-    written = {"train": [], "test": []}  # in the order of the files: train.py shuffles every epoch itself
-    for name, file_rows in rows.items():
-        split = written["train" if name.endswith("train.jsonl") else "test"]
-        for row in file_rows:
-            if (role := row["role"]) in roles:
-                split += samples(row, "role_specific" in name, characters[role], args.max_responses, args.seed)
-    return written
-
-
-def from_conversations(args) -> dict[str, list[dict]]:
-    """The samples for training and test, each once. Raises: UserError with every problem of flags and files."""
+def read_inputs(args) -> dict[str, list[dict]]:
+    """The samples for training and test, in the order of the files, each once. Raises: UserError with all that is wrong."""
     written, seen = {"train": [], "test": []}, set()
-    found, strangers, everyone = Counter(), set(), "all" in args.roles  # found: conversations of each role
-    merged = Counter() if args.merge_turns else None
+    found, left_out = set(), Counter()  # found: roles of the samples
+    files = input_files(args)
     with Problems() as problems:
-        problems += flag_problems(args)
-        characters = {}
-        if args.desc_given or args.desc_path.exists():  # a file of one's own may hold all system texts itself
+        if not files:
+            problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
+        taken = {os.path.realpath(path) for path in (args.desc_path, *(path for _, _, path in files))}
+        for flag, path in (("--train_path", args.train_path), ("--test_path", args.test_path)):
+            if os.path.realpath(path) in taken:
+                problems.append(f"{flag} {path}: is an input or the other output: choose another path")
+            taken.add(os.path.realpath(path))
+        characters, are_known = {}, True
+        if not args.conversations or args.desc_path.exists():  # conversations may bring all system texts themselves
             characters = problems.of(read_characters, args.desc_path) or {}
-        files = [("train", path) for path in args.conversations] + [("test", path) for path in args.test_conversations]
-        problems += [f"{path}: there is no such file: correct the path" for _, path in files if not path.is_file()]
-        for split, path in files:
-            if not path.is_file():
-                continue
-            for sample in problems.of(samples_of_file, path, merged, problems, characters) or []:
-                role, system = sample["role"], sample["system"]
-                found[role] += 1
-                if role not in args.roles and not everyone:
+            are_known = bool(characters)
+        for split, kind, path in files:
+            for sample in problems.of(samples_of_file, path, kind, args, characters, problems) or []:
+                role = sample["role"]
+                found.add(role)
+                if role not in args.roles and "all" not in args.roles:
+                    left_out["of other roles"] += 1
                     continue
-                if role and not system and role in characters:
-                    system = persona(role, characters[role]["description"])
-                elif role and not system and role not in strangers:
-                    strangers.add(role)
-                    problems.append(
-                        f"{path}: {role[:20]!r} has no system text and no profile in {args.desc_path}: add one"
-                    )
-                sample = {"role": role, "system": system, "messages": sample["messages"]}
+                if role and not sample["system"]:
+                    if role not in characters:
+                        if are_known:
+                            problems.append(f"{path}: {role[:20]!r} has no profile in {args.desc_path}: add one")
+                        continue
+                    sample["system"] = persona(role, characters[role]["description"])
                 text = json.dumps(sample)
-                if text not in seen:
-                    seen.add(text)
-                    written[split].append(sample)
-        if args.all_named and "all" in found:
-            problems.append(ALL_IS_A_ROLE)
-        names = ", ".join(filter(None, found))
-        absent = [role for role in args.roles if found and role not in {*found, "all"}]
-        problems += [f"--roles {role}: no conversation is of that role: choose from {names}, all" for role in absent]
-    wanted = found.total() if everyone else sum(found[role] for role in set(args.roles))
-    left_out = f"{found.total() - wanted:,} of other roles, {wanted - len(seen):,} exact duplicates"
-    print(f"{found.total():,} conversations read; left out: {left_out}")
-    if args.merge_turns:
-        print(f"{merged['turns']:,} turns joined with the turn of the same speaker before them")
+                if text in seen:
+                    left_out["exact duplicates"] += 1
+                    continue
+                seen.add(text)
+                written[split].append(sample)
+        known = sorted(filter(None, found)) if args.conversations else list(characters)
+        strangers = [role for role in args.roles if known and role not in {*known, "all"}]
+        problems += [f"--roles {role}: is none of the roles: choose from {', '.join(known)}, all" for role in strangers]
+    if left_out:
+        print("samples left out:", ", ".join(f"{count:,} {what}" for what, count in left_out.items()))
     return written
 
 
-def samples_of_file(path: Path, merged: Counter | None, problems: list[str], characters: dict[str, dict]):
-    """The samples of a file, or the examples in a character card, whose role then joins `characters`. Raises: UserError."""
-    if (card := read_card(path)) is None:
-        return read_samples(path, merged, problems)
-    for role, character in read_characters(path).items():
-        characters.setdefault(role, character)
-    examples = [as_sample(example, f"{path}: its examples", Counter()) for example in card_conversations(card)]
-    if not examples:
-        raise UserError(
-            f"{path}: the character card has no example of a question and its answer: write some (data/README.md)"
-        )
-    return examples
+def samples_of_file(path: Path, kind: str, args, characters: dict[str, dict], problems: list[str]) -> list[dict]:
+    """The samples of a file, or the examples in a character card, whose role then joins `characters`. Raises: UserError.
+
+    "system" is "" where the file has no system text. What is wrong with single lines is added to `problems`.
+    """
+    if kind:
+        rows = read_rolebench(path, problems)
+        return [sample for row in rows for sample in samples(row, kind, characters, args.max_responses, args.seed)]
+    if card := read_card(path):
+        for role, character in read_characters(path).items():
+            characters.setdefault(role, character)
+        return [as_sample(example, f"{path}: its examples") for example in card_conversations(card)]
+    found = list(read_samples(path, args.merge_turns, problems))
+    for sample in found:
+        sample.pop("kind", None)
+    return found
 
 
 def show_samples(args):
     """Print samples as train.py lays them out, by its default limits. Raises: UserError."""
-    if args.show < 1:
-        raise UserError(f"--show {args.show}: give a number from 1")
-    if not args.train_path.is_file():
-        raise UserError(f"{args.train_path}: is not a file: first run without --show")
     import utils  # here, since these import torch, which nothing else in this script needs
     from support.dialogues.show import print_samples
     from support.model.directory import ModelDirectory
 
-    if not (Path(args.model_name_or_path) / "tokenizer.model").is_file():
-        raise UserError(
-            f"--model_name_or_path {args.model_name_or_path}: holds no tokenizer.model: name a model directory, or make "
-            "a small one: python3 -m support.model.stand_in"
-        )
     tokenizer = ModelDirectory(args.model_name_or_path).tokenizer  # the weights may be absent
     samples = islice(read_samples(args.train_path), args.show)
     print_samples(utils.RoleDataset(samples, tokenizer, max_len=512, max_src_len=256), tokenizer, args.train_path)
@@ -300,14 +247,15 @@ def main(argv=None):
         return
     if args.download:
         download(args.data_dir)
-    written = from_conversations(args) if args.conversations else from_rolebench(args)
+    written = read_inputs(args)
     if written["train"] and not written["test"] and not args.test_conversations:
         written = split_off(written["train"], args.test_share, args.seed)
     for split, lines in written.items():
         if not lines:
             source = ", ".join(map(str, args.conversations or [args.data_dir]))
-            where = "training" if split == "train" else "the test that are not in training, too"
-            raise UserError(f"{source}: no samples for {where}: add some, or choose other --roles")
+            raise UserError(
+                f"{source}: no samples for the {split} file, each counted once: add some, or choose other --roles"
+            )
 
     for sample in written["train"]:
         sample.pop("kind", None)  # predict.py's table goes by it, training does not

@@ -59,9 +59,9 @@ def test_each_attack_meets_each_role(attacks):
     [
         ("{", "is not a JSON object"),
         ('{"messages": [{"role": "user", "content": "你是谁？"}]}', '"kind" is missing'),
-        ('{"kind": "maker", "messages": "你是谁？"}', '"messages" is no list'),
-        ('{"kind": "maker", "messages": [{"role": "assistant", "content": "哈！"}]}', "two turns of the assistant"),
-        ('{"kind": "maker", "messages": [{"role": "user", "content": " "}]}', "is blank"),
+        ('{"kind": "maker", "messages": "你是谁？"}', "turn 1 cannot be"),
+        ('{"kind": "maker", "messages": [{"role": "assistant", "content": "哈！"}]}', "turn 2 cannot be"),
+        ('{"kind": "maker", "messages": [{"role": "user", "content": " "}]}', "turn 1 cannot be"),
         (
             '{"kind": "x", "messages": [{"role": "system", "content": "甲"}, {"role": "user", "content": "乙"}]}',
             "system text",

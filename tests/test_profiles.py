@@ -9,10 +9,11 @@ from support.dialogues.profiles import read_characters
 from support.errors import UserError
 
 SAMPLE = ROOT / "data/sample"
-PROFILES = "profiles-zh_desc.json"
+EMPTY = {"greeting": "", "questions": [], "portrait": "", "names": []}
 
 
 def test_a_profile_is_a_string_or_an_object(tmp_path):
+    """Line ends become those that a browser sends."""
     full = {
         "description": "好斗",
         "greeting": "来也！",
@@ -20,26 +21,40 @@ def test_a_profile_is_a_string_or_an_object(tmp_path):
         "portrait": "a.png",
         "names": ["翼德"],
     }
-    path = tmp_path / PROFILES
-    path.write_text(json.dumps({"李白": "爱酒", "张飞": full}), encoding="utf-8")
-    empty = {"greeting": "", "questions": [], "portrait": "", "names": []}
-    known = {"names": read_characters(SAMPLE / PROFILES)["李白"]["names"]}  # RoleBench's own file has no names
-    assert read_characters(path) == {"李白": {"description": "爱酒"} | empty | known, "张飞": full}
+    lines = {"description": "甲\r\n乙\r丙\u000b丁\u2028戊", "greeting": "来\r\n了", "questions": ["问\r\n？"]}
+    half = {"description": "甲", "greeting": "", "questions": [], "portrait": None, "names": None}
+    path = tmp_path / "profiles-zh_desc.json"
+    path.write_text(json.dumps({"李白": "爱酒", "张飞": full, "甲": lines, "乙": half, "丙": "丙"}), encoding="utf-8")
+    known = {"names": read_characters(SAMPLE / path.name)["李白"]["names"]}  # RoleBench's own file has no names
+    assert read_characters(path) == {
+        "李白": {"description": "爱酒"} | EMPTY | known,
+        "张飞": full,
+        "甲": EMPTY | {"description": "甲\n乙\n丙\n丁\n戊", "greeting": "来\n了", "questions": ["问\n？"]},
+        "乙": EMPTY | {"description": "甲"},
+        "丙": EMPTY | {"description": "丙"},
+    }
     assert len(known["names"]) == 5
 
 
-@pytest.mark.parametrize(
-    "profile, words",
-    [
-        ({"greeting": "a"}, "the profile of '李白' is missing"),
-        ({"description": "a", "greeting": " "}, "greeting in the profile of '李白' is blank"),
-        ({"description": "a", "questions": "b"}, "questions in the profile of '李白' is not a list"),
-        ({"description": "a", "names": ["b", 5]}, "names in the profile of '李白' is not a string"),
-        ({"description": "a", "greetings": "b"}, "greetings in the profile of '李白' is no field"),
-    ],
-)
-def test_a_wrong_field_of_a_profile_is_named(tmp_path, profile, words):
-    path = tmp_path / PROFILES
-    path.write_text(json.dumps({"李白": profile}, ensure_ascii=False), encoding="utf-8")
-    with pytest.raises(UserError, match=f"{PROFILES}:1: {words}"):
-        read_characters(path)
+def test_a_wrong_field_of_a_profile_is_named(tmp_path):
+    path = tmp_path / "profiles-zh_desc.json"
+    good = {"description": "甲" * 8000, "greeting": "a"}
+    for role, profile, field in [
+        ("李白", {"greeting": "a"}, "description"),
+        ("李白", 1, "description"),
+        ("李白", " ", "description"),
+        ("李白", None, "description"),
+        ("李白", "爱\ud800酒", "description"),
+        ("李白", {**good, "description": "甲" * 8001}, "description"),
+        ("李白", {**good, "greeting": " "}, "greeting"),
+        ("李白", {**good, "questions": "b"}, "questions"),
+        ("李白", {**good, "names": ["b", 5]}, "names"),
+        ("李白", {**good, "greetings": "b"}, "greetings"),
+        ("", good, "name"),
+        ("李" * 101, good, "name"),
+    ]:
+        path.write_text(json.dumps({"李" * 100: good, role: profile}), encoding="utf-8")
+        with pytest.raises(UserError) as refused:
+            read_characters(path)
+        (error,) = refused.value.problems
+        assert error.startswith(f"{path}: the {field} of {role[:20]!r} cannot be "), (field, error)

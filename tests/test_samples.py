@@ -10,80 +10,81 @@ from support.dialogues.samples import read_samples, rounds
 from support.errors import UserError
 
 
+def written(path, layout, *records):
+    """A file of JSON lines, or one array that begins after a blank line."""
+    if layout == "lines":
+        write_lines(path, *records)
+    else:
+        path.write_text("\ufeff\n" + json.dumps(records, indent=1), encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize("layout", ["lines", "array"])
 def test_older_files_are_read(tmp_path, layout):
     rows = [
         {"instruction": "你是李白。", "input": "好吗？", "output": "好"},
         {"instruction": "写一首诗。", "input": "", "output": "床前"},
+        {"prompt": "你使什么兵器？", "response": "金箍棒！", "kind": "general"},
     ]
-    path = tmp_path / "old.json"
-    write_lines(path, *rows) if layout == "lines" else path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    assert [as_written(sample) for sample in read_samples(path)] == [
+    assert [as_written(sample) for sample in read_samples(written(tmp_path / "old.json", layout, *rows))] == [
         {"role": "", "system": "你是李白。", "prompt": "好吗？", "response": "好"},
         {"role": "", "system": "", "prompt": "写一首诗。", "response": "床前"},
+        {"role": "", "system": "", "prompt": "你使什么兵器？", "response": "金箍棒！", "kind": "general"},
     ]
-
-
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"system": "", "prompt": "好吗？"}', '{"prompt": "好吗？", "output": 1}'])
-def test_a_bad_sample_is_named(tmp_path, bad):
-    good = '{"system": "", "prompt": "好吗？", "response": "好"}'
-    path = tmp_path / "samples.json"
-    path.write_text(f"{good}\n{bad}\n", encoding="utf-8")
-    with pytest.raises(UserError) as stop:
-        list(read_samples(path))
-    assert [problem.startswith(f"{path}:2: ") for problem in stop.value.problems] == [True]
-
-
-@pytest.mark.parametrize(
-    "text, where",
-    [
-        ('{"system": "", "prompt": "a", "response": "b"}\nnot json', "2"),
-        ('{"system": "", "prompt": "a"}', "1"),
-        ('{"system": "", "prompt": "a", "response": " "}', "1"),
-        ('{"system": 1, "prompt": "a", "response": "b"}', "1"),
-        ("[1]", " sample 1"),
-        ("[", "1"),
-        ("[" * 100_000, "1"),
-    ],
-)
-def test_what_is_no_sample_is_named(tmp_path, text, where):
-    path = tmp_path / "bad.json"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        list(read_samples(path))
-    assert error.value.problems[0].startswith(f"{path}:{where}: ")
 
 
 SPEAKER = {"system": "system", "user": "human", "assistant": "gpt"}
-
-
 SHAREGPT = [{"from": SPEAKER[turn["role"]], "value": turn["content"]} for turn in [SYSTEM, *TWO_ROUNDS]]
+FORMS = [
+    {"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS},
+    {"role": "孙悟空", "messages": [SYSTEM, *TWO_ROUNDS]},
+    {"role": "孙悟空", "id": 7, "conversations": SHAREGPT},
+    {"role": "孙悟空", "system": "你是孙悟空。", "conversations": SHAREGPT[1:]},
+]
 
 
-FORMS = {
-    "messages": {"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS},
-    "OpenAI": {"role": "孙悟空", "messages": [SYSTEM, *TWO_ROUNDS]},
-    "ShareGPT": {"role": "孙悟空", "id": 7, "conversations": SHAREGPT},
-    "ShareGPT, system apart": {"role": "孙悟空", "system": "你是孙悟空。", "conversations": SHAREGPT[1:]},
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_every_form_of_a_conversation_reads_the_same(tmp_path, layout):
+    expected = {"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS}
+    assert list(read_samples(written(tmp_path / "forms.json", layout, *FORMS))) == [expected] * len(FORMS)
+
+
+ONE_ROUND = turns("问？", "答。")
+ABSENT = {"system": "", "history": [], "messages": None, "conversations": [], "role": None, "type": ""}
+HALF_EMPTY = {  # records in which a key holds nothing, or in which the forms are mixed → their system text
+    "Alpaca": ({"instruction": "问？", "input": "", "output": "答。", "system": "", "history": []}, ""),
+    "Alpaca, system text": (
+        {"instruction": "问？", "input": "", "output": "答。", "system": "甲", "history": []},
+        "甲",
+    ),
+    "the book's": ({"instruction": "甲", "input": "问？", "output": "答。", "system": None}, "甲"),
+    "input with a system text": ({"system": "甲", "instruction": None, "input": "问？", "output": "答。"}, "甲"),
+    "prompt": ({**ABSENT, "prompt": "问？", "response": "答。", "instruction": "", "output": None}, ""),
+    "messages": ({**ABSENT, "messages": ONE_ROUND}, ""),
+    "OpenAI's under conversations": ({**ABSENT, "conversations": ONE_ROUND}, ""),
+    "ShareGPT's under messages": (
+        {"messages": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]},
+        "",
+    ),
+    "speakers of the other form": (
+        {"messages": [{"role": "human", "content": "问？"}, {"role": "gpt", "content": "答。"}]},
+        "",
+    ),
+    "empty keys in turns": (
+        {"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]},
+        "",
+    ),
+    "an empty system turn": ({"messages": [{"role": "system", "content": ""}, *ONE_ROUND]}, ""),
+    "mixed": ({"messages": [{"role": "user", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
+    "pandas": ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),
 }
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_conversation_reads_the_same(tmp_path, form, layout):
-    path = tmp_path / "conversations.json"
-    if layout == "lines":
-        write_lines(path, FORMS[form])
-    else:
-        path.write_text("\n" + json.dumps([FORMS[form]], indent=1), encoding="utf-8")
-    assert list(read_samples(path)) == [{"role": "孙悟空", "system": "你是孙悟空。", "messages": TWO_ROUNDS}]
-
-
-def test_one_round_has_a_prompt_and_a_response_as_well(tmp_path):
-    path = tmp_path / "one.jsonl"
-    write_lines(path, {"messages": TWO_ROUNDS[:2]}, {"prompt": "你使什么兵器？", "response": "金箍棒！"})
-    one = {"role": "", "system": "", "messages": TWO_ROUNDS[:2]}
-    assert list(read_samples(path)) == [one, one]
+def test_a_key_that_holds_nothing_is_absent(tmp_path, layout):
+    records, systems = zip(*HALF_EMPTY.values())
+    found = list(read_samples(written(tmp_path / "some.json", layout, *records)))
+    assert found == [{"role": "", "system": system, "messages": ONE_ROUND} for system in systems]
 
 
 def test_turns_that_are_not_to_be_trained(tmp_path):
@@ -102,57 +103,66 @@ def test_the_rounds_of_a_conversation():
     assert found == [(TWO_ROUNDS[:1], "金箍棒！"), (TWO_ROUNDS[:3], "东海龙宫！")]
 
 
-ONE_ROUND = turns("问？", "答。")
-
-
-ABSENT = {"system": "", "history": [], "messages": None, "conversations": [], "role": None, "type": ""}
-
-
-HALF_EMPTY = {  # records in which a key holds nothing → their system text
-    "Alpaca": ({"instruction": "问？", "input": "", "output": "答。", "system": "", "history": []}, ""),
-    "Alpaca with a system text": (
-        {"instruction": "问？", "input": "", "output": "答。", "system": "甲", "history": []},
-        "甲",
-    ),
-    "the book's": ({"instruction": "甲", "input": "问？", "output": "答。", "system": None}, "甲"),
-    "input with a system text": ({"system": "甲", "instruction": None, "input": "问？", "output": "答。"}, "甲"),
-    "prompt": ({**ABSENT, "prompt": "问？", "response": "答。", "instruction": "", "output": None}, ""),
-    "messages": ({**ABSENT, "messages": ONE_ROUND}, ""),
-    "conversations": ({**ABSENT, "conversations": ONE_ROUND}, ""),
-    "turns of ShareGPT under messages": (
-        {"messages": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]},
-        "",
-    ),
-    "turns of OpenAI under conversations": ({"conversations": ONE_ROUND}, ""),
-    "speakers of the other form": (
-        {"messages": [{"role": "human", "content": "问？"}, {"role": "gpt", "content": "答。"}]},
-        "",
-    ),
-    "empty keys in turns": (
-        {"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]},
-        "",
-    ),
-    "an empty system turn": ({"messages": [{"role": "system", "content": ""}, *ONE_ROUND]}, ""),
-    "mixed": ({"messages": [{"role": "user", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
-    "pandas": ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),
-}
-
-
-@pytest.mark.parametrize("form", HALF_EMPTY)
-def test_a_key_that_holds_nothing_is_absent(tmp_path, form):
-    record, system = HALF_EMPTY[form]
-    expected = {"role": "", "system": system, "messages": ONE_ROUND}
-    for text in (json.dumps(record), json.dumps([record])):
-        (tmp_path / "one.json").write_text(text)
-        assert list(read_samples(tmp_path / "one.json")) == [expected]
-
-
 def test_a_greeting_before_the_first_question_is_read_and_not_trained(tmp_path):
-    path = tmp_path / "download.jsonl"
-    turns = [{"role": "assistant", "content": "来也！"}, {"role": "user", "content": "谁？"}]
-    turns.append({"role": "assistant", "content": "俺！"})
-    path.write_text(json.dumps({"role": "孙悟空", "system": "你是孙悟空。", "messages": turns}), encoding="utf-8")
-    (sample,) = read_samples(path)
+    messages = [{"role": "assistant", "content": "来也！"}, *turns("谁？", "俺！")]
+    write_lines(tmp_path / "download.jsonl", {"system": "你是孙悟空。", "messages": messages})
+    (sample,) = read_samples(tmp_path / "download.jsonl")
     assert [turn.get("train", True) for turn in sample["messages"]] == [False, True, True]
     ((asked, answer),) = rounds(sample)
     assert [turn["content"] for turn in asked] == ["你是孙悟空。", "来也！", "谁？"] and answer == "俺！"
+
+
+# ---------------------------------------------------------------- what is no sample
+
+USER, ASSISTANT = turns("问", "答")
+UNTRAINED = {**ASSISTANT, "train": False}
+BAD_TURNS = [  # (turns, the number of the wrong one)
+    ([USER, USER, ASSISTANT], 2),
+    ([USER, ASSISTANT, ASSISTANT], 3),
+    ([ASSISTANT, ASSISTANT], 2),
+    ([USER, SYSTEM, ASSISTANT], 2),
+    ([SYSTEM, SYSTEM, USER, ASSISTANT], 2),
+    ([USER, {"role": "tool", "content": "答"}], 2),
+    ([USER, {"content": "答"}], 2),
+    ([USER, {"role": ["user"], "content": "答"}], 2),
+    ([USER, {**ASSISTANT, "content": " "}], 2),
+    ([USER, {**ASSISTANT, "content": None}], 2),
+    ([USER, {**ASSISTANT, "content": [1]}], 2),
+    ([USER, {**ASSISTANT, "train": "no"}], 2),
+    ([USER, "答"], 2),
+    ("问", 1),
+    ([{"from": "human", "value": "问"}, {"from": "bing", "value": "答"}], 2),
+    ([{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}], 1),
+]
+BAD_RECORDS = [  # (record, what the error says)
+    ({"messages": [SYSTEM, USER, ASSISTANT], "system": "甲"}, "turn 1 cannot be"),
+    *(({"messages": [*messages]}, "does not end on an answer") for messages in ([USER], [*TWO_ROUNDS, USER], [SYSTEM])),
+    ({"messages": [USER, UNTRAINED]}, "does not end on an answer, or trains none"),
+    ({"messages": [USER, ASSISTANT], "system": 1}, '"system" is blank, no string'),
+    ({"messages": [USER, ASSISTANT], "role": 1}, '"role" is blank, no string'),
+    ({"prompt": "问", "response": " "}, '"response" is blank'),
+    ({"prompt": "问", "output": 1}, "no sample has the keys (prompt, output)"),
+    ({"prompt": "问", "response": ""}, "no sample has the keys (prompt)"),
+    ({"question": "问", "answer": "答"}, "no sample has the keys (question, answer): write"),
+    ({"instruction": "问", "output": "答", "history": [["问", "答"]]}, "no sample has the keys"),
+    ({"instruction": "扮演", "prompt": "问", "response": "答"}, "no sample has the keys"),
+    ({"system": "甲", "instruction": "乙", "input": "问", "output": "答"}, "no sample has the keys"),
+    ([1], "is not a JSON object"),
+]
+
+
+def test_what_is_no_sample_is_named(tmp_path):
+    path, good = tmp_path / "samples.json", {"messages": [USER, ASSISTANT]}
+    for record, problem in [
+        *(({"messages": messages}, f"turn {number} cannot be") for messages, number in BAD_TURNS),
+        *BAD_RECORDS,
+    ]:
+        for layout, where in (("lines", ":2: "), ("array", ": sample 2: ")):
+            with pytest.raises(UserError) as stop:
+                list(read_samples(written(path, layout, good, record, good)))
+            (error,) = stop.value.problems
+            assert error.startswith(f"{path}{where}{problem}"), (record, error)
+    for text in ("[", "[" * 100_000, '[\n{"prompt"}]'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"samples.json:[12]: is not a JSON object in UTF-8"):
+            list(read_samples(path))

@@ -1,37 +1,31 @@
 """JSON and text files of users, read with an error that names the line."""
 
+import codecs
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from support.errors import UserError
 from support.files import kind_of_file
 
-NOT_UTF8 = "is not UTF-8: save the file in that encoding"
-RECORD_KEYS = {"messages", "conversations", "prompt", "response", "instruction", "output", "question", "generated"}
+LAYOUT = "correct it; several objects are one a line, or one array"
 
 
 def text_problem(value) -> str | None:
     """Why `value` is no usable text, or None."""
-    if not isinstance(value, str):
-        return "is missing: add it" if value is None else "is not a string: put text between quotation marks"
-    if not value.strip():
-        return "is blank: fill it in or remove it"
-    if re.search("[\ud800-\udfff]", value):
-        return r"holds half of a surrogate pair (\ud800 to \udfff), which is no character: remove it"
+    if value is None:
+        return "is missing: add it"
+    # Half a character is an emoji that another program has cut in two: no tokenizer takes it.
+    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        return r"is blank, no string or holds half a character (\ud800 to \udfff): write text between quotation marks"
     return None
 
 
 def filled(record: dict) -> dict:
     """A record without the keys that hold nothing: null, "" and [] count as absent."""
     return {key: value for key, value in record.items() if value not in (None, "", [])}
-
-
-def unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path}: {error.strerror}: correct the path, or fetch RoleBench with data_helper.py --download")
 
 
 def plain_line_ends(value):
@@ -46,126 +40,64 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def check_kind(path: str | Path):
+    """Raises: UserError where there is no file, or one that holds no text."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: is no file: correct the path, or fetch RoleBench with data_helper.py --download")
+    if kind := kind_of_file(path):
+        raise UserError(f"{path}: {kind}")
+
+
 def read_text(path: str | Path, may_be_empty: bool = False) -> str:
     """Read a UTF-8 file, with or without a byte-order mark. Raises: UserError, where it is empty too unless it may be."""
+    check_kind(path)
+    data = Path(path).read_bytes()
     try:
-        if kind := kind_of_file(path):
-            raise UserError(f"{path}: {kind}")
-        data = Path(path).read_bytes()
         text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: {NOT_UTF8}") from None
+        raise UserError(f"{path}:{line}: is not UTF-8: save the file in that encoding") from None
     if not text.strip() and not may_be_empty:
         raise UserError(f"{path}: is empty: fill it, or delete it and fetch RoleBench with data_helper.py --download")
     return text
 
 
-def read_records(path: str | Path, problems: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+def parse_json(data: str | bytes, path: str | Path, line: int = 1):
+    """The JSON value that begins at a line of a file; pandas' NaN is None. Raises: UserError, which names the line."""
+    try:
+        return json.loads(data, parse_constant=lambda _: None)
+    except json.JSONDecodeError as error:
+        line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # not UTF-8, too many digits, nested too deeply
+        reason = error
+    raise UserError(f"{path}:{line}: is not a JSON object in UTF-8 ({reason}): {LAYOUT}")
+
+
+def read_records(path: str | Path, problems: list[str] | None = None, check=None) -> Iterator[tuple[str, dict]]:
     """Yield (where, object) of a file of JSON lines, read as they come, or of one JSON array, which has to fit into memory.
 
     Args:
         problems: takes what is wrong with records, which are then left out.
+        check: check(object, where), which may raise UserError, gives what is yielded in place of an object.
     Raises:
-        UserError: the file is something else; without `problems`, at the first record that is no object.
+        UserError: without `problems`; and at the first line, since a file in another layout is wrong in every line.
     """
-    try:
-        file = open(path, encoding="utf-8-sig", errors="surrogateescape")  # a wrong byte is found in its line
-    except OSError as error:
-        raise unreadable(path, error) from None
-    with file:
-        letter = file.read(1)
-        while letter.isspace():
-            letter = file.read(1)
-        is_array = letter == "["
+    check_kind(path)
+    with open(path, "rb") as file:
+        is_array = file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         file.seek(0)
-        if is_array:
-            try:
-                records = parse_object('{"records": ' + file.read() + "}", path)["records"]
-            except UserError:
-                refuse_other_shape(path)
-                raise
-        else:
-            filled_lines = (line for line in file if line.strip())
-            if not is_record(next(filled_lines, "")):
-                refuse_other_shape(path)
-            file.seek(0)
-            records = file
-        for number, record in enumerate(records, start=1):
+        for number, record in enumerate(parse_json(read_text(path), path) if is_array else file, start=1):
             where = f"{path}: sample {number}" if is_array else f"{path}:{number}"
             try:
-                if not is_array and record.strip():
-                    yield where, parse_object(record.rstrip("\n"), path, number)
-                elif isinstance(record, dict):
-                    yield where, record
-                elif is_array:
-                    raise UserError(f'{where}: is not a JSON object {{"…": …}}: correct or remove it')
+                if not is_array and not record.strip():
+                    continue
+                record = record if is_array else parse_json(record.rstrip(), path, number)
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: is not a JSON object: {LAYOUT}")
+                record = check(record, where) if check else record
             except UserError as error:
-                if problems is None:
+                if problems is None or (number == 1 and not isinstance(record, dict)):
                     raise
                 problems += error.problems
-
-
-def is_record(line: str) -> bool:
-    """False where a line is no JSON object, or one that holds the records in a list of its own."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and bool(RECORD_KEYS & value.keys() or not any(map(is_table, value.values())))
-
-
-def is_table(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def refuse_other_shape(path: str | Path):
-    """Raise UserError if the file is no text, or holds JSON neither one object a line nor in one array."""
-    if kind := kind_of_file(path):
-        raise UserError(f"{path}: {kind}")
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace").lstrip()
-    try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return  # told in the line where it is wrong
-    rest = text[end:].lstrip(" \t\r")  # from the end of the first value on
-    shape = None
-    if isinstance(value, list) and rest.lstrip().startswith("["):
-        shape = "has several arrays"
-    elif isinstance(value, dict) and "\n" in text[:end]:
-        shape = "has an object over several lines"
-    elif isinstance(value, dict) and rest.startswith(","):
-        shape = "has commas between its objects"
-    elif isinstance(value, dict) and rest[:1] in ("", "\n"):
-        shape = "has its records within an object"
-    if shape:
-        raise UserError(f"{path}: {shape}: write one object a line, or one array of objects")
-
-
-def parse_object(text: str, path: str | Path, line: int = 1) -> dict:
-    """Parse the JSON object that begins at a line of a file. Raises: UserError."""
-
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if twice := [key for key, count in Counter(keys).items() if count > 1]:
-            raise ValueError(f"the key {twice[0][:20]!r} occurs twice")
-        return dict(pairs)
-
-    if wrong := re.search("[\udc80-\udcff]", text):  # a byte that is not UTF-8, as errors="surrogateescape" reads it
-        raise UserError(f"{path}:{line + text.count(chr(10), 0, wrong.start())}: {NOT_UTF8}")
-    try:
-        # Numbers are of no use here, and as floats they may have any number of digits. NaN is how pandas marks what is
-        # absent; a byte-order mark stands within a file where two were joined.
-        value = json.loads(
-            text.removeprefix("\ufeff"), parse_int=float, parse_constant=lambda _: None, object_pairs_hook=unique
-        )
-        if not isinstance(value, dict):
-            raise ValueError("it is another JSON value")
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-        raise UserError(f'{path}:{line}: is not a JSON object {{"…": …}}: {reason}: correct or remove it') from None
-    return value
+            else:
+                yield where, record

@@ -9,155 +9,106 @@ A file is JSON lines, read as they come, or one JSON array, which has to fit int
 by `read_rolebench`.
 """
 
+import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from support.dialogues.json_files import composed, filled, read_records, text_problem
-from support.errors import Problems, UserError
+from support.errors import UserError
 
 SPEAKERS = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+QUESTIONS = [  # the keys that a question with its answer may have: of the system text, the question and the answer
+    ("system", "prompt", "response"),
+    ("instruction", "input", "output"),  # the book's
+    ("system", "input", "output"),
+    ("system", "instruction", "output"),  # Alpaca's, without an input
+]
 
 
-def read_samples(path: str | Path, merged: Counter | None = None, problems: list[str] | None = None):
+def read_samples(path: str | Path, merge: bool = False, problems: list[str] | None = None) -> Iterator[dict]:
     """Yield the samples of a file, whatever their form, as {"role", "system", "messages"}.
 
     The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question, or a greeting before it, to
     an answer; one that is not to be trained carries "train": False. "kind", of what kind the question is, stays where it
     is a text.
 
-    Args:
-        merged: joins neighbouring turns of one speaker, and counts under "turns" what it joined.
-        problems: takes what is wrong with samples, which are then left out.
-    Raises:
-        UserError: the file is something else; without `problems`, at the first that is no sample.
+    `merge` joins neighbouring turns of one speaker. `problems` takes what is wrong with samples, which are then left out.
+
+    Raises: UserError, where the file is something else; without `problems`, at the first that is no sample.
     """
-    for where, record in read_records(path, problems):
-        try:
-            sample = as_sample(record, where, merged)
-        except UserError as error:
-            if problems is None:
-                raise
-            problems += error.problems
-        else:
-            yield sample
+    return (sample for _, sample in read_records(path, problems, partial(as_sample, merge=merge)))
 
 
-def as_sample(record: dict, where: str, merged: Counter | None = None) -> dict:
+def as_sample(record: dict, where: str, merge: bool = False) -> dict:
     """Check one record and give it the keys that `read_samples` describes. Raises: UserError, which says where it stands."""
     record = filled(record)
-    system, turns = conversation_of(record, where) or question_of(record, where)
-    if merged is not None:
-        turns = merge_turns(turns, merged)
-    sample = {"role": record.get("role", ""), "system": system}
-    for key, text in sample.items():
-        if text != "" and (problem := text_problem(text)):
-            raise UserError(f'{where}: "{key}" {problem}')
-    sample["role"] = composed(sample["role"])
-    check_turns(turns, where)
-    sample["messages"] = turns
+    system, turns = conversation_of(record, where, merge) or question_of(record, where)
+    if not turns or turns[-1]["role"] == "user" or not any(map(is_trained, turns)):
+        raise UserError(f"{where}: does not end on an answer, or trains none: add one, or remove the sample")
+    sample = {"role": composed(text_of(record, "role", where)), "system": system, "messages": turns}
     if isinstance(record.get("kind"), str):
         sample["kind"] = record["kind"]
     return sample
 
 
-def question_of(record: dict, where: str) -> tuple[str, list[dict]]:
-    """The system text and the two turns of a question with its answer. Raises: UserError.
+def text_of(record: dict, key: str, where: str) -> str:
+    """The text that a record has under a key, or "". Raises: UserError."""
+    if key in record and (problem := text_problem(record[key])):
+        raise UserError(f'{where}: "{key}" {problem}')
+    return record.get(key, "")
 
-    With the book's keys `instruction` is the system text; without an input, it is the question.
+
+def conversation_of(record: dict, where: str, merge: bool) -> tuple[str, list[dict]] | None:
+    """The system text and the turns of a conversation; None where the record holds none. Raises: UserError.
+
+    merge: neighbours of one speaker are joined, with a newline between; one that is not to be trained leaves all untrained.
     """
-    if record.get("history"):
-        raise UserError(f'{where}: "history" is not read: write its rounds and the last one as "messages"')
-    if not {"prompt", "response", "instruction", "output"} & record.keys():
-        raise UserError(f'{where}: holds no sample: write "messages", or "prompt" and "response" (data/README.md)')
-    books, ours = sorted({"instruction", "input", "output"} & record.keys()), {"prompt", "response"} & record.keys()
-    if books and ours:
-        raise UserError(f'{where}: has "{books[0]}" beside "{min(ours)}": write one of the forms in data/README.md')
-    if {"instruction", "system", "input"} <= record.keys():
-        raise UserError(f'{where}: has both "system" and "instruction": the two mean the same here: remove one')
-    if {"instruction", "input"} <= record.keys():
-        keys = ("instruction", "input", "output")
-    elif {"instruction", "output"} & record.keys():
-        keys = ("system", "input" if "input" in record else "instruction", "output")
-    else:
-        keys = ("system", "prompt", "response")
-    system, prompt, response = (record.get(key) for key in keys)
-    for key, text in zip(keys, (system or "。", prompt, response)):  # there may be no system text
-        if problem := text_problem(text):
-            raise UserError(f'{where}: "{key}" {problem}')
-    return system or "", [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
-def conversation_of(record: dict, where: str) -> tuple[str, list[dict]] | None:
-    """The system text and the turns of a conversation; None where the record holds none. Raises: UserError."""
-    keys = [key for key in ("messages", "conversations") if key in record]
-    if not keys:
+    given = record.get("messages", record.get("conversations"))
+    if given is None:
         return None
-    if len(keys) == 2:
-        raise UserError(f'{where}: has both "messages" and "conversations": remove one')
-    if not isinstance(record[keys[0]], list):
-        raise UserError(f'{where}: "{keys[0]}" is no list of turns: write [{{"role": …, "content": …}}, …]')
-    system, turns = record.get("system", ""), []
-    for number, turn in enumerate(record[keys[0]], start=1):
-        if not isinstance(turn, dict):
-            raise UserError(f'{where}: turn {number} is no object: write {{"role": …, "content": …}}')
-        given, turn = turn, filled(turn)
-        # The turn's own keys decide, not the name of the list.
-        sharegpt = "from" in turn and "role" not in turn
-        speaker_key = "from" if sharegpt else "role"
-        text_key = "value" if "content" not in turn and (sharegpt or "value" in turn) else "content"
-        speaker, text = turn.get(speaker_key), given.get(text_key)
-        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            known = "human, gpt or system" if sharegpt else "user, assistant or system"
-            raise UserError(f'{where}: turn {number}: "{speaker_key}" is {str(speaker)[:20]!r}: write {known}')
-        if role == "system" and text_key not in turn:
+    system, turns = text_of(record, "system", where), []
+    for number, turn in enumerate(given if isinstance(given, list) else [given], start=1):
+        fields = filled(turn) if isinstance(turn, dict) else {}
+        # Its own keys decide, not the name of the list: files mix the two forms.
+        speaker = SPEAKERS.get(str(fields.get("role", fields.get("from"))))
+        text, train = fields.get("content", fields.get("value")), fields.get("train", True)
+        if speaker == "system" and text is None:
             continue
-        if problem := text_problem(text):
-            raise UserError(f'{where}: turn {number}: "{text_key}" {problem}')
-        if role == "system" and number > 1:
-            raise UserError(f"{where}: turn {number} is the system's: only the first may be: move or remove it")
-        if role == "system" and system:
-            raise UserError(f'{where}: has a system text twice, in "system" and in turn 1: remove one')
-        if not isinstance(turn.get("train", True), bool):
-            raise UserError(f'{where}: turn {number}: "train" is neither true nor false: correct or remove it')
-        if role == "system":
+        before = turns[-1] if turns else {"role": None}
+        misplaced = speaker == before["role"] and not merge or speaker == "system" and (system or number > 1)
+        if speaker is None or misplaced or text_problem(text) or not isinstance(train, bool):
+            raise UserError(
+                f"{where}: turn {number} cannot be {json.dumps(turn, ensure_ascii=False)[:80]}: write "
+                '{"role": "user", "content": "…"} and "assistant" in turn, or join neighbours with data_helper.py '
+                "--conversations … --merge_turns; a system text comes first, and once"
+            )
+        if speaker == "system":
             system = text
-        elif role == "assistant" and not (turns and turn.get("train", True) and turn.get("weight", 1)):
-            # OpenAI's weight 0 means the same; and a greeting answers nothing.
-            turns.append({"role": role, "content": text, "train": False})
-        else:
-            turns.append({"role": role, "content": text})
+            continue
+        said = {"role": speaker, "content": text}
+        if speaker == "assistant" and not (turns and train and fields.get("weight", 1)):
+            said["train"] = False  # OpenAI's weight 0 means the same; and a greeting answers nothing
+        if speaker == before["role"]:
+            said = {**turns.pop(), **said, "content": f"{before['content']}\n{text}"}
+        turns.append(said)
     return system, turns
 
 
-def merge_turns(turns: list[dict], merged: Counter) -> list[dict]:
-    """Join neighbours of the same speaker, with a newline between. One that is not to be trained leaves all untrained."""
-    joined: list[dict] = []
-    for turn in turns:
-        if joined and joined[-1]["role"] == turn["role"]:
-            joined[-1] = {**joined[-1], **turn, "content": joined[-1]["content"] + "\n" + turn["content"]}
-            merged["turns"] += 1
-        else:
-            joined.append(turn)
-    return joined
-
-
-def check_turns(turns: list[dict], where: str):
-    """Raises: UserError where they do not go from question to answer, or where nothing is to be trained.
-
-    Before the first question may stand a greeting of the assistant, which is read and not trained.
-    """
-    for turn, before in zip(turns, [None, *turns]):
-        if before and before["role"] == turn["role"]:
-            raise UserError(
-                f"{where}: two turns of the {turn['role']} in a row, {turn['content'][:20]!r} is the second: "
-                "remove one, or join them with data_helper.py --conversations … --merge_turns"
-            )
-    if not turns or turns[-1]["role"] == "user":
-        raise UserError(f"{where}: does not end on the assistant's turn: add the answer, or remove the question")
-    if not any(map(is_trained, turns)):
-        raise UserError(f'{where}: nothing is to be trained: every answer has "train": false: remove the sample')
+def question_of(record: dict, where: str) -> tuple[str, list[dict]]:
+    """The system text and the two turns of a question with its answer. Raises: UserError."""
+    given = {"history", *chain(*QUESTIONS)} & record.keys()
+    for keys in QUESTIONS:
+        if {*keys[1:]} <= given <= {*keys}:
+            system, prompt, response = (text_of(record, key, where) for key in keys)
+            return system, [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    raise UserError(
+        f'{where}: no sample has the keys ({", ".join(record)[:80]}): write "messages", or "prompt" and "response", or '
+        "another form of data/README.md"
+    )
 
 
 def unsupervised(messages: list[dict]) -> list[dict]:
@@ -195,66 +146,49 @@ def rounds(sample: dict):
 def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
     """Part samples into those for training and those for the test, drawn with `seed`.
 
-    Samples that open with the same question stay together. At least one question is split off, and of each role at
-    least one sample stays in training. Raises: UserError where that cannot be.
+    Samples that open with the same question stay together. One question is split off at least, unless a role would lose
+    all its samples in training.
     """
-    openings = [sample.get("prompt") or first_question(sample["messages"]) for sample in samples]
+
+    def opening(sample):
+        return sample.get("prompt") or first_question(sample["messages"])
+
     groups = defaultdict(Counter)  # question → its samples, by role
-    for sample, question in zip(samples, openings):
-        groups[question][sample["role"]] += 1
-    left, held_out = sum(groups.values(), Counter()), set()
+    for sample in samples:
+        groups[opening(sample)][sample["role"]] += 1
+    left, held_out = Counter(sample["role"] for sample in samples), set()
 
     def dispensable(question):
         return all(left[role] > number for role, number in groups[question].items())
 
     sizes = [groups[question].total() for question in filter(dispensable, groups)]
-    if not sizes:
-        raise UserError("no role has a second question that could be set aside for the test: add one, or a test file")
-    room = max(min(sizes), round(share * len(samples)))
+    room = max(min(sizes, default=0), round(share * len(samples)))
     for question in sorted(groups, key=lambda question: random.Random(f"{seed} {question}").random()):
         if groups[question].total() <= room and dispensable(question):
             held_out.add(question)
             room -= groups[question].total()
             left -= groups[question]
-    written = {"train": [], "test": []}
-    for sample, question in zip(samples, openings):
-        written["test" if question in held_out else "train"].append(sample)
-    number = len(written["test"])
-    print(f"no test file: {number:,} of {len(samples):,} samples are set aside, by their first question (--test_share)")
-    return written
+    test = [sample for sample in samples if opening(sample) in held_out]
+    print(f"no test file: {len(test):,} of {len(samples):,} samples set aside, by their first question (--test_share)")
+    return {"train": [sample for sample in samples if opening(sample) not in held_out], "test": test}
 
 
 # ---------------------------------------------------------------- RoleBench's files
 
 
-def read_rolebench(path: str | Path, characters: dict[str, dict] | None) -> list[dict]:
+def read_rolebench(path: str | Path, problems: list[str] | None = None) -> list[dict]:
     """Read one RoleBench file, which may be empty: {"role", "question", "generated": [answer, …]} a line.
 
-    Every role needs a profile, unless `characters` is None. Blank lines are skipped.
-
-    Raises: UserError with every problem of every line.
+    Blank lines are skipped; keys that are not used here, such as "type", may hold anything. `problems` takes what is
+    wrong with lines, which are then left out. Raises: UserError, as `read_records` does.
     """
-    rows, problems, strangers = [], Problems(), set()
-    for where, row in read_records(path, problems):
-        wrong, role = row_problems(row), row.get("role")
-        if not wrong:
-            role = row["role"] = composed(role)
-        if not wrong and characters is not None and role not in characters and role not in strangers:
-            strangers.add(role)  # told once a file, since a missing profile concerns hundreds of lines
-            wrong = [f"the role {role[:20]!r} has no profile: correct the name, or add a profile to --desc_path"]
-        problems += [f"{where}: {problem}" for problem in wrong]
-        rows.append(row)
-    if problems:
-        raise UserError(*problems)
-    return rows
+    return [row for _, row in read_records(path, problems, as_question)]
 
 
-def row_problems(row: dict) -> list[str]:
-    """What is wrong with the object of one line. Keys that are not used here, such as "type", may hold anything."""
-    texts = {'"role"': row.get("role"), '"question"': row.get("question")}
-    answers, problems = row.get("generated"), []
-    if isinstance(answers, list) and answers:
-        texts |= {f'answer {number} of "generated"': answer for number, answer in enumerate(answers, start=1)}
-    else:
-        problems.append('"generated" is missing or holds no list of answers: write "generated": ["…"]')
-    return problems + [f"{what} {problem}" for what, text in texts.items() if (problem := text_problem(text))]
+def as_question(row: dict, where: str) -> dict:
+    answers = row.get("generated")
+    texts = [row.get("role"), row.get("question"), *(answers if isinstance(answers, list) else [])]
+    if len(texts) < 3 or any(map(text_problem, texts)):
+        wanted = '{"role": "李白", "question": "…", "generated": ["…", "…"]}'
+        raise UserError(f"{where}: is no question with its answers: write {wanted}, with text in each of them")
+    return {**row, "role": composed(row["role"])}
