@@ -122,6 +122,7 @@ class Recorded(ChatMixin):
         for value in (prompt, *torch.tensor(self.ids).split(1)):
             streamer.put(value)
         streamer.end()
+        return torch.tensor([self.ids])
 
 
 def test_a_stream_is_the_text_of_its_tokens(tokenizer):
