@@ -18,11 +18,10 @@ from copy import deepcopy
 from pathlib import Path
 
 from data_helper import persona
-from support.command_line import ArgumentParser
+from support.command_line import ArgumentParser, integer
 from support.dialogues.samples import as_sample, first_question, read_samples, with_system
-from support.errors import Problems, UserError, blaming, entry_point, first_line, slow_imports
+from support.errors import Problems, UserError, blaming, entry_point, slow_imports
 from support.files import followed, free_bytes, whole_directory
-from support.model.four_bit import check_four_bit
 
 
 def parse_args(argv=None):
@@ -37,7 +36,7 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace the model that --save_model_dir holds")
     add("--check_only", action="store_true", help="write nothing: compare --save_model_dir, in either format")
     add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
-    add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
+    add("--probes", type=integer(1), default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
 
 
@@ -50,7 +49,7 @@ with slow_imports(parse_args, __name__):
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
     from support.device import pick_device
-    from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter, refuse_misfit, training_record
+    from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter
     from support.model.comparison import compare_logits, compute_in_float32, logits_of
     from support.model.directory import ModelDirectory
     from support.model.weights import Weights, write_weights
@@ -79,17 +78,15 @@ CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take 
 
 def read_inputs(args):
     """Everything the arguments name, read and checked. Raises: UserError with all problems found."""
-    target = args.save_model_dir
     with Problems() as problems:
         problems += target_problems(args)
         device = problems.of(pick_device, args.device)
         base = problems.of(ModelDirectory(args.ori_model_dir).check)
-        updates = problems.of(read_adapter, args.model_dir)
-        probes = problems.of(read_probes, args, base) if base else None
     with Problems() as problems:
-        problems.of(refuse_misfit, base, args.model_dir, updates)
-        if not args.check_only and free_bytes(target) < base.weights.bytes:
-            problems.append(f"{target}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free: make room")
+        probes = problems.of(read_probes, args, base)
+        updates = problems.of(read_adapter, base, args.model_dir)
+        if not args.check_only and free_bytes(args.save_model_dir) < base.weights.bytes:
+            problems.append(f"{args.save_model_dir}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free")
     return device, base, updates, probes
 
 
@@ -111,11 +108,7 @@ def target_problems(args) -> list[str]:
 
 def read_probes(args, base: ModelDirectory) -> tuple[list[list[dict]], list[list[int]]]:
     """Conversations to compare on, and their ids, laid out as in training. Raises: UserError."""
-    if args.probe_path and not args.probe_path.is_file():
-        raise UserError(f"--probe_path {args.probe_path}: there is no such file: data_helper.py writes such files")
     samples = list(read_samples(args.probe_path)) if args.probe_path else [as_sample(probe, "") for probe in PROBES]
-    if args.probes < 1 or not samples:
-        raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")
     samples = samples[:: math.ceil(len(samples) / args.probes)]
     conversations = [with_system(sample["system"], sample["messages"]) for sample in samples]
     return conversations, [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
@@ -224,30 +217,6 @@ def prove(
     if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
         worst = first_question(conversations[result.worst])
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
-    if training_record(args.model_dir).get("load_in_4bit") is True:
-        compare_with_four_bits(base, args.model_dir, found, probes, device)
-
-
-def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[torch.Tensor], probes, device):
-    """Print how far the merged model's logits are from those of the base in four bits, as the adapter was trained on it.
-
-    This is no error of the merge: in training the adapter saw weights that were rounded to four bits, and the merged
-    model has them unrounded.
-    """
-    try:
-        check_four_bit(base)
-        model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
-        found = compare_logits(logits_of(model.get_base_model(), probes), merged)
-    except (UserError, MemoryError, RuntimeError) as error:  # bitsandbytes is not here, or the memory does not suffice
-        print(f"the adapter was trained on the base in 4 bits; not compared with that: {first_line(error)}")
-        return
-    print(
-        "merged, against base in 4 bits + adapter, as it was trained: it learned beside rounded weights, these are exact"
-    )
-    print(
-        f"largest difference {found.largest:.1e}, mean KL divergence {found.divergence:.1e} nats, equal argmax tokens "
-        f"{found.same_argmax:.2%}\n"
-    )
 
 
 @entry_point
@@ -270,16 +239,17 @@ def main(argv=None):
         "adapter": args.model_dir.resolve().name,
         "sha256": adapter_digest(args.model_dir),
     }
-    tensors = merged_tensors(weights, updates, device)
+    planned, tensors = weights.tensors, merged_tensors(weights, updates, device)
     with whole_directory(args.save_model_dir, args.overwrite) as directory:
         if args.format == "llama":
             llama_export.save_llama(directory, config, base.tokenizer)
+            planned = dict(llama_export.llama_tensors(planned.items()))
             tensors = llama_export.llama_tensors(tensors)
         else:
             save_baichuan(directory, config, base.tokenizer)
         settings = (args.ori_model_dir / "generation_config.json").read_text(encoding="utf-8-sig")
         (directory / "generation_config.json").write_text(settings, encoding="utf-8")  # as it is, turn markers and all
-        write_weights(directory, tensors)
+        write_weights(directory, planned, tensors)
         prove(args, base, ModelDirectory(directory), conversations, probes, device)
     print(f"{args.save_model_dir}: complete, {args.format} format")
 

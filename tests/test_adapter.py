@@ -101,7 +101,7 @@ def test_an_adapter_goes_into_its_own_base_alone(checkpoint, own_adapter, merged
     torch.manual_seed(7)
     random = tmp_path / "elsewhere" / Path(checkpoint).name
     shutil.copytree(checkpoint, random)
-    write_weights(random, BaichuanForCausalLM(ModelDirectory(checkpoint).config).state_dict().items())
+    write_weights(random, BaichuanForCausalLM(ModelDirectory(checkpoint).config).state_dict())
     error = refusal(capsys, random, own_adapter, tmp_path / "merged")
     assert error == f"error: {own_adapter}: was trained on other weights than those of {random}: " + (
         f"name the base that it was trained on, called {checkpoint} then"
@@ -137,7 +137,7 @@ def test_a_base_that_has_moved_and_is_stored_in_another_way_is_the_same(
     base, tensors = tmp_path / "moved", load_file(Path(checkpoint) / "model.safetensors")
     shutil.copytree(checkpoint, base)
     (base / "model.safetensors").unlink()
-    write_weights(base, tensors.items(), shard_bytes=100_000)
+    write_weights(base, tensors, shard_bytes=100_000)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     capsys.readouterr()
     merge(base, own_adapter, tmp_path / "merged")

@@ -167,7 +167,7 @@ def test_the_fingerprint_is_of_the_arithmetic(checkpoint, directory):
     settings_of(directory, "tokenizer_config.json", chat_template="{{ messages }}")
     assert fingerprint() == first
     (directory / "model.safetensors").unlink()
-    write_weights(directory, tensors.items(), shard_bytes=100_000)
+    write_weights(directory, tensors, shard_bytes=100_000)
     assert len(list(directory.glob("model-*.safetensors"))) > 3 and fingerprint() == first
     (directory / "model.safetensors.index.json").unlink()
     torch.save(dict(reversed(tensors.items())), directory / "pytorch_model.bin")

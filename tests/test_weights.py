@@ -21,7 +21,7 @@ def test_every_layout_of_the_base_is_read_alike(checkpoint, adapter, merged, tmp
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     if layout == "safetensors shards":
-        write_weights(base, tensors.items(), shard_bytes=100_000)
+        write_weights(base, tensors, shard_bytes=100_000)
         assert len(list(base.glob("model-*.safetensors"))) > 3
     elif layout == "bin shards":
         files = {name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(tensors)}
