@@ -110,10 +110,7 @@ class ModelDirectory:
         return fingerprint(settings, *(values[name] for name in sorted(values)))
 
     def load(
-        self,
-        dtype: torch.dtype | None = None,
-        attn_implementation: str = "sdpa",
-        four_bit_on: torch.device | None = None,
+        self, dtype: torch.dtype | None = None, attn_implementation="sdpa", four_bit_on: torch.device | None = None
     ):
         """The model on the CPU, in evaluation mode; by default in the dtype of its weights. Raises: UserError.
 
@@ -144,22 +141,17 @@ class ModelDirectory:
 
         Raises: UserError.
         """
-        path = adapter or self.path
-        prompts = [
-            messages_to_ids(self.tokenizer, [{"role": "user", "content": question}])
-            for question in ("你好", "你是谁？从哪里来？")
-        ]
+        path, questions = adapter or self.path, ("你好", "你是谁？从哪里来？")
+        prompts = [messages_to_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in questions]
         ids = torch.tensor(prompts[:1], device=model.device)
         config = deepcopy(generation_config or self.generation_config)
         config.update(max_new_tokens=1)
         training = model.training
         model.eval()
-        try:
-            with blaming(f"{path}: no answer can be generated with its weights and settings"):
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-                error = cache_error(model, prompts, self.tokenizer.pad_token_id)
-        finally:
-            model.train(training)
+        with blaming(f"{path}: no answer can be generated with its weights and settings"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            error = cache_error(model, prompts, self.tokenizer.pad_token_id)
+        model.train(training)
         if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 4e-6 and 0.03; 1.5 without a cache
             raise UserError(
                 f"{path}: under transformers {transformers.__version__} answers differ with and without the cache of "
