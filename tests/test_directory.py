@@ -35,11 +35,8 @@ def settings_of(directory: Path, name: str, **changes) -> dict:
 SIZES_OF_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13696}
 OTHERS = {  # what config.json says → what the model is called
     "13B": ({**SIZES_OF_13B, "max_position_embeddings": None}, "is Baichuan 13B, whose attention has ALiBi"),
-    "13B, saved anew": (SIZES_OF_13B, "is Baichuan 13B"),
     "without rotary positions": ({"max_position_embeddings": None}, "is Baichuan 13B"),
     "Baichuan 1": ({"vocab_size": 64_000}, "is Baichuan 1, which has another tokenizer and another head"),
-    "Baichuan 1 by name": ({"architectures": ["BaiChuanForCausalLM"]}, "is Baichuan 1"),
-    "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
     "longer positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has other rotary positions"),
     "another base": ({"rope_theta": 500_000}, "has other rotary positions"),
@@ -75,14 +72,11 @@ def test_a_tokenizer_that_adds_a_space_is_refused(directory):
 
 
 def test_quantised_weights_without_a_word_in_the_config(directory):
-    tensors = load_file(directory / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
+    tensors, name = load_file(directory / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
     tensors |= {name: torch.zeros(6144, 1, dtype=torch.uint8), f"{name}.absmax": torch.zeros(192)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=f"{name} is torch.uint8: .*not quantised ones"):
         ModelDirectory(directory).check()
-    (problem,) = refused.value.problems
-    assert f"{name} is torch.uint8" in problem and "not quantised ones" in problem
 
 
 @pytest.mark.parametrize(
@@ -123,8 +117,7 @@ def test_a_generation_config_with_a_byte_order_mark(directory):
     assert model.generation_config.user_token_id == opened.tokenizer.user_token_id == 195
 
 
-@pytest.mark.parametrize("do_sample", [False, True, None])
-@pytest.mark.parametrize("zero", [0, 0.0])
+@pytest.mark.parametrize("zero, do_sample", [(0, True), (0.0, None)])
 def test_a_temperature_of_zero_is_greedy(directory, zero, do_sample):
     settings_of(directory, "generation_config.json", temperature=zero, do_sample=do_sample, max_new_tokens=4)
     opened = ModelDirectory(directory).check()
@@ -194,9 +187,7 @@ def test_a_missing_generation_config_says_where_to_get_it(directory):
     (directory / "generation_config.json").unlink()
     with pytest.raises(UserError) as refused:
         ModelDirectory(directory).check()
-    (problem,) = refused.value.problems
-    assert "take the one of Baichuan2-7B-Chat" in problem
-    assert '"user_token_id": 195, "assistant_token_id": 196' in problem
+    assert "take generation_config.json of Baichuan2-7B-Chat" in str(refused.value)
 
 
 def test_an_empty_tokenizer_is_called_damaged(directory):
