@@ -11,7 +11,7 @@ import train
 import web_demo
 from baichuan import BaichuanForCausalLM
 from baichuan.modeling_baichuan import BaichuanModel
-from support.model.comparison import cache_error, compare_logits
+from support.model.comparison import cache_error, compare_logits, compute_in_float32, logits_of
 
 PROMPTS = [[5, 9, 77, 130], [11, 300, 8, 42, 600, 7, 19, 250]]
 
@@ -50,13 +50,12 @@ def refused(capsys, main, arguments) -> str:
     return line
 
 
-@pytest.mark.parametrize("who", ["page", "ask", "predict", "train"])
+@pytest.mark.parametrize("who", ["page", "predict", "train"])
 def test_nothing_answers_with_an_ignored_cache(
     who, checkpoint, samples, train_arguments, tmp_path, ignored_cache, capsys
 ):
     main, arguments = {
         "page": (web_demo.main, ["--model_path", checkpoint, "--device", "cpu", "--port", free_port(), *profiles()]),
-        "ask": (web_demo.main, ["--model_path", checkpoint, "--device", "cpu", "--ask", "你是谁？", *profiles()]),
         "predict": (
             predict.main,
             ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", tmp_path / "answers.jsonl"],
@@ -88,8 +87,6 @@ def test_comparison_does_not_pass_over_nan():
 
 
 def test_half_precision_is_compared_in_float32_and_left_as_it_was(checkpoint):
-    from support.model.comparison import compute_in_float32, logits_of
-
     half = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     wide = BaichuanForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
     before = {name: tensor.clone() for name, tensor in half.state_dict().items()}

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, merge
 from safetensors.torch import load_file, save_file
 
+from baichuan import BaichuanForCausalLM
 from support.errors import UserError
 from support.model.directory import ModelDirectory
 from support.model.weights import Weights, write_weights
@@ -39,6 +40,8 @@ def test_every_layout_of_the_base_is_read_alike(checkpoint, adapter, merged, tmp
     found = dict(Weights(base))
     assert tensors.keys() == found.keys()
     assert all(torch.equal(tensors[name], found[name]) for name in tensors)
+    loaded = BaichuanForCausalLM.from_pretrained(base).state_dict()
+    assert tensors.keys() == loaded.keys() and all(torch.equal(tensors[name], loaded[name]) for name in tensors)
     if layout == "bin shards":  # the whole script on one of them: it has no other way to the weights
         merge(base, adapter, tmp_path / "merged")
         assert (tmp_path / "merged/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
