@@ -38,33 +38,21 @@ def test_cache_error_of_a_lost_cache(checkpoint, ignored_cache):
     assert cache_error(BaichuanForCausalLM.from_pretrained(checkpoint), PROMPTS, 0) > 0.5
 
 
-def profiles() -> list[str]:
-    return ["--desc_path", str(ROOT / "data/sample/profiles-zh_desc.json")]
-
-
-def refused(capsys, main, arguments) -> str:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    assert end.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
-
-
 @pytest.mark.parametrize("who", ["page", "predict", "train"])
 def test_nothing_answers_with_an_ignored_cache(
     who, checkpoint, samples, train_arguments, tmp_path, ignored_cache, capsys
 ):
-    main, arguments = {
-        "page": (web_demo.main, ["--model_path", checkpoint, "--device", "cpu", "--port", free_port(), *profiles()]),
-        "predict": (
-            predict.main,
-            ["--model_path", checkpoint, "--test_path", samples[1], "--output_path", tmp_path / "answers.jsonl"],
-        ),
-        "train": (train.main, train_arguments(tmp_path / "run")),
+    profiles, answers = ROOT / "data/sample/profiles-zh_desc.json", tmp_path / "answers.jsonl"
+    script, flags = {
+        "page": (web_demo, ["--desc_path", profiles, "--model_path", checkpoint, "--port", free_port()]),
+        "predict": (predict, ["--test_path", samples[1], "--model_path", checkpoint, "--output_path", answers]),
+        "train": (train, train_arguments(tmp_path / "run")),
     }[who]
-    line = refused(capsys, main, arguments)
-    assert f"transformers {transformers.__version__}" in line and "constraints.txt" in line
-    assert not (tmp_path / "answers.jsonl").exists() and not list(tmp_path.glob("run/epoch*"))
+    with pytest.raises(SystemExit) as end:
+        script.main(list(map(str, flags)))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and f"transformers {transformers.__version__}" in line and "constraints.txt" in line
+    assert not answers.exists() and not list(tmp_path.glob("run/epoch*"))
 
 
 def test_comparison_against_numpy():

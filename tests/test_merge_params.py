@@ -110,7 +110,8 @@ assert "baichuan" not in sys.modules and "utils" not in sys.modules
     model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
     expected = logits(model, BaichuanTokenizer.from_pretrained(checkpoint))
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-5
-    assert (expected - logits(BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint))).abs().max() > 0.1  # fmt: skip
+    with model.disable_adapter():
+        assert (expected - logits(model, BaichuanTokenizer.from_pretrained(checkpoint))).abs().max() > 0.1
 
 
 def test_result_is_complete(checkpoint, merged):
@@ -123,15 +124,6 @@ def test_result_is_complete(checkpoint, merged):
     merge = after.pop("merged_adapter")
     assert after == before
     assert (merge["base"], merge["adapter"]) == ("Baichuan2-random", "epoch-1-step-3")
-
-
-def test_generation_config_that_transformers_would_not_save(checkpoint, adapter, tmp_path):
-    """Sampling settings without do_sample are refused by save_pretrained (transformers #29988); the file is copied."""
-    base = make_base(checkpoint, tmp_path / "base")
-    settings = json.loads((base / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.3}
-    (base / "generation_config.json").write_text(json.dumps(settings))
-    merge(base, adapter, tmp_path / "merged")
-    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == settings
 
 
 def test_large_results_are_sharded(checkpoint, adapter, merged, tmp_path, monkeypatch):
@@ -262,15 +254,16 @@ FOREIGN = "{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"
 
 
 @pytest.mark.parametrize("format, place", [("baichuan", "tokenizer_config.json"), ("llama", "chat_template.jinja")])
-def test_a_foreign_chat_template_is_not_passed_on(checkpoint, adapter, tmp_path, format, place):
+def test_what_the_base_files_hold(checkpoint, adapter, tmp_path, format, place):
+    """A foreign chat template is not passed on; sampling settings that transformers refuses to save (#29988) are."""
     base, ours = Path(shutil.copytree(checkpoint, tmp_path / "base")), BaichuanTokenizer.from_pretrained(checkpoint)
-    if place == "chat_template.jinja":
-        (base / place).write_text(FOREIGN)
-    else:
-        (base / "chat_template.jinja").unlink(missing_ok=True)
-        settings = json.loads((base / place).read_text())
-        (base / place).write_text(json.dumps(settings | {"chat_template": FOREIGN}))
+    sampling = json.loads((base / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.3}
+    (base / "generation_config.json").write_text(json.dumps(sampling))
+    (base / "chat_template.jinja").unlink()
+    settings = {} if place == "chat_template.jinja" else json.loads((base / place).read_text())
+    (base / place).write_text(json.dumps(settings | {"chat_template": FOREIGN}) if settings else FOREIGN)
     merge(base, adapter, tmp_path / "merged", "--format", format)
+    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == sampling
     assert "INST" not in "".join(path.read_text() for path in (tmp_path / "merged").glob("*.j*"))
     messages = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "俺老孙！"}]
     if format == "llama":  # as an engine reads it, which knows nothing of this project
