@@ -106,6 +106,8 @@ def target_problems(args) -> list[str]:
 def read_probes(args, base: ModelDirectory) -> list[tuple[list[dict], list[int]]]:
     """Conversations to compare on, each with its ids, laid out as in training. Raises: UserError."""
     samples = list(read_samples(args.probe_path)) if args.probe_path else [as_sample(probe, "") for probe in PROBES]
+    if not samples:
+        raise UserError(f"--probe_path {args.probe_path}: holds no sample to compare on")
     probes = []
     for sample in samples[:: math.ceil(len(samples) / args.probes)]:
         messages = with_system(sample["system"], sample["messages"])

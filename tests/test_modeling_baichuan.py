@@ -1,6 +1,7 @@
 """The model against transformers' LlamaForCausalLM, which Baichuan2 is once W_pack is split and the head normalised."""
 
 import inspect
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SIZES
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
@@ -235,11 +237,13 @@ def test_frozen_head_normalises_once_and_notices_changes(monkeypatch):
     x = torch.randn(4, 16)
     for _ in range(5):
         head(x)
-        head.train(len(computed) == 0)  # in evaluation the published one overwrites its weight
+    assert len(computed) == 1
+    head.eval()(x)  # at which the published head overwrites its weight
     assert len(computed) == 2 and torch.equal(head.weight, before)
     with torch.no_grad():
         head.weight.mul_(torch.rand(50, 1) + 0.5)
     torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
+    assert len(computed) == 3
     head.load_state_dict({"weight": torch.randn(50, 16)})
     torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
     head.weight.data = torch.randn(50, 16)
@@ -304,3 +308,15 @@ def test_from_pretrained_takes_what_libraries_pass_by_name(checkpoint):
     options = {"ignore_mismatched_sizes": False, "output_loading_info": True}
     model, info = BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint, **options)
     assert isinstance(model, BaichuanForCausalLM) and not info["missing_keys"]
+
+
+def test_tensors_that_do_not_fit_are_named(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights |= {"surplus": torch.ones(2), "model.norm.weight": torch.ones(7)}
+    del weights["lm_head.weight"]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"missing lm_head.weight; unexpected surplus; model.norm.weight has shape \(7,\)"
+    ):
+        BaichuanForCausalLM.from_pretrained(directory)

@@ -42,7 +42,17 @@ class ModelDirectory:
         with Problems() as problems:
             for part in ("generation_config", "tokenizer", "weights"):
                 problems.of(getattr, self, part)
-        self.load_mapped()
+        # Shapes alone: transformers would first fill what is missing with random numbers, for minutes.
+        with blaming(f"{self.path}/config.json: no model can be built from it"), torch.device("meta"):
+            expected = {(name, *tensor.shape) for name, tensor in BaichuanForCausalLM(self.config).state_dict().items()}
+        found = {(name, *tensor.shape) for name, tensor in self.weights.tensors.items()}
+        with Problems() as problems:
+            for name, *shape in sorted(expected - found):
+                problems.append(
+                    f"{self.path}: the weights lack {name} with the shape {shape}, which config.json asks for"
+                )
+            for name, *shape in sorted(found - expected):
+                problems.append(f"{self.path}: the weights hold {name} with the shape {shape}, which the model has not")
         if four_bit:
             check_four_bit(self)
         return self
@@ -58,10 +68,10 @@ class ModelDirectory:
 
     @cached_property
     def config(self) -> BaichuanConfig | LlamaConfig:
-        if problem := other_model(self.settings):
-            raise UserError(f"{self.path}: {problem}: take Baichuan2-7B-Chat, as it was published")
         kind = self._kind.config_class
         with blaming(f"{self.path}/config.json: is no {kind.__name__}"):
+            if problem := other_model(self.settings):
+                raise UserError(f"{self.path}: {problem}: take Baichuan2-7B-Chat, as it was published")
             return kind.from_pretrained(self.path)
 
     @cached_property
