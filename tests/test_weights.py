@@ -30,7 +30,7 @@ def test_every_layout_of_the_base_is_read_alike(checkpoint, adapter, merged, tmp
         files = {name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(tensors)}
         for file in set(files.values()):
             torch.save({name: tensors[name] for name in tensors if files[name] == file}, base / file)
-        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     elif layout == "inv_freq":
         save_file(
             tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}, base / "model.safetensors"
