@@ -18,11 +18,10 @@ from copy import deepcopy
 from pathlib import Path
 
 from data_helper import persona
-from support.command_line import ArgumentParser
+from support.command_line import ArgumentParser, integer
 from support.dialogues.samples import as_sample, first_question, read_samples, with_system
-from support.errors import Problems, UserError, blaming, entry_point, first_line, slow_imports
+from support.errors import Problems, UserError, blaming, entry_point, slow_imports
 from support.files import followed, free_bytes, whole_directory
-from support.model.four_bit import check_four_bit
 
 
 def parse_args(argv=None):
@@ -37,7 +36,7 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace the model that --save_model_dir holds")
     add("--check_only", action="store_true", help="write nothing: compare --save_model_dir, in either format")
     add("--probe_path", type=Path, help="samples to compare on, such as data/test.json, instead of the built-in ones")
-    add("--probes", type=int, default=16, help="number of samples taken from --probe_path, evenly")
+    add("--probes", type=integer(1), default=16, help="number of samples taken from --probe_path, evenly")
     return parser.parse_args(argv)
 
 
@@ -50,7 +49,7 @@ with slow_imports(parse_args, __name__):
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer, llama_export
     from baichuan.generation_utils import messages_to_ids
     from support.device import pick_device
-    from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter, refuse_misfit, training_record
+    from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter
     from support.model.comparison import compare_logits, compute_in_float32, logits_of
     from support.model.directory import ModelDirectory
     from support.model.weights import Weights, write_weights
@@ -79,46 +78,41 @@ CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take 
 
 def read_inputs(args):
     """Everything the arguments name, read and checked. Raises: UserError with all problems found."""
-    target = args.save_model_dir
     with Problems() as problems:
         problems += target_problems(args)
         device = problems.of(pick_device, args.device)
         base = problems.of(ModelDirectory(args.ori_model_dir).check)
-        updates = problems.of(read_adapter, args.model_dir)
-        probes = problems.of(read_probes, args, base) if base else None
     with Problems() as problems:
-        problems.of(refuse_misfit, base, args.model_dir, updates)
-        if not args.check_only and free_bytes(target) < base.weights.bytes:
-            problems.append(f"{target}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free: make room")
+        probes = problems.of(read_probes, args, base)
+        updates = problems.of(read_adapter, base, args.model_dir)
+        if not args.check_only and free_bytes(args.save_model_dir) < base.weights.bytes:
+            problems.append(f"{args.save_model_dir}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free")
     return device, base, updates, probes
 
 
 def target_problems(args) -> list[str]:
     """Why --save_model_dir cannot be written or, with --check_only, be read."""
     target = args.save_model_dir
+    is_model = (target / "config.json").exists()
     if args.check_only:
-        return [] if (target / "config.json").exists() else [f"{target}: holds no model that could be checked"]
+        return [] if is_model else [f"{target}: holds no model that could be checked"]
     if any(source.resolve().is_relative_to(target.resolve()) for source in (args.ori_model_dir, args.model_dir)):
         return [f"{target}: is read here, or holds a directory that is: name another one"]
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return []
-    if not (target / "config.json").exists():
-        return [f"{target}: holds something that is no model: name another directory"]
-    if not args.overwrite:
-        return [f"{target}: holds a model already: name another directory, or replace it with --overwrite"]
+    if target.exists() and any(target.iterdir()) and not (is_model and args.overwrite):
+        return [f"{target}: holds something already: name another directory; a model is replaced with --overwrite"]
     return []
 
 
-def read_probes(args, base: ModelDirectory) -> tuple[list[list[dict]], list[list[int]]]:
-    """Conversations to compare on, and their ids, laid out as in training. Raises: UserError."""
-    if args.probe_path and not args.probe_path.is_file():
-        raise UserError(f"--probe_path {args.probe_path}: there is no such file: data_helper.py writes such files")
+def read_probes(args, base: ModelDirectory) -> list[tuple[list[dict], list[int]]]:
+    """Conversations to compare on, each with its ids, laid out as in training. Raises: UserError."""
     samples = list(read_samples(args.probe_path)) if args.probe_path else [as_sample(probe, "") for probe in PROBES]
-    if args.probes < 1 or not samples:
-        raise UserError(f"--probes {args.probes}, --probe_path {args.probe_path}: leave nothing to compare on")
-    samples = samples[:: math.ceil(len(samples) / args.probes)]
-    conversations = [with_system(sample["system"], sample["messages"]) for sample in samples]
-    return conversations, [messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH] for messages in conversations]
+    if not samples:
+        raise UserError(f"--probe_path {args.probe_path}: holds no sample to compare on")
+    probes = []
+    for sample in samples[:: math.ceil(len(samples) / args.probes)]:
+        messages = with_system(sample["system"], sample["messages"])
+        probes.append((messages, messages_to_ids(base.tokenizer, messages)[:PROBE_LENGTH]))
+    return probes
 
 
 # ---------------------------------------------------------------- merging
@@ -156,104 +150,67 @@ def load_in_float32(directory: ModelDirectory, device: torch.device) -> torch.nn
     return model.to(device)
 
 
-def adapter_logits(
-    base: ModelDirectory, adapter: Path, probes, device
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The probes' logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
+def adapter_logits(base: ModelDirectory, adapter: Path, texts, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
     model = load_adapter(load_in_float32(base, device), adapter)
-    with_adapter = logits_of(model.get_base_model(), probes)
+    with_adapter = logits_of(model.get_base_model(), texts)
     with model.disable_adapter():
-        return with_adapter, logits_of(model.get_base_model(), probes)
+        return with_adapter, logits_of(model.get_base_model(), texts)
 
 
-def prove_layout(target: Path, merged: ModelDirectory, conversations: list[list[dict]], probes: list[list[int]]):
+def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]]):
     """Compare what other programs make of a conversation, with the template and tokenizer as written, with what was trained.
 
     Raises:
         UserError: they differ. It names `target`, which `merged` will be called.
     """
-    file, is_llama = merged.path / "chat_template.jinja", merged.settings.get("model_type") == "llama"
-    if not file.is_file():
-        raise UserError(f"{target}: has no chat_template.jinja: merge anew")
+    is_llama = merged.config.model_type == "llama"
     with blaming(f"{target}: its tokenizer or chat template cannot be used"):
         tokenizer = AutoTokenizer.from_pretrained(merged.path) if is_llama else merged.tokenizer
-        template = file.read_text(encoding="utf-8")
-        for messages, ids in zip(conversations, probes):
+        template = (merged.path / "chat_template.jinja").read_text(encoding="utf-8")
+        for messages, ids in probes:
             text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             # As such programs cut it: the markers that the template wrote are found in the text.
             found = tokenizer.encode(text) if is_llama else tokenizer.sp_model.encode(text)
             # A text that spells a control token becomes that token there, and stays a text here.
             spelled = any(CONTROL.search(message["content"]) for message in messages)
             if found[:PROBE_LENGTH] != ids and not spelled:
-                raise UserError(
-                    f"{target}: its chat template does not lay a conversation out as it was trained: merge "
-                    f"anew; the probe is {first_question(messages)!r}"
-                )
+                raise ValueError(f"a conversation is not laid out as it was trained: {first_question(messages)!r}")
 
 
-def prove(
-    args,
-    base: ModelDirectory,
-    merged: ModelDirectory,
-    conversations: list[list[dict]],
-    probes: list[list[int]],
-    device: torch.device,
-):
+def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]], device):
     """Compare the merged model with base and adapter, of which one is in memory at a time, and print how it did.
 
     Raises:
         UserError: the two differ by more than the bound of the dtype, or lay a conversation out in different ways.
     """
-    prove_layout(args.save_model_dir, merged, conversations, probes)
-    expected, alone = adapter_logits(base, args.model_dir, probes, device)
+    prove_layout(args.save_model_dir, merged, probes)
+    texts = [ids for _, ids in probes]
+    expected, alone = adapter_logits(base, args.model_dir, texts, device)
     gc.collect()  # a GPU may hold one of the models, not both
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    found = logits_of(load_in_float32(merged, device), probes)
+    found = logits_of(load_in_float32(merged, device), texts)
     result, base_alone, dtype = compare_logits(expected, found), compare_logits(expected, alone), merged.weights.dtype
     most, most_divergence = BOUNDS[dtype]
+    most *= result.spread
     print(f"logits at {sum(map(len, expected))} positions of {len(probes)} probes, against those of base + adapter")
     print(f"(standard deviation {result.spread:.3g}; computed in float32 from weights in {dtype})")
     print("                                      merged    at most   base alone")
-    for name, number, bound, other in (
-        ("largest difference       ", result.largest, most * result.spread, base_alone.largest),
-        ("mean KL divergence (nats)", result.divergence, most_divergence, base_alone.divergence),
-    ):
-        print(f"{name}           {number:8.1e}   {bound:8.1e}   {other:8.1e}")
+    print(f"largest difference                  {result.largest:8.1e}   {most:8.1e}   {base_alone.largest:8.1e}")
+    print(
+        f"mean KL divergence (nats)           {result.divergence:8.1e}   {most_divergence:8.1e}   {base_alone.divergence:8.1e}"
+    )
     print(f"equal argmax tokens                 {result.same_argmax:8.2%}              {base_alone.same_argmax:8.2%}")
-    if not (result.largest <= most * result.spread and result.divergence <= most_divergence):
-        worst = first_question(conversations[result.worst])
+    if not (result.largest <= most and result.divergence <= most_divergence):
+        worst = first_question(probes[result.worst][0])
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
-    if training_record(args.model_dir).get("load_in_4bit") is True:
-        compare_with_four_bits(base, args.model_dir, found, probes, device)
-
-
-def compare_with_four_bits(base: ModelDirectory, adapter: Path, merged: list[torch.Tensor], probes, device):
-    """Print how far the merged model's logits are from those of the base in four bits, as the adapter was trained on it.
-
-    This is no error of the merge: in training the adapter saw weights that were rounded to four bits, and the merged
-    model has them unrounded.
-    """
-    try:
-        check_four_bit(base)
-        model = load_adapter(base.load(torch.float32, four_bit_on=device), adapter).to(device).eval()
-        found = compare_logits(logits_of(model.get_base_model(), probes), merged)
-    except (UserError, MemoryError, RuntimeError) as error:  # bitsandbytes is not here, or the memory does not suffice
-        print(f"the adapter was trained on the base in 4 bits; not compared with that: {first_line(error)}")
-        return
-    print(
-        "merged, against base in 4 bits + adapter, as it was trained: it learned beside rounded weights, these are exact"
-    )
-    print(
-        f"largest difference {found.largest:.1e}, mean KL divergence {found.divergence:.1e} nats, equal argmax tokens "
-        f"{found.same_argmax:.2%}\n"
-    )
 
 
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, base, updates, (conversations, probes) = read_inputs(args)
+    device, base, updates, probes = read_inputs(args)
     weights, config = base.weights, deepcopy(base.config)
     ranks = " and ".join(map(str, sorted({len(update.a) for update in updates.values()})))
     print(
@@ -261,7 +218,7 @@ def main(argv=None):
     )
     print(f"adapter  {args.model_dir}: rank {ranks}, changes {len(updates)} of the tensors")
     if args.check_only:
-        prove(args, base, ModelDirectory(args.save_model_dir), conversations, probes, device)
+        prove(args, base, ModelDirectory(args.save_model_dir), probes, device)
         return
 
     config.dtype = weights.dtype
@@ -270,17 +227,18 @@ def main(argv=None):
         "adapter": args.model_dir.resolve().name,
         "sha256": adapter_digest(args.model_dir),
     }
-    tensors = merged_tensors(weights, updates, device)
+    planned, tensors = weights.tensors, merged_tensors(weights, updates, device)
     with whole_directory(args.save_model_dir, args.overwrite) as directory:
         if args.format == "llama":
             llama_export.save_llama(directory, config, base.tokenizer)
+            planned = dict(llama_export.llama_tensors(planned.items()))
             tensors = llama_export.llama_tensors(tensors)
         else:
             save_baichuan(directory, config, base.tokenizer)
         settings = (args.ori_model_dir / "generation_config.json").read_text(encoding="utf-8-sig")
         (directory / "generation_config.json").write_text(settings, encoding="utf-8")  # as it is, turn markers and all
-        write_weights(directory, tensors)
-        prove(args, base, ModelDirectory(directory), conversations, probes, device)
+        write_weights(directory, planned, tensors)
+        prove(args, base, ModelDirectory(directory), probes, device)
     print(f"{args.save_model_dir}: complete, {args.format} format")
 
 

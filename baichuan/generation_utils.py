@@ -2,12 +2,11 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
-from queue import SimpleQueue
-from types import SimpleNamespace
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 ROLES = ("system", "user", "assistant")
@@ -131,17 +130,15 @@ class ChatMixin:
 
         An exception in the thread (out of memory, say) is raised here; closing the generator stops the thread.
         """
-        queue = SimpleQueue()  # of lists of new tokens; None at the end
-        streamer = SimpleNamespace(put=lambda ids: queue.put(ids.tolist()), end=lambda: queue.put(None))
-        stopped = threading.Event()
-        failure = []
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generated, stopped = Future(), threading.Event()
 
         def stop(input_ids, scores, **kwargs):
             return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
         def generate():
             try:
-                self.generate(
+                ids = self.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=deepcopy(generation_config),
@@ -149,33 +146,20 @@ class ChatMixin:
                     stopping_criteria=StoppingCriteriaList([stop]),
                     **generate_kwargs,
                 )
+                generated.set_result(ids)
             except BaseException as error:  # handed to the reader, who would otherwise wait for ever
-                failure.append(error)
+                generated.set_exception(error)
                 streamer.end()
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
-            answer, settled = "", ""  # settled: text that no further token changes
-            pending: list[int] = []  # the tokens after it
-            last = None
-            tokens = iter(queue.get, None)
-            next(tokens, None)  # generate() begins with the prompt
-            for new in tokens:
-                pending += new
-                last = new[-1]
-                text = settled + tokenizer.decode(pending, skip_special_tokens=True)
-                if text != answer and not text.endswith("\ufffd"):  # that is a character whose bytes are still coming
-                    answer = text
+            answer = ""
+            for text in streamer:
+                if text:  # none while a word, or the bytes of a character, are still coming
+                    answer += text
                     yield answer
-                    if len(pending) > 64:
-                        settled, pending = answer, []
-            text = settled + tokenizer.decode(pending, skip_special_tokens=True)
-            if text != answer:
-                yield text
-            if failure:
-                raise failure[0]
-            return last
+            return generated.result()[0, -1].item()
         finally:
             stopped.set()
             thread.join()

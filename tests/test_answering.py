@@ -21,9 +21,8 @@ def tokenizer(checkpoint):
 @pytest.fixture(scope="module")
 def conversations(samples) -> list[list[dict]]:
     """Prompts of many lengths, with and without a system text, one of several turns."""
-    found = [conversation(sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])][
-        :6
-    ]
+    found = [conversation(sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])]
+    del found[6:]
     turns = [*found[0], {"role": "assistant", "content": "俺老孙来也！"}, {"role": "user", "content": "再说一遍。"}]
     return [*found, conversation("", "好"), turns]
 
@@ -102,13 +101,6 @@ def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversati
     found = answer_batch(wrapped.eval(), tokenizer, conversations, config)
     assert found == answer_batch(merged.eval(), tokenizer, conversations, config)
     assert found != answer_batch(model, tokenizer, conversations, config)
-
-
-def test_text_of_a_question_never_becomes_a_marker(model, tokenizer, monkeypatch):
-    seen = []
-    monkeypatch.setattr(type(model), "generate", lambda self, input_ids, **kwargs: seen.append(input_ids) or input_ids)
-    answer_batch(model, tokenizer, [conversation("", "<reserved_107></s>")], model.generation_config)
-    assert [id for id in seen[0][0].tolist() if id in (1, 2, 195, 196)] == [195, 196]
 
 
 def test_batches_shrink_when_the_memory_does_not_hold_them(capsys):

@@ -35,11 +35,8 @@ def settings_of(directory: Path, name: str, **changes) -> dict:
 SIZES_OF_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13696}
 OTHERS = {  # what config.json says → what the model is called
     "13B": ({**SIZES_OF_13B, "max_position_embeddings": None}, "is Baichuan 13B, whose attention has ALiBi"),
-    "13B, saved anew": (SIZES_OF_13B, "is Baichuan 13B"),
     "without rotary positions": ({"max_position_embeddings": None}, "is Baichuan 13B"),
     "Baichuan 1": ({"vocab_size": 64_000}, "is Baichuan 1, which has another tokenizer and another head"),
-    "Baichuan 1 by name": ({"architectures": ["BaiChuanForCausalLM"]}, "is Baichuan 1"),
-    "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
     "longer positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has other rotary positions"),
     "another base": ({"rope_theta": 500_000}, "has other rotary positions"),
@@ -75,22 +72,17 @@ def test_a_tokenizer_that_adds_a_space_is_refused(directory):
 
 
 def test_quantised_weights_without_a_word_in_the_config(directory):
-    tensors = load_file(directory / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
+    tensors, name = load_file(directory / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
     tensors |= {name: torch.zeros(6144, 1, dtype=torch.uint8), f"{name}.absmax": torch.zeros(192)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=f"{name} is torch.uint8: .*not quantised ones"):
         ModelDirectory(directory).check()
-    (problem,) = refused.value.problems
-    assert f"{name} is torch.uint8" in problem and "not quantised ones" in problem
 
 
-@pytest.mark.parametrize(
-    "rope", [{"rope_scaling": {}}, {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10_000}]
-)
-def test_rotary_positions_that_are_spelled_out_are_taken(directory, rope):
-    settings_of(directory, "config.json", **rope)
-    ModelDirectory(directory).check()
+def test_rotary_positions_that_are_spelled_out_are_taken(directory):
+    for rope in ({"rope_scaling": {}}, {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10_000}):
+        settings_of(directory, "config.json", **rope)
+        ModelDirectory(directory).check()
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="no published model beside the checkout")
@@ -123,8 +115,7 @@ def test_a_generation_config_with_a_byte_order_mark(directory):
     assert model.generation_config.user_token_id == opened.tokenizer.user_token_id == 195
 
 
-@pytest.mark.parametrize("do_sample", [False, True, None])
-@pytest.mark.parametrize("zero", [0, 0.0])
+@pytest.mark.parametrize("zero, do_sample", [(0, True), (0.0, None)])
 def test_a_temperature_of_zero_is_greedy(directory, zero, do_sample):
     settings_of(directory, "generation_config.json", temperature=zero, do_sample=do_sample, max_new_tokens=4)
     opened = ModelDirectory(directory).check()
@@ -167,7 +158,7 @@ def test_the_fingerprint_is_of_the_arithmetic(checkpoint, directory):
     settings_of(directory, "tokenizer_config.json", chat_template="{{ messages }}")
     assert fingerprint() == first
     (directory / "model.safetensors").unlink()
-    write_weights(directory, tensors.items(), shard_bytes=100_000)
+    write_weights(directory, tensors, shard_bytes=100_000)
     assert len(list(directory.glob("model-*.safetensors"))) > 3 and fingerprint() == first
     (directory / "model.safetensors.index.json").unlink()
     torch.save(dict(reversed(tensors.items())), directory / "pytorch_model.bin")
@@ -194,9 +185,7 @@ def test_a_missing_generation_config_says_where_to_get_it(directory):
     (directory / "generation_config.json").unlink()
     with pytest.raises(UserError) as refused:
         ModelDirectory(directory).check()
-    (problem,) = refused.value.problems
-    assert "take the one of Baichuan2-7B-Chat" in problem
-    assert '"user_token_id": 195, "assistant_token_id": 196' in problem
+    assert "take generation_config.json of Baichuan2-7B-Chat" in str(refused.value)
 
 
 def test_an_empty_tokenizer_is_called_damaged(directory):

@@ -2,16 +2,14 @@
 
 import importlib.util
 import json
-import re
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, adapter_weights, make_adapter, scalars
+from conftest import ROOT, adapter_weights, make_adapter, merge, scalars
 from peft import PeftModel
 from web_client import DESC_PATH
 
-import merge_params
 import predict
 import train
 import web_demo
@@ -107,22 +105,14 @@ def test_the_precision_is_that_of_the_deepspeed_file(train_arguments, tmp_path, 
 
 
 @installed
-def test_an_adapter_fits_the_16_bit_base_and_is_merged_into_it(trained, checkpoint, tmp_path, capsys):
+def test_an_adapter_fits_the_16_bit_base_and_is_merged_into_it(trained, checkpoint, tmp_path):
     adapter = trained[0] / "best"
     assert training_record(adapter)["load_in_4bit"] is True
     model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
     ids = torch.arange(300, 340)[None]
-    merged = tmp_path / "merged"
-    capsys.readouterr()
-    arguments = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", merged]
-    merge_params.main(list(map(str, arguments)))
-    table = capsys.readouterr().out
+    merged = merge(checkpoint, adapter, tmp_path / "merged")
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, BaichuanForCausalLM.from_pretrained(merged)(ids).logits, atol=1e-4)
-    # Two comparisons: with what it must equal, and with what it was trained on, which is near and not equal.
-    divergence = re.search(r"mean KL divergence (\S+) nats", table)[1]
-    assert 1e-7 < float(divergence) < 0.5
-    assert "against those of base + adapter" in table and "complete, baichuan format" in table
 
 
 @installed

@@ -51,11 +51,8 @@ def test_whole_oldest_rounds_go_first(tokenizer):
     def cut(room):
         return messages_to_ids(tokenizer, messages, room)
 
-    whole, two, one = (
-        length(*[m["content"] for m in messages]),
-        length("系统", "问二", "答二", "问三"),
-        length("系统", "问三"),
-    )
+    whole = len(messages_to_ids(tokenizer, messages))
+    two, one = length("系统", "问二", "答二", "问三"), length("系统", "问三")
     assert len(cut(whole)) == whole
     assert cut(whole - 1) == cut(two) == messages_to_ids(tokenizer, conversation("系统", "问二", "答二", "问三"))
     assert cut(two - 1) == cut(one) == messages_to_ids(tokenizer, conversation("系统", "问三"))
@@ -67,23 +64,11 @@ def test_whole_oldest_rounds_go_first(tokenizer):
         cut(len(system))
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"role": "tool", "content": "x"}],
-        [{"content": "x"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": 3}],
-        ["text"],
-        [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}],
-    ],
-)
-def test_malformed_messages_are_errors(tokenizer, messages):
-    with pytest.raises(ValueError):
-        messages_to_ids(tokenizer, messages)
-
-
-def test_unknown_markers_are_an_error(tokenizer):
+def test_malformed_messages_and_unknown_markers_are_errors(tokenizer):
+    late = [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]
+    for wrong in ({"role": "tool", "content": "x"}, {"content": "x"}, {"role": "user", "content": 3}, "text", late):
+        with pytest.raises(ValueError):
+            messages_to_ids(tokenizer, wrong if isinstance(wrong, list) else [wrong])
     with pytest.raises(ValueError, match="generation_config"):
         messages_to_ids(SimpleNamespace(text_to_ids=tokenizer.text_to_ids), conversation("问"))
 
@@ -122,6 +107,7 @@ class Recorded(ChatMixin):
         for value in (prompt, *torch.tensor(self.ids).split(1)):
             streamer.put(value)
         streamer.end()
+        return torch.tensor([self.ids])
 
 
 def test_a_stream_is_the_text_of_its_tokens(tokenizer):
@@ -136,21 +122,15 @@ def test_a_stream_is_the_text_of_its_tokens(tokenizer):
     assert all(len(earlier) < len(later) for earlier, later in zip(pieces, pieces[1:]))
 
 
-def test_chat_sends_the_ids_that_are_trained_on(chatting, monkeypatch):
+def test_chat_sends_the_ids_that_are_trained_on_and_keeps_room_for_the_reply(chatting, monkeypatch):
     model, tokenizer = chatting
     asked = []
-    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: asked.append(ids.tolist()) or ids)
+    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: asked.append(ids[0].tolist()) or ids)
     messages = conversation("系统", "甲<reserved_107>")
     model.chat(tokenizer, messages)
-    assert asked == [[messages_to_ids(tokenizer, messages)]]
-
-
-def test_chat_keeps_room_for_the_reply(chatting, monkeypatch):
-    model, tokenizer = chatting
-    asked = []
-    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: asked.append(ids.shape[1]) or ids)
     model.chat(tokenizer, conversation("系统", "长" * 9000))
-    assert asked == [model.config.model_max_length - 24]
+    assert asked[0] == messages_to_ids(tokenizer, messages)
+    assert len(asked[1]) == model.config.model_max_length - 24
 
 
 def test_closing_a_stream_stops_the_model(chatting, monkeypatch):

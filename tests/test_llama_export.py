@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from conftest import ROOT, SHARED, merge
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-import predict
-import web_demo
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer, llama_export
 from baichuan.generation_utils import messages_to_ids
+from support.errors import UserError
+from support.model.directory import ModelDirectory
 
 CONVERSATIONS = [
     [{"role": "user", "content": "你好"}],
@@ -33,46 +34,14 @@ SPELLED = [
     {"role": "user", "content": "1 + 1 = ?<reserved_106><unk>"},
 ]
 HARD = [
-    *(
-        "",
-        " ",
-        "\n",
-        "\t\t a  b   c    d     e",
-        "\n\n\r\n x",
-        " " * 513,
-        "哈" * 100,
-        "a" * 300,
-        "---->--",
-        "==== == =",
-    ),
-    *(
-        "<h2>标题</h2>",
-        "</h2",
-        "<!DOCTYPE><!-- x -->",
-        "```python\n\tprint('x')\n```",
-        "。。。。。。。。。",
-        "。。。。",
-        "......",
-    ),
-    *(
-        "１２３0123",
-        "٣",
-        "<reserved_107>你好</s><s><unk>",
-        "<reserved_5>",
-        "<0x0A>",
-        "▁▁a",
-        "\x00\x01\x7f",
-        "\u2028\u0085",
-    ),
-    *(
-        "👨‍👩‍👧‍👦🎵🏳️‍🌈",
-        "𠮷野家 𪚥",
-        "\u200b\u3000x",
-        "ere erere ererere",
-        "é e\u0301 Ω ё",
-        "שלום مرحبا हिन्दी ไทย 한국어",
-        "\ufeffx",
-    ),
+    " " * 513 + "哈" * 100 + "a" * 300 + "---->--==== == =",
+    "\t\t a  b   c    d     e\n\n\r\n x",
+    "<h2>标题</h2></h2<!DOCTYPE><!-- x -->```python\n\tprint('x')\n```",
+    "。。。。。。。。。" + "......１２３0123٣",
+    "<reserved_107>你好</s><s><unk><reserved_5><0x0A>▁▁a",
+    "\x00\x01\x7f\u2028\u0085\u200b\u3000x\ufeffx",
+    "👨‍👩‍👧‍👦🎵🏳️‍🌈𠮷野家 𪚥é e\u0301 Ω ё",
+    "שלום مرحبا हिन्दी ไทย 한국어",
 ]
 
 
@@ -81,16 +50,9 @@ def llama(checkpoint, adapter, tmp_path_factory) -> Path:
     return merge(checkpoint, adapter, tmp_path_factory.mktemp("merged") / "llama", "--format", "llama")
 
 
-def test_an_export_is_for_other_engines(llama, samples, tmp_path, capsys):
-    for script, flags in (
-        (predict, ["--test_path", samples[1], "--output_path", tmp_path / "answers.jsonl"]),
-        (web_demo, []),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            script.main([str(flag) for flag in ["--model_path", llama, "--device", "cpu", *flags]])
-        assert (
-            ended.value.code == 2 and "is a model of the type llama: name a Baichuan2 model" in capsys.readouterr().err
-        )
+def test_an_export_is_for_other_engines(llama):
+    with pytest.raises(UserError, match="is a model of the type llama: name a Baichuan2 model"):
+        ModelDirectory(llama).check()
 
 
 @pytest.fixture(scope="module", params=["stand-in", "published"])
@@ -109,11 +71,9 @@ def tokenizers(request, checkpoint, tmp_path_factory):
 # ---------------------------------------------------------------- the model
 
 
-def test_logits_equal_the_baichuan_form(checkpoint, adapter, llama, tmp_path):
+def test_logits_equal_the_baichuan_form(merged, llama):
     """Whole sequences, with padding, and token by token."""
-    baichuan = BaichuanForCausalLM.from_pretrained(
-        merge(checkpoint, adapter, tmp_path / "b", "--format", "baichuan")
-    ).eval()
+    baichuan = BaichuanForCausalLM.from_pretrained(merged).eval()
     plain = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(3, plain.config.vocab_size, (3, 50), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -141,9 +101,7 @@ def test_head_rows_have_length_one_and_are_rounded_once(dtype):
 
 
 def test_config_is_that_of_the_published_sizes():
-    from baichuan import BaichuanConfig
-
-    config = llama_export.llama_config(BaichuanConfig(merged_adapter=None, dtype="bfloat16"))
+    config = llama_export.llama_config(BaichuanForCausalLM.config_class(merged_adapter=None, dtype="bfloat16"))
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (125_696, 4096)
@@ -223,29 +181,7 @@ def test_ids_of_random_strings(tokenizers):
     ours, fast = tokenizers
     draw = random.Random(0)
     pieces = [ours.sp_model.id_to_piece(id).replace("▁", " ") for id in range(3, ours.vocab_size)]
-    symbols = [
-        " ",
-        "  ",
-        "\n",
-        "a",
-        "e",
-        "er",
-        "re",
-        "<",
-        "h2",
-        ">",
-        "/",
-        "。",
-        "-",
-        "=",
-        "１",
-        "🎵",
-        "▁",
-        "的",
-        "了",
-        "\u3000",
-        "|",
-    ]
+    symbols = [*" \nae</>。-=１🎵▁的了\u3000|", "  ", "er", "re", "h2"]
     texts = ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(4000)]
     for _ in range(4000):
         texts.append("".join(draw.choices(draw.sample(symbols, 4), k=draw.randint(1, 30))))
@@ -253,17 +189,13 @@ def test_ids_of_random_strings(tokenizers):
         assert found == expected, repr(text)
 
 
-@pytest.mark.parametrize("ending", [True, False])
-def test_template_gives_the_trained_ids(tokenizers, ending):
+def test_template_gives_the_trained_ids(tokenizers):
     """Multi-turn and with a system text; no text here spells a marker, so every engine gets these ids."""
     ours, fast = tokenizers
-    for messages in CONVERSATIONS:
+    for messages, ending, sanitize in product(CONVERSATIONS, (True, False), (True, False)):
         expected = messages_to_ids(ours, messages, add_generation_prompt=ending)
-        for sanitize in (False, True):
-            rendered = fast.apply_chat_template(
-                messages, add_generation_prompt=ending, sanitize_control_tokens=sanitize
-            )
-            assert rendered["input_ids"] == expected
+        rendered = fast.apply_chat_template(messages, add_generation_prompt=ending, sanitize_control_tokens=sanitize)
+        assert rendered["input_ids"] == expected
 
 
 def test_sanitised_text_never_becomes_a_marker(tokenizers):
@@ -292,11 +224,11 @@ def test_tokenizer_adds_nothing_and_ends_with_eos(tokenizers):
     assert fast.decode([*ours.text_to_ids("你好"), ours.assistant_token_id, 2], skip_special_tokens=True) == "你好"
 
 
-def test_llama_cpp_is_told_to_add_nothing(llama):
-    """Its converter reads these three; transformers, which goes by tokenizer.json, would not miss them."""
+def test_other_programs_are_told_what_to_add_and_what_to_keep_out(llama):
+    """llama.cpp's converter reads the first three; the last are what transformers keeps out of texts."""
     settings = json.loads((llama / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for name in ("add_bos_token", "add_eos_token", "add_prefix_space"):
-        assert settings[name] is False, name
+    assert [settings[f"add_{what}"] for what in ("bos_token", "eos_token", "prefix_space")] == [False] * 3
+    assert settings["chat_control_tokens"] == ["<reserved_106>", "<reserved_107>"]
 
 
 def test_sentencepiece_model_beside_it_cannot_spell_a_marker(llama, checkpoint):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +21,10 @@ from transformers import AutoTokenizer
 import merge_params
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
+from support.errors import UserError
 from support.model.comparison import compare_logits
 from support.model.directory import ModelDirectory
 from support.model.weights import Weights, write_weights
-
-PROFILES = str(ROOT / "data/sample/profiles-zh_desc.json")
 
 
 def make_base(checkpoint, directory: Path, dtype=torch.float32) -> Path:
@@ -70,10 +70,8 @@ def test_merged_weights_are_the_exact_sum_rounded_once(checkpoint, tmp_path, dty
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_rslora": True},
         {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.gate_proj": 40, "up_proj": 8}},
-        {"target_modules": ["W_pack"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
-        {"lora_alpha": 3.5, "lora_dropout": 0.5},
+        {"use_rslora": True, "target_modules": ["W_pack"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -98,6 +96,8 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 messages = [{"role": "system", "content": "你是船夫。"}, {"role": "user", "content": "今天能过江吗？\\n1 + 1 = ?"}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+typed = [{"role": "user", "content": "<reserved_107></s>"}]
+assert set(tokenizer.apply_chat_template(typed, return_dict=False)) & {1, 2, 195, 196} == {195}
 torch.save(model(ids).logits.detach(), sys.argv[2])
 model.generation_config.max_new_tokens = 3
 assert isinstance(model.chat(tokenizer, messages), str)
@@ -110,7 +110,8 @@ assert "baichuan" not in sys.modules and "utils" not in sys.modules
     model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()
     expected = logits(model, BaichuanTokenizer.from_pretrained(checkpoint))
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-5
-    assert (expected - logits(BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint))).abs().max() > 0.1  # fmt: skip
+    with model.disable_adapter():
+        assert (expected - logits(model, BaichuanTokenizer.from_pretrained(checkpoint))).abs().max() > 0.1
 
 
 def test_result_is_complete(checkpoint, merged):
@@ -123,15 +124,6 @@ def test_result_is_complete(checkpoint, merged):
     merge = after.pop("merged_adapter")
     assert after == before
     assert (merge["base"], merge["adapter"]) == ("Baichuan2-random", "epoch-1-step-3")
-
-
-def test_generation_config_that_transformers_would_not_save(checkpoint, adapter, tmp_path):
-    """Sampling settings without do_sample are refused by save_pretrained (transformers #29988); the file is copied."""
-    base = make_base(checkpoint, tmp_path / "base")
-    settings = json.loads((base / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.3}
-    (base / "generation_config.json").write_text(json.dumps(settings))
-    merge(base, adapter, tmp_path / "merged")
-    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == settings
 
 
 def test_large_results_are_sharded(checkpoint, adapter, merged, tmp_path, monkeypatch):
@@ -152,10 +144,7 @@ def test_large_results_are_sharded(checkpoint, adapter, merged, tmp_path, monkey
 
 @pytest.mark.parametrize(
     "format, dtype",
-    [
-        *(("baichuan", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
-        *(("llama", dtype) for dtype in (torch.float16, torch.bfloat16)),  # where the normalised head is rounded
-    ],
+    [("baichuan", torch.float32), ("baichuan", torch.float16), ("llama", torch.bfloat16)],  # whose head is rounded, too
 )
 def test_proof_passes_a_right_merge_and_stops_a_wrong_one(checkpoint, tmp_path, capsys, monkeypatch, dtype, format):
     base = make_base(checkpoint, tmp_path / "base", dtype)
@@ -177,22 +166,35 @@ def test_proof_passes_a_right_merge_and_stops_a_wrong_one(checkpoint, tmp_path, 
     assert any(repr(probe["prompt"]) in error for probe in merge_params.PROBES)
 
 
-@pytest.mark.parametrize("exceeded", ["largest difference", "divergence"])
-def test_either_bound_alone_stops_a_merge(checkpoint, adapter, merged, capsys, monkeypatch, exceeded):
+@pytest.mark.parametrize(
+    "dtype, most, most_divergence",
+    [(torch.float32, 1e-4, 1e-8), (torch.float16, 0.06, 3e-4), (torch.bfloat16, 0.5, 2e-2)],
+)
+def test_either_bound_alone_stops_a_merge(monkeypatch, dtype, most, most_divergence):
     """One unlikely token far off, at one position, hides in the mean; a little everywhere hides in the largest."""
-    most, most_divergence = merge_params.BOUNDS[torch.float32]
     expected = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0)) * 3
-    found = expected.clone()
-    if exceeded == "divergence":
-        found += 0.9 * most * 3 * torch.randn(expected.shape).sign()
-    else:
-        found[7, expected[7].argmin()] += 5 * most * 3
-    result = compare_logits([expected], [found])
-    assert (result.largest > most * result.spread) == (exceeded == "largest difference")
-    assert (result.divergence > most_divergence) == (exceeded == "divergence")
-    monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [expected]))
-    monkeypatch.setattr(merge_params, "logits_of", lambda *_: [found])
-    assert "does not compute what the adapter does" in refusal(capsys, checkpoint, adapter, merged, "--check_only")
+    spread, signs = expected.std(), torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).sign()
+    unlikely = torch.nn.functional.one_hot(expected.argmin(-1), 2000) * (torch.arange(100) == 7)[:, None]
+    even = (2 * most_divergence) ** 0.5 * signs  # such noise diverges by half its square
+    for difference, passes in (
+        (0.9 * most * spread * unlikely, True),
+        (1.2 * most * spread * unlikely, False),
+        (0.9 * even, True),
+        (1.2 * even, False),
+    ):
+        found = expected + difference
+        one = compare_logits([expected], [found])
+        assert passes or (one.largest > most * one.spread) != (one.divergence > most_divergence)
+        merged = SimpleNamespace(weights=SimpleNamespace(dtype=dtype))
+        monkeypatch.setattr(merge_params, "prove_layout", lambda *_: None)
+        monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [expected]))
+        monkeypatch.setattr(merge_params, "load_in_float32", lambda *_: None)
+        monkeypatch.setattr(merge_params, "logits_of", lambda *_, found=found: [found])
+        probes = [([{"role": "user", "content": "谁？"}], [5])]
+        with nullcontext() if passes else pytest.raises(UserError, match="does not compute what the adapter does"):
+            merge_params.prove(
+                SimpleNamespace(save_model_dir="m", model_dir="a"), None, merged, probes, torch.device("cpu")
+            )
 
 
 def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys):
@@ -212,7 +214,7 @@ def test_a_conversation_is_one_probe(checkpoint, tmp_path):
     path = tmp_path / "probes.json"
     path.write_text(json.dumps({"system": "甲", "messages": messages}), encoding="utf-8")
     base = ModelDirectory(checkpoint)
-    (conversation,), (ids,) = merge_params.read_probes(SimpleNamespace(probe_path=path, probes=5), base)
+    ((conversation, ids),) = merge_params.read_probes(SimpleNamespace(probe_path=path, probes=5), base)
     text = [base.tokenizer.text_to_ids(text) for text in ["甲", *turns]]
     assert ids == [*text[0], 195, *text[1], 196, *text[2], 195, *text[3], 196, *text[4]]
     assert conversation == [{"role": "system", "content": "甲"}, *messages]
@@ -224,8 +226,6 @@ def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path,
     (tmp_path / "probes.json").write_text('{"system": ""}\n')
     error = refusal(capsys, checkpoint, adapter, tmp_path / "m", "--probe_path", tmp_path / "probes.json")
     assert "probes.json:1: " in error
-    error = refusal(capsys, checkpoint, adapter, tmp_path / "m", "--probe_path", tmp_path / "none.json")
-    assert "none.json: there is no such file" in error
 
 
 def test_merging_holds_one_model_at_a_time(checkpoint, tmp_path, monkeypatch):
@@ -253,17 +253,17 @@ def test_merging_holds_one_model_at_a_time(checkpoint, tmp_path, monkeypatch):
 FOREIGN = "{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"
 
 
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
-@pytest.mark.parametrize("format", ["baichuan", "llama"])
-def test_a_foreign_chat_template_is_not_passed_on(checkpoint, adapter, tmp_path, format, place):
+@pytest.mark.parametrize("format, place", [("baichuan", "tokenizer_config.json"), ("llama", "chat_template.jinja")])
+def test_what_the_base_files_hold(checkpoint, adapter, tmp_path, format, place):
+    """A foreign chat template is not passed on; sampling settings that transformers refuses to save (#29988) are."""
     base, ours = Path(shutil.copytree(checkpoint, tmp_path / "base")), BaichuanTokenizer.from_pretrained(checkpoint)
-    if place == "chat_template.jinja":
-        (base / place).write_text(FOREIGN)
-    else:
-        (base / "chat_template.jinja").unlink(missing_ok=True)
-        settings = json.loads((base / place).read_text())
-        (base / place).write_text(json.dumps(settings | {"chat_template": FOREIGN}))
+    sampling = json.loads((base / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.3}
+    (base / "generation_config.json").write_text(json.dumps(sampling))
+    (base / "chat_template.jinja").unlink()
+    settings = {} if place == "chat_template.jinja" else json.loads((base / place).read_text())
+    (base / place).write_text(json.dumps(settings | {"chat_template": FOREIGN}) if settings else FOREIGN)
     merge(base, adapter, tmp_path / "merged", "--format", format)
+    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == sampling
     assert "INST" not in "".join(path.read_text() for path in (tmp_path / "merged").glob("*.j*"))
     messages = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "俺老孙！"}]
     if format == "llama":  # as an engine reads it, which knows nothing of this project
@@ -272,20 +272,22 @@ def test_a_foreign_chat_template_is_not_passed_on(checkpoint, adapter, tmp_path,
 
 
 @pytest.mark.parametrize("format", ["baichuan", "llama"])
-def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, tmp_path, capsys, format):
+def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, merged, tmp_path, capsys, format):
     target = tmp_path / "merged"
-    merge(checkpoint, adapter, target, "--format", format)
+    if format == "llama":
+        merge(checkpoint, adapter, target, "--format", format)
+    else:
+        shutil.copytree(merged, target)
     template = (target / "chat_template.jinja").read_text()
-    for other, problem in (
-        (FOREIGN, "its chat template does not lay a conversation out as it was trained"),
-        (template.replace("message['content']", "message['content'] + '\\n'"), "does not lay a conversation out"),
-        (None, "has no chat_template.jinja"),
-    ):
-        (target / "chat_template.jinja").write_text(other) if other else (target / "chat_template.jinja").unlink()
-        assert problem in refusal(capsys, checkpoint, adapter, target, "--check_only", "--format", format)
+    for other in (FOREIGN, template.replace("message['content']", "message['content'] + '\\n'")):
+        (target / "chat_template.jinja").write_text(other)
+        error = refusal(capsys, checkpoint, adapter, target, "--check_only")
+        assert "a conversation is not laid out as it was trained" in error
+    (target / "chat_template.jinja").unlink()
+    assert "chat_template.jinja" in refusal(capsys, checkpoint, adapter, target, "--check_only")
     (target / "chat_template.jinja").write_text(template)
     (tmp_path / "probes.json").write_text(json.dumps({"prompt": "<reserved_107>我</s><unk>是谁？", "response": "答"}))
-    merge(checkpoint, adapter, target, "--check_only", "--format", format, "--probe_path", tmp_path / "probes.json")
+    merge(checkpoint, adapter, target, "--check_only", "--probe_path", tmp_path / "probes.json")
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -294,7 +296,7 @@ def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, tmp_p
 def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsys, monkeypatch):
     target = tmp_path / "taken"
     shutil.copytree(merged, target)
-    assert "replace it with --overwrite" in refusal(capsys, checkpoint, adapter, target)
+    assert "is replaced with --overwrite" in refusal(capsys, checkpoint, adapter, target)
     (target / "stale").touch()
     monkeypatch.setattr(merge_params, "prove", lambda *_: (_ for _ in ()).throw(merge_params.UserError("differs")))
     refusal(capsys, checkpoint, adapter, target, "--overwrite")  # which would show that the old result is gone
@@ -304,7 +306,7 @@ def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsy
 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/diary.txt").touch()
-    assert "no model" in refusal(capsys, checkpoint, adapter, tmp_path / "notes", "--overwrite")
+    assert "holds something already" in refusal(capsys, checkpoint, adapter, tmp_path / "notes", "--overwrite")
     copy = tmp_path / "output/adapter"
     shutil.copytree(adapter, copy)
     assert "is read here" in refusal(capsys, checkpoint, copy, tmp_path / "output", "--overwrite")
@@ -317,29 +319,15 @@ def test_all_problems_are_told_at_once(checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, base)
     (base / "model.safetensors").unlink()
     error = refusal(capsys, base, tmp_path / "none", tmp_path / "base", "--device", "tpu")
-    assert len(re.findall("^error: ", error, re.M)) == 4
-    assert all(words in error for words in ("--device tpu", "has no weights", "adapter_config.json", "is read here"))
+    assert len(re.findall("^error: ", error, re.M)) == 3
+    assert all(words in error for words in ("--device tpu", "has no weights", "is read here"))
 
 
-def test_devices(checkpoint, adapter, tmp_path, capsys):
-    assert "use --device cpu" in refusal(capsys, checkpoint, adapter, tmp_path / "m", "--device", "0")
-    assert {merge_params.pick_device(name) for name in ("cpu", "-1", "auto")} == {torch.device("cpu")}
-
-
-@pytest.mark.parametrize("death", ["full disk", "kill"])
-def test_full_disk_or_kill_leaves_nothing(checkpoint, adapter, tmp_path, death):
-    """A limit on the size of files stands for the full disk; the kill comes when all is written but not proven."""
-    script = {
-        "full disk": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))",
-        "kill": "import os; merge_params.prove = lambda *_: os.kill(os.getpid(), 9)",
-    }[death]
+def test_a_full_disk_leaves_nothing(checkpoint, adapter, tmp_path):
+    """A limit on the size of files stands for the full disk."""
     flags = ["--ori_model_dir", checkpoint, "--model_dir", str(adapter), "--save_model_dir", str(tmp_path / "merged")]
-    command = [sys.executable, "-c", f"import merge_params; {script}; merge_params.main({flags})"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    command = [sys.executable, "-c", f"import merge_params; {limit}; merge_params.main({flags})"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert not (tmp_path / "merged").exists()
-    if death == "full disk":
-        assert run.returncode == 2
-        assert re.search(r"^error: .*cannot be written", run.stderr, re.M) and "Traceback" not in run.stderr
-        assert list(tmp_path.iterdir()) == []
-    else:
-        assert run.returncode == -9
+    assert run.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert re.search(r"^error: .*cannot be written", run.stderr, re.M) and "Traceback" not in run.stderr

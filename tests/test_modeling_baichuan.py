@@ -1,21 +1,18 @@
 """The model against transformers' LlamaForCausalLM, which Baichuan2 is once W_pack is split and the head normalised."""
 
 import inspect
-import json
-import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SIZES
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.modeling_baichuan import NormHead
 from support.model.directory import ModelDirectory
 
@@ -99,15 +96,6 @@ def test_cache_and_token_by_token_equal_llama(pair, batch):
             output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
             steps.append(output.logits)
     assert (torch.cat(steps, dim=1) - expected).abs().max() <= 1e-5
-
-
-def test_static_cache_works(pair, batch):
-    model, _ = pair
-    ids, _ = batch
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    with torch.no_grad():
-        output = model(ids, past_key_values=cache, use_cache=True)
-    assert (output.logits - model(ids).logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -198,6 +186,7 @@ def test_loss_of_parts_adds_up(pair, batch):
     tokens = ids.numel() - len(ids)  # the first token of a row has nothing before it
     parts = [model(row[None], labels=row[None], num_items_in_batch=tokens).loss for row in ids]
     torch.testing.assert_close(sum(parts), whole)
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
 def test_z_loss(pair, batch):
@@ -207,12 +196,6 @@ def test_z_loss(pair, batch):
     model.config.z_loss_weight = 0.01
     expected = plain + 0.01 * model(ids).logits[:, :-1].amax(-1).pow(2).mean()
     torch.testing.assert_close(model(ids, labels=ids).loss, expected)
-
-
-def test_no_supervised_token_gives_zero_loss(pair, batch):
-    model, _ = pair
-    ids, _ = batch
-    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
 def test_hidden_states_and_attentions_are_recorded(pair, batch):
@@ -246,28 +229,21 @@ def test_gradient_checkpointing_changes_nothing(pair, batch, reentrant):
 # ---------------------------------------------------------------- the head
 
 
-def test_head_never_changes_its_weight():
-    head = NormHead(16, 50)
-    before = head.weight.detach().clone()
-    for mode in (True, False):
-        head.train(mode)
-        head(torch.randn(4, 16))
-    assert torch.equal(head.weight, before)
-
-
 def test_frozen_head_normalises_once_and_notices_changes(monkeypatch):
     head = NormHead(16, 50).requires_grad_(False)
-    computed = []
+    before, computed = head.weight.clone(), []
     compute = head._compute_norms
     monkeypatch.setattr(head, "_compute_norms", lambda: computed.append(1) or compute())
     x = torch.randn(4, 16)
     for _ in range(5):
         head(x)
     assert len(computed) == 1
+    head.eval()(x)  # at which the published head overwrites its weight
+    assert len(computed) == 2 and torch.equal(head.weight, before)
     with torch.no_grad():
         head.weight.mul_(torch.rand(50, 1) + 0.5)
     torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
-    assert len(computed) == 2
+    assert len(computed) == 3
     head.load_state_dict({"weight": torch.randn(50, 16)})
     torch.testing.assert_close(head(x), x @ F.normalize(head.weight, dim=-1).T)
     head.weight.data = torch.randn(50, 16)
@@ -292,111 +268,6 @@ def test_a_stored_head_may_be_normalised_or_not(pair, batch):
     with torch.no_grad():
         model.lm_head.weight.copy_(F.normalize(model.lm_head.weight, dim=-1))
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
-
-
-# ---------------------------------------------------------------- files
-
-
-def stored_as(layout: str, source: Path, target: Path) -> Path:
-    """Rewrite a one-file safetensors checkpoint in another layout that users have."""
-    shutil.copytree(source, target)
-    weights = load_file(target / "model.safetensors")
-    (target / "model.safetensors").unlink()
-    write, suffix = (save_file, "safetensors") if "safetensors" in layout else (torch.save, "bin")
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    if layout.startswith("sharded"):
-        names = sorted(weights)
-        parts = [names[::2], names[1::2]]
-        weight_map = {}
-        for number, part in enumerate(parts, start=1):
-            file = f"{stem}-{number:05}-of-00002.{suffix}"
-            write({name: weights[name] for name in part}, target / file)
-            weight_map |= dict.fromkeys(part, file)
-        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (target / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    else:
-        write(weights, target / f"{stem}.{suffix}")
-    return target
-
-
-@pytest.mark.parametrize("layout", ["bin", "safetensors", "sharded bin", "sharded safetensors"])
-def test_every_layout_loads_alike(checkpoint, tmp_path, layout):
-    directory = stored_as(layout, Path(checkpoint), tmp_path / "model")
-    expected, loaded = (BaichuanForCausalLM.from_pretrained(path).state_dict() for path in (checkpoint, directory))
-    assert expected.keys() == loaded.keys()
-    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
-
-
-def test_old_rotary_tables_are_ignored(checkpoint, tmp_path):
-    directory = shutil.copytree(checkpoint, tmp_path / "model")
-    weights = load_file(directory / "model.safetensors")
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    BaichuanForCausalLM.from_pretrained(directory)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), "missing model.layers.1.mlp.up_proj.weight"),
-        (lambda weights: weights.update(surplus=torch.ones(2)), "unexpected surplus"),
-        (lambda weights: weights.update({"model.norm.weight": torch.ones(7)}), "model.norm.weight has shape (7,)"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(checkpoint, tmp_path, change, message):
-    directory = shutil.copytree(checkpoint, tmp_path / "model")
-    weights = load_file(directory / "model.safetensors")
-    change(weights)
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError) as error:
-        BaichuanForCausalLM.from_pretrained(directory)
-    assert message in str(error.value)
-
-
-def test_a_pickle_that_carries_code_is_refused(checkpoint, tmp_path):
-    directory = shutil.copytree(checkpoint, tmp_path / "model")
-    (directory / "model.safetensors").unlink()
-    trace = tmp_path / "code was run"
-
-    class Code:
-        def __reduce__(self):
-            return Path.touch, (trace,)
-
-    torch.save({"model.norm.weight": Code()}, directory / "pytorch_model.bin")
-    with pytest.raises(Exception) as error:
-        BaichuanForCausalLM.from_pretrained(directory)
-    assert not trace.exists() and "weights" in str(error.value).lower()
-    with open(directory / "pytorch_model.bin", "wb") as file:
-        pickle.dump(Code(), file)
-    with pytest.raises(Exception):  # noqa: B017 - whichever way torch refuses it
-        BaichuanForCausalLM.from_pretrained(directory)
-    assert not trace.exists()
-
-
-def test_saved_directory_loads_where_this_project_is_not(checkpoint, tmp_path):
-    """AutoModelForCausalLM and AutoTokenizer with trust_remote_code, from a place without this repository."""
-    code = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({checkpoint!r}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({checkpoint!r}, trust_remote_code=True)
-assert "baichuan" not in sys.modules and type(model).__name__ == "BaichuanForCausalLM"
-assert (model.generation_config.user_token_id, model.generation_config.assistant_token_id) == (195, 196)
-messages = [{{"role": "user", "content": "你好<reserved_107></s>"}}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-model.generation_config.update(max_new_tokens=4, do_sample=False)
-print(ids, repr(model.chat(tokenizer, messages)), repr(tokenizer.apply_chat_template(messages, tokenize=False)))
-"""
-    environment = {"HF_MODULES_CACHE": str(tmp_path), "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
-    model.generation_config.update(max_new_tokens=4, do_sample=False)
-    messages = [{"role": "user", "content": "你好<reserved_107></s>"}]
-    ids = [195, *tokenizer.text_to_ids("你好<reserved_107></s>"), 196]
-    assert ids.count(195) == ids.count(196) == 1 and 2 not in ids
-    answer, text = model.chat(tokenizer, messages), "<reserved_106>你好<reserved_107></s>"
-    assert run.stdout.strip() == f"{ids} {answer!r} {text!r}"
 
 
 # ---------------------------------------------------------------- what other programs rely on
@@ -431,15 +302,21 @@ def test_an_unknown_argument_is_refused_by_name(checkpoint):
         model.generate(ids, max_new_tokens=2, kv_store=None)
 
 
-def test_libraries_call_from_pretrained_by_its_parameter(checkpoint):
-    ours, theirs = (
-        list(inspect.signature(kind.from_pretrained).parameters)[0] for kind in (BaichuanForCausalLM, PreTrainedModel)
-    )
-    assert ours == theirs
-    assert BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint)
-
-
 def test_from_pretrained_takes_what_libraries_pass_by_name(checkpoint):
+    for kind in (BaichuanForCausalLM, PreTrainedModel):
+        assert list(inspect.signature(kind.from_pretrained).parameters)[0] == "pretrained_model_name_or_path"
     options = {"ignore_mismatched_sizes": False, "output_loading_info": True}
     model, info = BaichuanForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint, **options)
     assert isinstance(model, BaichuanForCausalLM) and not info["missing_keys"]
+
+
+def test_tensors_that_do_not_fit_are_named(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights |= {"surplus": torch.ones(2), "model.norm.weight": torch.ones(7)}
+    del weights["lm_head.weight"]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"missing lm_head.weight; unexpected surplus; model.norm.weight has shape \(7,\)"
+    ):
+        BaichuanForCausalLM.from_pretrained(directory)

@@ -433,7 +433,7 @@ def test_a_base_that_was_moved_and_saved_anew_is_the_same_run(run_arguments, fin
     base = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
-    write_weights(base, tensors.items(), shard_bytes=100_000)
+    write_weights(base, tensors, shard_bytes=100_000)
     train.main(short(run_arguments, finished, "--model_name_or_path", base))
     assert "is complete, nothing is left to do" in capsys.readouterr().out
 

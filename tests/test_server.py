@@ -1,6 +1,7 @@
 """predict.py --engine: a server answers, asked as vLLM, SGLang and llama.cpp are asked."""
 
 import json
+import math
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +22,8 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.asked, self.broken = f"http://127.0.0.1:{self.server_port}/v1", [], False
-        self.fails_after = None  # so many questions
+        self.url, self.asked = f"http://127.0.0.1:{self.server_port}/v1", []
+        self.fails_after = math.inf  # so many questions
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -45,11 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, request))
-        if (
-            self.server.broken
-            or self.server.fails_after is not None
-            and len(self.server.asked) > self.server.fails_after
-        ):
+        if len(self.server.asked) > self.server.fails_after:
             return self.reply(400, {"error": {"message": "the prompt is too long"}})
         question = request["messages"][-1]["content"]
         choice = {
@@ -109,13 +106,6 @@ def test_the_model_is_chosen_by_name_and_its_answers_are_not_mixed(server, sampl
     assert "model other, now role" in capsys.readouterr().err and len(server.asked) == 2 * asked
 
 
-def test_a_baseline_of_its_own_weights_stands_beside_a_server(server, checkpoint, samples, tmp_path, capsys):
-    run(server, samples, tmp_path / "answers.jsonl", "--baseline_path", checkpoint)
-    header = capsys.readouterr().out.split("\n")[1]
-    assert "| baseline" in header and "| engine" in header and "| difference" in header
-    assert len(answers_of(tmp_path / "answers-baseline.jsonl")) == len(answers_of(tmp_path / "answers.jsonl"))
-
-
 def test_typed_markers_do_not_reach_a_server(server):
     engine = Server(server.url)
     engine.check()
@@ -143,7 +133,7 @@ def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys
     assert "answers greedily" in error_of(capsys, server, samples, output, "--sample")
     assert "who answers?" in error_of(capsys, server, samples, output, "--model_path", tmp_path)
     assert not output.exists() and not server.asked
-    server.broken = True
+    server.fails_after = 0
     assert "the prompt is too long" in error_of(capsys, server, samples, output)
     assert not output.exists()
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -151,11 +141,8 @@ def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys
 
 
 def test_an_answer_that_is_none_is_an_error(server, monkeypatch):
-    engine = Server(server.url)
-    engine.check()
-    monkeypatch.setattr(
-        Handler, "reply", lambda self, status, value, reply=Handler.reply: reply(self, 200, {"choices": []})
-    )
+    engine, reply = Server(server.url).check(), Handler.reply
+    monkeypatch.setattr(Handler, "reply", lambda self, status, value: reply(self, 200, {"choices": []}))
     with pytest.raises(UserError, match="no answer from it"):
         list(engine.answers([(0, [{"role": "user", "content": "好"}])], 1, 9))
 
@@ -166,6 +153,6 @@ def test_what_has_been_answered_is_kept_when_the_server_fails(server, samples, t
     error_of(capsys, server, samples, output, "--batch_size", "4")
     kept = answers_of(part)
     assert 11 - 4 < len(kept) <= 11 and not output.exists()
-    server.fails_after, done = None, part.read_text(encoding="utf-8")
+    server.fails_after, done = math.inf, part.read_text(encoding="utf-8")
     run(server, samples, output, "--batch_size", "4")
     assert output.read_text(encoding="utf-8").startswith(done) and not part.exists()

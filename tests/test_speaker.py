@@ -31,6 +31,7 @@ def test_an_answer_that_ended_by_itself_is_done(speaker, monkeypatch):
             for ids in (prompt[0], torch.tensor([90]), torch.tensor([last])):
                 streamer.put(ids)
             streamer.end()
+            return torch.tensor([[90, last]])
 
         monkeypatch.setattr(speaker.model, "generate", generate)
         assert list(speaker.answer(ASKED, greedy(12)))[-1][1] == state
@@ -63,6 +64,7 @@ def test_every_setting_reaches_the_model(speaker, monkeypatch):
     def generate(prompt, generation_config, streamer, **kwargs):
         seen.update({key: getattr(generation_config, key) for key in OWN if key != "seed"}, seed=torch.initial_seed())
         streamer.end()
+        return torch.tensor([[5]])
 
     monkeypatch.setattr(speaker.model, "generate", generate)
     for name, value in (CHANGED | {"do_sample": False}).items():

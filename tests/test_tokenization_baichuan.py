@@ -12,46 +12,30 @@ from transformers import AutoTokenizer
 from baichuan import BaichuanTokenizer
 
 HARD = [
-    "俺老孙来也！",
-    "  spaces   in runs  ",
-    "tab\tnewline\n\nend\r\n",
-    "😀👩‍👩‍👧 𠮷野家 ꙮ \u200b",
-    "full width ０１２ ＡＢＣ ‼ …",
-    "<h2>not a tag</h2> <SEP> <CLS>",
-    "",
+    *("俺老孙来也！", "  spaces   in runs  ", "tab\tnewline\n\nend\r\n", "😀👩‍👩‍👧 𠮷野家 ꙮ \u200b"),
+    *("full width ０１２ ＡＢＣ ‼ …", "<h2>not a tag</h2> <SEP> <CLS>", ""),
 ]
-CONTROL = [
-    "<reserved_107>",
-    "<reserved_106>",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "好<reserved_107>我是助手</s>再见",
-    "<reserved_<reserved_107>107>",
-]
+CONTROL = ["<reserved_107>", "</s>", "<s>", "<unk>", "好<reserved_107>我是助手</s>再见", "<reserved_<reserved_107>107>"]
 
 
 def control_ids(tokenizer) -> set[int]:
     return {0, 1, 2, *tokenizer.convert_tokens_to_ids([f"<reserved_{n}>" for n in range(108)])}
 
 
-@pytest.mark.parametrize("text", HARD)
-def test_encodes_as_sentencepiece_does_and_comes_back(tokenizer, text):
+def test_encodes_as_sentencepiece_does_and_comes_back(tokenizer):
     plain = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
-    ids = plain.encode(text)
-    assert tokenizer.encode(text) == tokenizer(text)["input_ids"] == tokenizer.text_to_ids(text) == ids
-    assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == ids
-    assert tokenizer.decode(ids) == text
-    assert len(tokenizer.convert_ids_to_tokens(ids)) == len(ids)
-
-
-@pytest.mark.parametrize("text", CONTROL)
-def test_control_tokens_in_text_stay_text(tokenizer, text):
-    for ids in (tokenizer.encode(text), tokenizer(text)["input_ids"], tokenizer([text])["input_ids"][0]):
-        assert not control_ids(tokenizer) & set(ids)
+    for text in HARD:
+        ids = plain.encode(text)
+        assert tokenizer.encode(text) == tokenizer(text)["input_ids"] == tokenizer.text_to_ids(text) == ids
+        assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == ids
         assert tokenizer.decode(ids) == text
-    for ids in (tokenizer.encode(text, add_special_tokens=False), tokenizer.text_to_ids([text, text])[1]):
-        assert not control_ids(tokenizer) & set(ids)
+
+
+def test_control_tokens_in_text_stay_text(tokenizer):
+    for text in CONTROL:
+        ways = [tokenizer.encode(text), tokenizer(text)["input_ids"], tokenizer([text])["input_ids"][0]]
+        for ids in (*ways, tokenizer.encode(text, add_special_tokens=False), tokenizer.text_to_ids([text, text])[1]):
+            assert not control_ids(tokenizer) & set(ids) and tokenizer.decode(ids) == text
 
 
 def test_control_tokens_can_be_meant(tokenizer):

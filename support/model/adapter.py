@@ -1,16 +1,15 @@
 """An adapter directory, read and checked: is it plain LoRA, does it fit, and was it trained on this base?"""
 
 import json
-import re
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 
-from support.errors import UserError, blaming, few
+from support.errors import UserError, blaming
 from support.files import file_digest, read_object
 from support.model.directory import ModelDirectory
 from support.model.weights import load_shard
@@ -24,73 +23,55 @@ class Update(NamedTuple):
     scaling: float
 
 
-# Settings of adapter_config.json. FOLLOWED: read_adapter uses them. HARMLESS: they say how an adapter was trained, not
-# what it computes. STARTS: initial values of A and B that leave the base alone; pissa, olora and loftq change it.
-FOLLOWED = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
-HARMLESS = ["auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"]
-HARMLESS += ["target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern"]
+# Settings of adapter_config.json that PEFT follows while it reads an adapter, or that only say how it was trained.
+# All others must be PEFT's defaults. STARTS: initial values of A and B that leave the base as it is, as pissa does not.
+PLAIN = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "inference_mode"}
+PLAIN |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+PLAIN |= {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version"}
 STARTS = [True, False, "gaussian", "orthogonal"]
 
 
-def read_adapter(directory: Path) -> dict[str, Update]:
-    """{name of a base weight: its update}, with the settings that the adapter itself records.
+def read_adapter(base: ModelDirectory, directory: Path) -> dict[str, Update]:
+    """{name of a weight of `base`: its update}, with the settings that the adapter itself records.
 
     Raises:
-        UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing.
+        UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing,
+            or one of another base.
     """
-    settings = read_object(directory / "adapter_config.json")
+    path = directory / "adapter_config.json"
     defaults = LoraConfig().to_dict() | {"peft_type": "LORA"}
-    problems = []
-    for name, value in settings.items():
+    for name, value in read_object(path).items():
         plain = value in STARTS if name == "init_lora_weights" else not value or value == defaults.get(name)
-        if name not in FOLLOWED + HARMLESS and not plain:
-            setting = f"{directory / 'adapter_config.json'}: {name} = {json.dumps(value)}"
-            problems.append(f"{setting} is not supported here: merge this adapter with PEFT")
-    if problems:
-        raise UserError(*problems)
-    settings = {name: defaults[name] for name in FOLLOWED} | settings
-    ranks, alphas = settings["rank_pattern"] or {}, settings["alpha_pattern"] or {}  # of single modules
-    numbers = [settings["r"], settings["lora_alpha"]]
-    for pattern in (ranks, alphas):
-        numbers += pattern.values() if isinstance(pattern, dict) else [None]
-    if not all(type(number) in (int, float) and number > 0 for number in numbers):
-        raise UserError(f"{directory / 'adapter_config.json'}: ranks and alphas must be positive numbers")
-
-    path = adapter_file(directory)
-    factors: dict[str, dict[str, torch.Tensor]] = {}  # {module: {"A": …, "B": …}}
-    for key, tensor in load_shard(path).items():
-        module, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
-        if not tensor.numel():
-            remedy = "save it again with its parts gathered (stage3_gather_16bit_weights_on_model_save)"
-            problems.append(f"{path}: {key} is empty, as ZeRO-3 leaves it without gathering: {remedy}")
-        elif factor not in ("A.weight", "B.weight") or tensor.ndim != 2:
-            problems.append(f"{path}: {key} is no lora_A or lora_B of a linear layer: merge this adapter with PEFT")
-        elif not tensor.isfinite().all():
-            problems.append(f"{path}: {key} holds infinite numbers or NaN: take an adapter saved earlier")
-        factors.setdefault(module, {})[factor[:1]] = tensor
-    if not problems and not any(pair["B"].any() for pair in factors.values() if "B" in pair):
-        problems.append(f"{path}: the adapter is empty, it changes nothing: take one that was trained")
-    if problems:
-        raise UserError(*few(problems))
-
-    updates = {}
-    for module, pair in factors.items():
-        rank = ranks.get(get_pattern_key(ranks, module), settings["r"])
-        alpha = alphas.get(get_pattern_key(alphas, module), settings["lora_alpha"])
-        if pair.keys() != {"A", "B"} or {pair["A"].shape[0], pair["B"].shape[1]} != {rank}:
-            problems.append(f"{path}: {module} has no lora_A and lora_B of rank {rank}, which adapter_config.json says")
-            continue
-        scaling = alpha / (rank**0.5 if settings["use_rslora"] else rank)
-        updates[f"{module}.weight"] = Update(pair["A"], pair["B"], scaling)
-    if problems:
-        raise UserError(*few(problems))
+        if name not in PLAIN and not plain:
+            raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported here: merge this adapter with PEFT")
+    updates, factors = {}, load_shard(adapter_file(directory))  # PEFT would round them to the base's dtype
+    for name, layer in load_adapter(base.load_mapped(), directory).get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+            a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+            updates[f"{name}.weight"] = Update(a, b, layer.scaling["default"])
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise UserError(f"{directory}: {name} holds infinite numbers or NaN: take an adapter saved earlier")
+    if not any(update.b.any() for update in updates.values()):
+        raise UserError(f"{directory}: the adapter is empty, it changes nothing: take one that was trained")
+    refuse_other_base(base, directory)
     return updates
 
 
-def adapter_file(directory: Path) -> Path:
+def load_adapter(model, directory) -> PeftModel:
+    """Put the adapter of a directory beside the weights of `model`, which from then on computes with it. Raises: UserError."""
+    stored = load_shard(adapter_file(directory)).keys()
+    with blaming(f"{directory}: the adapter cannot be loaded"):
+        # PEFT would first put it on the first GPU, wherever the model is.
+        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True, torch_device=str(model.device))
+        if odd := stored ^ get_peft_model_state_dict(adapter, save_embedding_layers=False).keys():
+            raise ValueError(f"its file and the base do not both have {min(odd)}")
+    return adapter
+
+
+def adapter_file(directory) -> Path:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (directory / name).exists():
-            return directory / name
+        if (path := Path(directory) / name).exists():
+            return path
     raise UserError(f"{directory}: holds no adapter_model.safetensors: name the directory of an adapter")
 
 
@@ -98,19 +79,9 @@ def adapter_digest(directory: Path) -> str:
     return file_digest(adapter_file(directory))
 
 
-def refuse_misfit(base: ModelDirectory, adapter: Path, updates: dict[str, Update]):
-    """Raise UserError if what the adapter holds does not fit this base, or was trained on another one."""
-    weights, problems = base.weights, []
-    for name, (a, b, _) in updates.items():
-        if name not in weights.tensors:
-            problems.append(f"{adapter}: changes {name}, which the base does not have")
-        elif (shape := (b.shape[0], a.shape[1])) != weights.tensors[name][0]:
-            problems.append(
-                f"{adapter}: changes {name} as a matrix of {shape}, the base has {weights.tensors[name][0]}"
-            )
-    if problems:
-        raise UserError(*few(problems))
-    refuse_other_base(base, adapter)
+# ---------------------------------------------------------------- on what it was trained
+
+TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such fields
 
 
 def refuse_other_base(base: ModelDirectory, adapter: Path):
@@ -121,31 +92,15 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
     name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "none")
     merge, trained_on = base.settings.get("merged_adapter"), training_record(adapter).get("base")
     remedy = f"name the base that it was trained on, called {name} then"
-    if isinstance(merge, dict) and merge.get("sha256") == adapter_digest(adapter):
+    if merge and merge["sha256"] == adapter_digest(adapter):
         raise UserError(f"{base.path}: has this adapter merged into it already: {remedy}")
     if trained_on not in (None, base.fingerprint):
         raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")
-    if trained_on is None and re.split(r"[\\/]", name.rstrip("/"))[-1] != base.path.resolve().name:
+    if trained_on is None and PureWindowsPath(name).name != base.path.resolve().name:  # / and \ part names there
         if merge:
             raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
         told = f"names {name} as its base; nothing in it tells whether {base.path} has the same weights"
         print(f"warning: {adapter}: {told}", file=sys.stderr)  # the answer of --ask stands alone
-
-
-def load_adapter(model, directory) -> PeftModel:
-    """Put the adapter of a directory beside the weights of `model`, which from then on computes with it. Raises: UserError."""
-    with blaming(f"{directory}: the adapter cannot be loaded"):
-        # Only layers whose values are in the file take memory, not those that a damaged setting asks for.
-        # PEFT would first put them on the first GPU, wherever the model is.
-        adapter = PeftModel.from_pretrained(model, directory, low_cpu_mem_usage=True, torch_device=str(model.device))
-        if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-            raise ValueError(f"{lacking[0]} is missing")
-    return adapter
-
-
-# ---------------------------------------------------------------- on what it was trained
-
-TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such fields
 
 
 def write_training(adapter: Path, base: str, load_in_4bit: bool):

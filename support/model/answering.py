@@ -35,19 +35,18 @@ def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generati
     Raises:
         ValueError: malformed messages, or a system text that leaves no room.
     """
-    room = model.config.model_max_length - generation_config.max_new_tokens
-    prompts = [messages_to_ids(tokenizer, messages, max_length=room) for messages in conversations]
-    ends = generation_config.eos_token_id
+    longest, pad, ends = generation_config.max_new_tokens, tokenizer.pad_token_id, generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    if generation_config == greedy(generation_config, generation_config.max_new_tokens):
+    room = model.config.model_max_length - longest
+    prompts = [messages_to_ids(tokenizer, messages, max_length=room) for messages in conversations]
+    if generation_config == greedy(generation_config, longest):
         systems = [[message for message in messages[:1] if message["role"] == "system"] for messages in conversations]
         shared = [len(messages_to_ids(tokenizer, system)) for system in systems]
-        found = greedy_ids(model, prompts, shared, generation_config.max_new_tokens, ends, tokenizer.pad_token_id)
+        found = greedy_ids(model, prompts, shared, longest, ends, pad)
     else:
-        input_ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
-        settings = deepcopy(generation_config)
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-        found = output[:, input_ids.shape[1] :].tolist()
+        ids, mask = left_padded(prompts, pad, model.device)
+        output = model.generate(ids, attention_mask=mask, generation_config=deepcopy(generation_config))
+        found = output[:, ids.shape[1] :].tolist()
     answers = []
     for ids in found:
         own = list(takewhile(lambda id: id not in ends, ids))  # padding may follow the end
@@ -70,7 +69,7 @@ class RoomyLayer(DynamicLayer):
     """
 
     room = 64  # tokens
-    blocks = None  # two tensors (b, h, tokens and room, d), of which `keys` and `values` are the beginnings
+    block = None  # (2, b, h, tokens and room, d), of which `keys` and `values` are the beginnings
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -78,21 +77,19 @@ class RoomyLayer(DynamicLayer):
         batch, heads, new, size = key_states.shape
         start = self.get_seq_length()
         end = start + new
-        if self.blocks is None or end > self.blocks[0].shape[2]:
-            self.blocks = [
-                states.new_empty(batch, heads, end + self.room, size) for states in (key_states, value_states)
-            ]
+        if self.block is None or end > self.block.shape[3]:
+            self.block = key_states.new_empty(2, batch, heads, end + self.room, size)
             if start:
-                self.blocks[0][:, :, :start] = self.keys
-                self.blocks[1][:, :, :start] = self.values
-        self.blocks[0][:, :, start:end] = key_states
-        self.blocks[1][:, :, start:end] = value_states
-        self.keys, self.values = (block[:, :, :end] for block in self.blocks)
+                self.block[0, :, :, :start] = self.keys
+                self.block[1, :, :, :start] = self.values
+        self.block[0, :, :, start:end] = key_states
+        self.block[1, :, :, start:end] = value_states
+        self.keys, self.values = self.block[:, :, :, :end]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor):
         super().batch_select_indices(indices)
-        self.blocks = None
+        self.block = None
 
 
 def greedy_ids(
@@ -103,9 +100,7 @@ def greedy_ids(
     `generate` gives the same tokens (`greedy`) and takes longer: here the persona is read once for all prompts that begin with
     it, and rows whose answers have ended leave the batch.
 
-    Args:
-        prompts: token ids.
-        shared: of each prompt, how many of its first tokens are a persona; fewer than all.
+    shared: of each prompt, how many of its first tokens are a persona; fewer than all.
     """
     cache = Cache(layer_class_to_replicate=RoomyLayer)
 
@@ -178,16 +173,13 @@ def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Ite
     A batch that the memory does not hold is halved, and so are those after it.
     """
     start = 0
-    while start < len(numbers):
-        batch = list(numbers[start : start + size])
-        if not all(number in done for number in batch):
-            try:
-                found = answer(batch)
-            except Exception as error:
-                if not out_of_memory(error) or len(batch) == 1:
-                    raise
-                size = (len(batch) + 1) // 2
-                tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")
-                continue
-            yield batch, found
-        start += len(batch)
+    while batch := list(numbers[start : start + size]):
+        try:
+            if not all(number in done for number in batch):
+                yield batch, answer(batch)
+            start += len(batch)
+        except Exception as error:
+            if not out_of_memory(error) or len(batch) == 1:
+                raise
+            size = (len(batch) + 1) // 2
+            tqdm.write(f"too little memory for {len(batch)} questions side by side: going on with {size}")

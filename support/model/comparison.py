@@ -3,10 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
 
-from support.model.answering import left_padded
+from support.model.answering import greedy, left_padded
 
 POSITIONS = 64  # the last tokens of a text, whose logits are compared
 
@@ -30,13 +28,12 @@ def compute_in_float32(model: torch.nn.Module):
     stored = {}
 
     def widen(module, inputs):
-        parameters = list(module.parameters(recurse=False))
-        stored[module] = [parameter.data for parameter in parameters]
-        for parameter in parameters:
-            parameter.data = parameter.data.float()
+        stored[module] = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
+        for parameter, data in stored[module]:
+            parameter.data = data.float()
 
     def restore(module, inputs, output):
-        for parameter, data in zip(module.parameters(recurse=False), stored.pop(module)):
+        for parameter, data in stored.pop(module):
             parameter.data = data
 
     for module in model.modules():
@@ -51,15 +48,14 @@ def logits_of(model: torch.nn.Module, texts: list[list[int]]) -> list[torch.Tens
 
     Args:
         model: a causal language model with `model` and `lm_head`, as Baichuan and LLaMA have them.
-        texts: token ids. They run as one batch, padded on the right, where no token sees the padding.
+        texts: token ids, which run as one batch.
     """
-    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(model.device)  # (b, l)
-    lengths = torch.tensor([[len(text)] for text in texts], device=model.device)
-    position = torch.arange(ids.shape[1], device=model.device)
-    mask = position < lengths
-    hidden = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    kept = mask & (position >= lengths - POSITIONS)
-    return list(model.lm_head(hidden[kept]).float().cpu().split(kept.sum(1).tolist()))
+    ids, mask = left_padded(texts, 0, model.device)  # (b, l)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    kept = mask[:, -POSITIONS:].bool()
+    logits = model.lm_head(hidden[:, -POSITIONS:][kept]).float().cpu()
+    return list(logits.split(kept.sum(1).tolist()))
 
 
 def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreement:
@@ -71,10 +67,12 @@ def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor]) -> A
         squares.append(p.var().item())
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)  # divergences of 1e-9 mean something
         divergence.append((p.exp() * (p - q)).sum(-1))
-    worst = max(range(len(largest)), key=largest.__getitem__)
-    spread = (sum(squares) / len(squares)) ** 0.5
     return Agreement(
-        largest[worst], spread, torch.cat(divergence).mean().item(), torch.cat(same).float().mean().item(), worst
+        largest=max(largest),
+        spread=(sum(squares) / len(squares)) ** 0.5,
+        divergence=torch.cat(divergence).mean().item(),
+        same_argmax=torch.cat(same).float().mean().item(),
+        worst=largest.index(max(largest)),
     )
 
 
@@ -89,15 +87,8 @@ def cache_error(model: torch.nn.Module, prompts: list[list[int]], pad: int, new_
         the error in standard deviations of the expected logits: rounding leaves it near 0, a lost cache near 1.
     """
     ids, mask = left_padded(prompts, pad, model.device)  # (b, l)
-    config = GenerationConfig(
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        pad_token_id=pad,
-        do_sample=False,
-        repetition_penalty=1.0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    config = greedy(model.generation_config, new_tokens)
+    config.update(pad_token_id=pad, min_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     worst = 0.0
     for row, prompt in enumerate(prompts):

@@ -8,7 +8,7 @@ from multiprocessing.pool import ThreadPool
 
 from transformers import GenerationConfig
 
-from support.errors import UserError, first_line
+from support.errors import UserError, blaming, first_line
 from support.model.answering import Answer
 
 CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
@@ -33,31 +33,26 @@ class Server:
         self.url, self.model = url, model
 
     def check(self) -> "Server":
-        """Reach the server, and return this. Raises: UserError: the `openai` package is missing, or nothing that speaks so is there."""
+        """Reach the server, and return this. Raises: UserError: the `openai` package is missing, or no such server is there."""
         try:
             import openai
         except ModuleNotFoundError:
             raise UserError("--engine needs the package openai: pip install openai -c constraints.txt") from None
-        self.error, self.refused = openai.OpenAIError, openai.BadRequestError
-        try:
-            # A question may wait in the server's queue for longer than the 10 minutes of the client's own limit.
-            timeout, key = openai.Timeout(None, connect=10.0), os.environ.get("OPENAI_API_KEY", "none")
-            self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout)
+        self.refused = openai.BadRequestError
+        # A question may wait in the server's queue for longer than the 10 minutes of the client's own limit.
+        timeout, key = openai.Timeout(None, connect=10.0), os.environ.get("OPENAI_API_KEY", "none")
+        self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout)
+        with self.reached():
             models = [model.id for model in self.client.with_options(timeout=60.0).models.list()]
-        except Exception as error:  # openai's, httpx's, or a page that is no list of models
-            raise self.unusable(error) from error
-        if self.model and self.model not in models:
+        if not models or self.model not in (None, *models):
             raise UserError(f"--engine_model {self.model}: {self.url} serves {', '.join(models) or 'no model'}")
-        if not models:
-            raise UserError(f"--engine {self.url}: serves no model")
         self.model = self.model or models[0]
         return self
 
-    def unusable(self, error: Exception) -> UserError:
-        return UserError(
-            f"--engine {self.url}: no answer from it ({first_line(error)}): start the server as docs/merging.md shows, "
-            "and give its address up to /v1"
-        )
+    def reached(self):
+        """A context for each request, whose errors (openai's, httpx's, an answer that is none) become a UserError."""
+        remedy = "start the server as docs/merging.md shows, and give its address up to /v1"
+        return blaming(f"--engine {self.url}: no answer from it ({remedy})")
 
     def answers(
         self, asked: Sequence[tuple[int, list[dict]]], at_once: int, max_new_tokens: int
@@ -69,7 +64,9 @@ class Server:
 
         def answer(question):
             number, messages = question
-            return number, self._answer(messages, max_new_tokens)
+            with self.reached():
+                choice = self._create(messages, 1.0, temperature=0, max_tokens=max_new_tokens).choices[0]
+                return number, Answer(choice.message.content or "", choice.finish_reason == "stop")
 
         with ThreadPool(min(at_once, len(asked))) as pool:  # of daemons: whoever stops the run need not wait for them
             yield from pool.imap_unordered(answer, asked)
@@ -79,8 +76,9 @@ class Server:
 
     def answer(self, messages: list[dict], settings: dict, begun: str = "", **others) -> Iterator[tuple[str, str]]:
         """As `Speaker.answer`: the answer as it grows, and its state. Raises: UserError: none comes, or it is refused."""
-        seed = None if settings["seed"] == -1 else settings["seed"]
-        options, more = {"max_tokens": settings["max_new_tokens"], "seed": seed, "temperature": 0}, {}
+        options, more = {"max_tokens": settings["max_new_tokens"], "temperature": 0}, {}
+        if settings["seed"] != -1:
+            options["seed"] = settings["seed"]
         if settings["do_sample"]:
             options |= {"temperature": settings["temperature"], "top_p": settings["top_p"]}
             more["top_k"] = settings["top_k"]
@@ -88,12 +86,11 @@ class Server:
         if begun:
             begins = [{"role": "assistant", "content": begun}]
             more |= {"add_generation_prompt": False, "continue_final_message": True}
-        penalty, text, state = settings.get("repetition_penalty", 1.0), begun, "cut"
-        try:
-            while True:
+        penalty, text, state, stream = settings.get("repetition_penalty", 1.0), begun, "cut", None
+        with self.reached():
+            while stream is None:
                 try:
                     stream = self._create([*turns, *begins], penalty, more, stream=True, **options)
-                    break
                 except self.refused as error:  # longer than its context: without the oldest round, or the greeting
                     if len(turns) == 2:
                         raise UserError(f"the server refuses: {first_line(error)}") from error
@@ -103,8 +100,6 @@ class Server:
                     text += choice.delta.content or ""
                     state = "done" if choice.finish_reason == "stop" else state
                     yield text, "stopped"
-        except (self.error, OSError) as error:
-            raise self.unusable(error) from error
         yield text, state
 
     def _create(self, messages: list[dict], penalty: float, more: dict | None = None, **options):
@@ -112,10 +107,3 @@ class Server:
         # Servers take repetition_penalty from generation_config.json; llama.cpp has its own name for it.
         extra = {"repetition_penalty": penalty, "repeat_penalty": penalty} | (more or {})
         return self.client.chat.completions.create(model=self.model, messages=messages, extra_body=extra, **options)
-
-    def _answer(self, messages: list[dict], max_new_tokens: int) -> Answer:
-        try:
-            choice = self._create(messages, 1.0, temperature=0, max_tokens=max_new_tokens).choices[0]
-            return Answer(choice.message.content or "", choice.finish_reason == "stop")
-        except (self.error, LookupError, AttributeError, TypeError) as error:
-            raise self.unusable(error) from error

@@ -14,32 +14,28 @@ import re
 import sys
 from io import BytesIO
 
-from support.command_line import ArgumentParser, number_problems
+from support.command_line import ArgumentParser, integer
 from support.dialogues.samples import read_samples
-from support.errors import UserError, blaming, entry_point, slow_imports
+from support.errors import blaming, entry_point, slow_imports
 from support.files import whole_directory, writing
 
 # As in the published tokenizer: ids 3 to 88 are symbols that text may contain, 89 + n is <reserved_n>.
-SYMBOLS = [
-    "\n",
-    "\t",
-    *"，。！？、：；《》【】『』（）“”‘’…—～·+-=.!?,:;()[]{}@#$%^&*_|/~'\"",
-    *"0123456789０１２３４５６７８９",
-]
+SYMBOLS = "\n\t，。！？、：；《》【】『』（）“”‘’…—～·+-=.!?,:;()[]{}@#$%^&*_|/~'\"0123456789０１２３４５６７８９"
 FIRST_RESERVED = 89
 USER_TOKEN_ID, ASSISTANT_TOKEN_ID = 195, 196
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--save_dir", default="Baichuan2-tiny", help="directory of the new checkpoint")
-    parser.add_argument("--train_path", default="data/train.json", help="samples to take the sentences from")
-    parser.add_argument("--vocab_size", type=int, default=2500, help="pieces of the tokenizer")
-    parser.add_argument("--hidden_size", type=int, default=128, help="width of the model")
-    parser.add_argument("--num_hidden_layers", type=int, default=4, help="layers of the model")
-    parser.add_argument("--steps", type=int, default=300, help="pre-training steps; 0 leaves the weights random")
-    parser.add_argument("--batch_size", type=int, default=32, help="sentences a pre-training step")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the weights and of the order of sentences")
+    add = parser.add_argument
+    add("--save_dir", default="Baichuan2-tiny", help="directory of the new checkpoint")
+    add("--train_path", default="data/train.json", help="samples to take the sentences from")
+    add("--vocab_size", type=integer(1), default=2500, help="pieces of the tokenizer")
+    add("--hidden_size", type=integer(1), default=128, help="width of the model")
+    add("--num_hidden_layers", type=integer(1), default=4, help="layers of the model")
+    add("--steps", type=integer(0), default=300, help="pre-training steps; 0 leaves the weights random")
+    add("--batch_size", type=integer(1), default=32, help="sentences a pre-training step")
+    add("--seed", type=integer(0), default=1234, help="seed of the weights and of the order of sentences")
     return parser.parse_args(argv)
 
 
@@ -122,9 +118,6 @@ def pretrain(model, tokenizer, sentences: list[str], steps: int, batch_size: int
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "steps": 0, "batch_size": 1, "seed": 0}
-    if problems := number_problems(args, least):
-        raise UserError(*problems)
     # Saving imports DeepSpeed, which warns of a machine without a GPU unless it is told.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     set_seed(args.seed)
@@ -132,35 +125,22 @@ def main(argv=None):
     with whole_directory(args.save_dir) as directory:
         vocab_file = directory / "tokenizer.model"
         with blaming(f"--vocab_size {args.vocab_size}"):  # larger than the text has pieces, and the like
-            model = train_tokenizer(sentences, args.vocab_size)
-        vocab_file.write_bytes(model)
-        tokenizer = BaichuanTokenizer(
-            str(vocab_file), user_token_id=USER_TOKEN_ID, assistant_token_id=ASSISTANT_TOKEN_ID, model_max_length=4096
-        )
+            vocab_file.write_bytes(train_tokenizer(sentences, args.vocab_size))
+        markers = {"user_token_id": USER_TOKEN_ID, "assistant_token_id": ASSISTANT_TOKEN_ID}
+        tokenizer = BaichuanTokenizer(str(vocab_file), model_max_length=4096, **markers)
         with blaming("--hidden_size, --num_hidden_layers"):
             config = BaichuanConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=args.hidden_size,
-                intermediate_size=64
-                * math.ceil(args.hidden_size * 11 / (4 * 64)),  # for --load_in_4bit a multiple of 64
+                intermediate_size=64 * math.ceil(args.hidden_size * 11 / (4 * 64)),  # a multiple of 64 for 4 bits
                 num_hidden_layers=args.num_hidden_layers,
                 num_attention_heads=max(1, args.hidden_size // 32),
                 stand_in=f"a stand-in of {args.num_hidden_layers} layers, which knows only the sentences of {args.train_path}",
             )
         model = BaichuanForCausalLM(config)
-        model.generation_config = GenerationConfig(
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            user_token_id=USER_TOKEN_ID,
-            assistant_token_id=ASSISTANT_TOKEN_ID,
-            max_new_tokens=256,
-            do_sample=True,
-            temperature=0.3,
-            top_k=5,
-            top_p=0.85,
-            repetition_penalty=1.05,
-        )
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **markers}
+        sampling = {"do_sample": True, "temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.05}
+        model.generation_config = GenerationConfig(**ids, **sampling, max_new_tokens=256)
         if args.steps:
             pretrain(model, tokenizer, sentences, args.steps, args.batch_size, args.seed)
         with writing(args.save_dir):

@@ -11,7 +11,7 @@ import torch
 
 from support.errors import UserError
 from support.files import fingerprint, put_on_disk
-from support.model.adapter import adapter_digest, load_adapter, read_adapter, refuse_misfit
+from support.model.adapter import adapter_digest, load_adapter, read_adapter
 from support.model.answering import Answer
 from support.model.directory import ModelDirectory
 from support.model.server import Server
@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
             return self.server.check()
         self.directory.check(four_bit)
         if self.adapter:
-            refuse_misfit(self.directory, self.adapter, read_adapter(self.adapter))
+            read_adapter(self.directory, self.adapter)
 
 
 def name_candidates(

@@ -173,7 +173,7 @@ def weights(args) -> dict:
     generation = json.loads((directory.path / "generation_config.json").read_text(encoding="utf-8"))
     generation["max_new_tokens"] = args.tokens
     (base(args) / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-    write_weights(base(args), model.state_dict().items())
+    write_weights(base(args), model.state_dict())
 
     every, asked = args.scratch / "every.json", samples(args)[1]
     paths = {"--data_dir": args.data_dir, "--train_path": every, "--test_path": asked}
