@@ -35,8 +35,10 @@ def settings_of(directory: Path, name: str, **changes) -> dict:
 SIZES_OF_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13696}
 OTHERS = {  # what config.json says → what the model is called
     "13B": ({**SIZES_OF_13B, "max_position_embeddings": None}, "is Baichuan 13B, whose attention has ALiBi"),
+    "13B, saved anew": (SIZES_OF_13B, "is Baichuan 13B"),
     "without rotary positions": ({"max_position_embeddings": None}, "is Baichuan 13B"),
     "Baichuan 1": ({"vocab_size": 64_000}, "is Baichuan 1, which has another tokenizer and another head"),
+    "Baichuan 1 by name": ({"architectures": ["BaiChuanForCausalLM"]}, "is Baichuan 1"),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
     "longer positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has other rotary positions"),
     "another base": ({"rope_theta": 500_000}, "has other rotary positions"),
