@@ -23,33 +23,29 @@ from support.training.arguments import read_deepspeed_config, refuse_wrong_argum
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
+    count, share = integer(1), number(below=1)
     add = parser.add_argument_group("data").add_argument
     add("--train_path", default="data/train.json", help="training samples, from data_helper.py")
     add("--test_path", default="data/test.json", help="samples for the perplexity")
-    add("--max_len", type=integer(1), default=512, help="tokens of a sample at most: persona, question, answer")
-    add("--max_src_len", type=integer(1), default=256, help="tokens of a question at most; its beginning is kept")
+    add("--max_len", type=count, default=512, help="tokens of a sample at most: persona, question, answer")
+    add("--max_src_len", type=count, default=256, help="tokens of a question at most; its beginning is kept")
     add("--is_skip", action=Switch, default=False, help="leave samples over a limit out instead of cutting them")
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the base model")
-    add("--lora_dim", type=integer(1), default=16, help="rank r of the adapters")
+    add("--lora_dim", type=count, default=16, help="rank r of the adapters")
     add("--lora_alpha", type=number(positive=True), default=64, help="adapters are scaled by lora_alpha / lora_dim")
-    add("--lora_dropout", type=number(below=1), default=0.1, help="share of an adapter's inputs set to zero")
+    add("--lora_dropout", type=share, default=0.1, help="share of an adapter's inputs set to zero")
     kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
     add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of its memory")
     add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
     add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument
-    add("--per_device_train_batch_size", type=integer(1), default=2, help="samples of a process; see the next flag")
-    add(
-        "--gradient_accumulation_steps",
-        type=integer(1),
-        default=4,
-        help="a step takes this × the above × processes samples",
-    )
-    add("--num_train_epochs", type=integer(1), default=1, help="passes over the training samples")
+    add("--per_device_train_batch_size", type=count, default=2, help="samples of a process; see the next flag")
+    add("--gradient_accumulation_steps", type=count, default=4, help="a step: this × the above × processes samples")
+    add("--num_train_epochs", type=count, default=1, help="passes over the training samples")
     add("--learning_rate", type=number(positive=True), default=1e-4, help="highest learning rate")
-    add("--warmup_ratio", type=number(below=1), default=0.03, help="share of the steps in which it rises from 0")
+    add("--warmup_ratio", type=share, default=0.03, help="share of the steps in which it rises from 0")
     add("--weight_decay", type=number(), default=0.1, help="AdamW's decay, per unit of learning rate")
     add("--seed", type=integer(0), default=1234, help="decides initial adapters, order of samples and dropout")
     packing = "tree: rows that hold once what samples share; none: padded rows of per_device_train_batch_size samples"
@@ -58,26 +54,12 @@ def parse_args(argv=None):
     add("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
-    add("--show_loss_step", type=integer(1), default=10, help="steps between two reports of the loss")
+    add("--show_loss_step", type=count, default=10, help="steps between two reports of the loss")
     add("--save_model_step", type=integer(0), default=300, help="steps between two adapters; 0: per epoch only")
-    add(
-        "--eval_steps",
-        type=integer(0),
-        default=0,
-        help="steps between two perplexities; 0: with each saved adapter only",
-    )
-    add(
-        "--save_total_limit",
-        type=integer(1),
-        help="adapters to keep, the newest ones, besides the best one; default: all",
-    )
-    add("--patience", type=integer(1), help="stop after this many adapters in a row that are no better; default: never")
-    add(
-        "--sample_answers",
-        type=integer(0),
-        default=2,
-        help="questions a role, of up to 20 roles, answered in TensorBoard",
-    )
+    add("--eval_steps", type=integer(0), default=0, help="steps between two perplexities; 0: with each save only")
+    add("--save_total_limit", type=count, help="adapters to keep, the newest, besides the best one; default: all")
+    add("--patience", type=count, help="stop after this many adapters in a row that are no better; default: never")
+    add("--sample_answers", type=integer(0), default=2, help="questions a role (of 20) answered in TensorBoard")
     add("--dry_run", action="store_true", help="say what the run will take, and stop before its first step")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
@@ -273,10 +255,6 @@ def log_answers(args, engine, directory, log: Log, step: int, test: list[dict]):
     engine.train()
 
 
-def is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def save_adapter(args, engine, directory, name: str, test_loss: float, best: Best):
     """Save the adapters of this moment as `name`, and let output_dir/best name the best one so far."""
     best.add(name, test_loss)
@@ -339,8 +317,8 @@ def main(argv=None):
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.report(step, learning_rate, grad_norm)
-            save = step % steps.steps_per_epoch == 0 or is_due(args.save_model_step, step)
-            if save or is_due(args.eval_steps, step):
+            save = step % steps.steps_per_epoch == 0 or step % (args.save_model_step or len(steps)) == 0
+            if save or step % (args.eval_steps or len(steps)) == 0:
                 test_loss = evaluate(args, engine, test_rows, log, step)
             if save:
                 save_adapter(args, engine, directory, steps.name(step), test_loss, best)

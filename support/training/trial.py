@@ -66,8 +66,8 @@ def longest_row(steps: Steps, done: int) -> tuple[dict, float]:
     have the longest samples. The mean of all steps is that of some in between.
     """
     data, personas = steps.data, np.array([len(persona) for persona in steps.data.personas])
-    order = np.concatenate([steps.order(epoch) for epoch in range(steps.epochs)])[done:]
-    persona, own = np.sort(data.persona[order], axis=1), np.diff(data.starts)
+    order, own = steps.order[done:], np.diff(data.starts)
+    persona = np.sort(data.persona[order], axis=1)
     first = np.diff(persona, axis=1, prepend=-1) > 0
     together = own[order].sum(1) + (personas[persona] * first).sum(1)
     longest = (own + personas[data.persona])[order].max(1)
