@@ -44,7 +44,7 @@ def with_config(argv: list[str] | None) -> list[str]:
     for name, value in settings.items():
         if value is True:
             flags.append(f"--{name}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:  # a 0 counts
             flags.append(f"--{name}={value}")
     return flags + argv
 

@@ -1,5 +1,6 @@
 """A step's conversations as tensors: exact ids and pairs, and rows of trees that equal single rounds."""
 
+import copy
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import torch
 from conftest import CONVERSATIONS, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 import data_helper
 import utils
@@ -223,21 +225,6 @@ def test_a_step_is_split_where_it_costs_least(loaded):
         assert sum(cost(row["end"].shape[1]) for row in rows) == pytest.approx(least)
 
 
-def losses(model, data, batches) -> dict:
-    """{(sample's last ids): loss of each supervised token}, independent of rows and order."""
-    found = {}
-    for batch in batches:
-        inputs = utils.model_inputs(batch, "cpu", model.config._attn_implementation)
-        positions = inputs.pop("loss_positions")
-        logits = model(**inputs).logits.flatten(0, 1)[positions[:, 0]]
-        values = torch.nn.functional.cross_entropy(logits, positions[:, 1], reduction="none")
-        start = 0
-        for end in (positions[:, 1] == 2).nonzero()[:, 0] + 1:
-            found[tuple(positions[start:end, 1].tolist())] = values[start:end]
-            start = end
-    return found
-
-
 @pytest.mark.parametrize("max_pack_len", [40, 1000])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_pack_len, attention):
@@ -295,32 +282,19 @@ def test_flex_attention_takes_the_same_mask(loaded, model):
     assert found["sdpa"] == pytest.approx(found["flex_attention"], abs=1e-5)
 
 
-def test_nothing_leaks_between_neighbours(loaded, model):
-    """Changing one sample of a row leaves every other sample's losses as they were."""
-    data = dataset(loaded)
-    changed = dataset(
-        loaded, [*SAMPLES[:2], {**SAMPLES[2], "prompt": "换了一个问题？", "response": "换了答案！"}, *SAMPLES[3:]]
-    )
-    indices = data.in_tree_order(np.arange(len(data)))
+def test_perplexity_is_exact_for_both_packings_and_without_dropout(loaded, model):
+    """Against each answer by itself; a model that trains is evaluated without its dropout, and trains on."""
+    lora = LoraConfig(lora_dropout=0.5, target_modules=["W_pack", "down_proj"], init_lora_weights=False)
+    adapted, values = get_peft_model(copy.deepcopy(model), lora).eval(), []
     with torch.no_grad():
-        before, after = (losses(model, d, utils.Collator(d, "tree", 1000, 1)(indices)) for d in (data, changed))
-    common = before.keys() & after.keys()
-    assert len(common) == len(SAMPLES) - 1
-    for key in common:
-        torch.testing.assert_close(before[key], after[key], atol=1e-5, rtol=0)
-
-
-def test_perplexity_is_exact_and_the_same_for_both_packings(loaded, model):
+        for prompt, answer in rounds_one_by_one(loaded, [messages(sample) for sample in SAMPLES]):
+            logits = adapted(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            values += (-logits[range(len(answer)), answer]).tolist()
     data = dataset(loaded)
-    indices = data.in_tree_order(np.arange(len(data)))
-    with torch.no_grad():
-        single = [
-            losses(model, data, utils.Collator(data, "none", 0, 1)(indices[i : i + 1])) for i in range(len(indices))
-        ]
-    values = torch.cat([value for found in single for value in found.values()])
     for packing in ("tree", "none"):
-        batches = utils.Collator(data, packing, 60, 4)(indices)
-        assert utils.evaluation(model, batches, "cpu", "sdpa") == pytest.approx(values.mean().item(), abs=1e-6)
+        batches = utils.Collator(data, packing, 60, 4)(data.in_tree_order(np.arange(len(data))))
+        found = utils.evaluation(adapted.train(), batches, "cpu", "sdpa")
+        assert found == pytest.approx(np.mean(values), abs=1e-5) and adapted.training
 
 
 # ---------------------------------------------------------------- rows → steps
