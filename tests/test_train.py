@@ -365,6 +365,7 @@ def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsy
         ({"scheduler": {}, "train_batch_size": 8}, "remove train_batch_size"),
         ({"zero_optimization": {"stage": 3}}, "stage must be 2"),
         ({"bf16": True}, "bf16 must be an object"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled must be true or false"),
         ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params must be an object"),
         ({"gradient_clipping": "auto"}, "gradient_clipping must be a number"),
     ],
@@ -380,7 +381,6 @@ def test_wrong_deepspeed_files(tmp_path, change, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"bf16": {"enabled": "auto"}},
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}},
         {"optimizer": {"type": "Adamant"}},

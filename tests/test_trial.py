@@ -21,19 +21,20 @@ FORECAST = (
 
 @pytest.mark.parametrize("flags", [[], ["--packing", "none"], ["--max_pack_len", "256"]], ids=" ".join)
 def test_the_longest_row_is_found(train_arguments, checkpoint, samples, flags, monkeypatch):
-    """That of all steps, laid out one by one; from the middle of an epoch on, too."""
-    monkeypatch.setattr(trial, "LOOKED_AT", 4)  # of 50 steps
+    """That of all steps, laid out one by one; from the middle of an epoch on, too. Of split steps, nearly that."""
+    monkeypatch.setattr(trial, "LOOKED_AT", 8)  # of 50 steps
+    monkeypatch.setattr(train, "row_cost", lambda config, device: lambda length: 1000 + length)  # as few as possible
     args = train.parse_args([*train_arguments("out", *flags), "--num_train_epochs", "2"])
     directory = ModelDirectory(checkpoint)
     data = utils.RoleDataset(read_samples(samples[0]), directory.tokenizer, 256, 128)
     steps, _ = train.lay_out(args, directory.config, torch.device("cpu"), data, data)
-    for done in (0, len(steps) - 8):
+    for done in (0, len(steps) - 12):
         row, passes = trial.longest_row(steps, done)
         batches = [batch for step in range(done, len(steps)) for batch in steps[step][0]]
-        assert trial.tokens(row) == max(map(trial.tokens, batches))
-        cost = steps.collator.cost
-        all_costs = sum(len(batch["input_ids"]) * cost(batch["input_ids"].shape[1]) for batch in batches)
-        assert passes == pytest.approx(all_costs / len(row["input_ids"]) / cost(row["input_ids"].shape[1]), rel=0.25)
+        longest = max(map(trial.tokens, batches))
+        assert (0.9 if "--max_pack_len" in flags else 1) * longest <= trial.tokens(row) <= longest
+        costs = [len(batch["input_ids"]) * (1000 + batch["input_ids"].shape[1]) for batch in [row, *batches]]
+        assert passes == pytest.approx(sum(costs[1:]) / costs[0], rel=0.2)
 
 
 @pytest.fixture

@@ -51,6 +51,8 @@ def read_deepspeed_config(path) -> dict:
         for key in ("zero_optimization", "optimizer", "bf16", "fp16"):
             if not isinstance(config.setdefault(key, {}), dict):
                 problems.append(f"{path}: {key} must be an object, as in ds_zero2_no_offload.json")
+            elif not isinstance(config[key].get("enabled", False), bool):  # DeepSpeed reads "auto" as false
+                problems.append(f"{path}: {key}.enabled must be true or false")
         if not isinstance(config.setdefault("gradient_clipping", 0.0), (int, float)):
             problems.append(f"{path}: gradient_clipping must be a number, not {config['gradient_clipping']!r}")
     if config["zero_optimization"].get("stage") not in (1, 2):

@@ -18,7 +18,7 @@ from support.training.log import peak_memory_gb
 from support.training.one_parameter import trained
 from utils import Steps, evaluation, model_inputs
 
-LOOKED_AT = 16  # steps of each kind that are laid out: all of a large file would take minutes
+LOOKED_AT = 32  # steps of each kind that are laid out: all of a large file would take minutes
 
 
 def try_longest_row(engine, steps: Steps, test_rows: list[dict], done: int, attn_implementation: str) -> str:
