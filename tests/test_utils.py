@@ -2,21 +2,18 @@
 
 import copy
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERSATIONS, SHARED
+from conftest import CONVERSATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.generation_utils import messages_to_ids
-from support.dialogues.samples import read_samples
 from support.model.directory import ModelDirectory
 
 SAMPLES = [
@@ -148,19 +145,6 @@ def test_no_room_for_an_answer_is_counted(loaded):
     persona = len(dataset(loaded).personas[0])
     data = dataset(loaded, SAMPLES[:1], max_len=persona + 3)
     assert len(data) == 0 and data.counts["no room for an answer"] == 1
-
-
-def test_older_keys_and_arrays_give_the_same_samples(loaded, tmp_path):
-    lines, array = tmp_path / "lines.json", tmp_path / "array.json"
-    lines.write_text("\n".join(json.dumps(sample) for sample in SAMPLES) + "\n\n")
-    older = [{"instruction": s["system"], "input": s["prompt"], "output": s["response"]} for s in SAMPLES]
-    array.write_text(json.dumps(older, ensure_ascii=False, indent=1))
-    first, second = (dataset(loaded, read_samples(path)) for path in (lines, array))
-    assert first.ids.tolist() == second.ids.tolist() and first.personas == second.personas
-    array.write_text(json.dumps([{"instruction": "你是谁？", "input": "", "output": "我。"}]))
-    found = next(read_samples(array))
-    turns = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我。"}]
-    assert found == {"role": "", "system": "", "messages": turns}
 
 
 # ---------------------------------------------------------------- samples → rows
@@ -331,17 +315,3 @@ def test_processes_share_a_step_without_overlap(loaded, world):
 
 def test_find_all_linear_names_are_the_decoders_linear_layers(model):
     assert utils.find_all_linear_names(model) == ["W_pack", "down_proj", "gate_proj", "o_proj", "up_proj"]
-
-
-if (SHARED / "rolebench").is_dir():
-
-    def test_real_samples_under_the_real_tokenizer(tmp_path):
-        """The figures of RoleBench that the design rests on: tokens of persona, question and answer."""
-        train, test = str(tmp_path / "train.json"), str(tmp_path / "test.json")
-        data_helper.main(["--data_dir", str(SHARED / "rolebench"), "--train_path", train, "--test_path", test])
-        loaded = ModelDirectory(SHARED / "baichuan2-7b-chat").tokenizer
-        data = dataset(loaded, read_samples(train))
-        assert data.counts["read"] == 8020
-        persona = np.mean([len(data.personas[p]) for p in data.persona])
-        answer = int(data.supervised[np.arange(len(data))].sum()) / len(data)
-        assert 85 < persona < 110 and 25 < answer < 35
