@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import random
@@ -11,15 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, alone, free_port, scalars
 from safetensors.torch import load_file
-from tensorboard.summary.writer import event_file_writer
 
 import train
 import utils
@@ -61,17 +57,6 @@ def before(operation: str, directory, number=signal.SIGKILL, process=0, to="proc
 def finish(run: subprocess.Popen) -> str:
     output, _ = run.communicate(timeout=300)  # until the last process of the group has closed its end
     return output
-
-
-@pytest.fixture(autouse=True, scope="module")
-def event_files_in_order():
-    """TensorBoard reads its files in the order of their names, which begin with a second: a run in this process, which
-    may begin within a second of the one before, gets a later one.
-    """
-    later = itertools.count(int(time.time()) + 3600)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(later)))
-        yield
 
 
 @pytest.fixture(scope="module")
