@@ -17,7 +17,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from support.errors import OneProcessError, UserError, first_line, out_of_memory
+from support.errors import OneProcessError, UserError, blaming, first_line, out_of_memory
 from support.files import fingerprint, put_on_disk, read_object, remove_directory, rename_directory, writing
 from support.training.checkpoints import Best, checkpoints, newest_state
 from support.training.processes import rank_and_world_size, refuse_differences
@@ -27,11 +27,8 @@ from utils import RoleDataset
 def claim(output_dir: Path):
     """Keep other runs out of `output_dir`, and remove what killed ones left half-written. Called by all processes.
 
-    Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with the
-    first process, which writes an id into the file; the other hosts look for that id.
-
-    Raises:
-        UserError: another run is writing there, or a process of another host sees another directory.
+    A `deepspeed` command that is killed leaves its processes behind. The lock ends with the first process, which writes
+    an id into the file; the other hosts look for it. Raises: UserError.
     """
     path, owner = output_dir / ".lock", [uuid4().bytes]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -82,12 +79,10 @@ def find_state(output_dir, identity: dict) -> tuple[int, Path | None, list[float
     refuse_differences(identity | {"the state in --output_dir": done})
     if state is None:
         return 0, None, [], Best()
-    try:
+    with blaming(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew"):
         run = read_object(state / "run.json")
         saved, losses, best = run["identity"], [float(loss) for loss in run["losses"]], Best(**run["best"])
         differing = [name for name in identity if saved.get(name) != identity[name]]
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew") from None
     if differing:
         remedy = "change that back, or start in another --output_dir"
         raise UserError(

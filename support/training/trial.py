@@ -22,13 +22,10 @@ LOOKED_AT = 32  # steps of each kind that are laid out: all of a large file woul
 
 
 def try_longest_row(engine, steps: Steps, test_rows: list[dict], done: int, attn_implementation: str) -> str:
-    """Let the longest row pass, and say what memory and time the run will take. It changes neither weights nor random numbers.
+    """Let the longest row pass, and say what memory and time the run will take. No weight and no random number changes.
 
-    Args:
-        test_rows: those of this process, as evaluation takes them.
-        done: steps that are behind; at least one is left.
-    Raises:
-        UserError, on every process, where the run does not fit on one of them.
+    test_rows: those of this process. done: steps that are behind; at least one is left.
+    Raises: UserError, on every process, where the run does not fit on one of them.
     """
     model, device = engine.module, engine.device
     row, passes = longest_row(steps, done)
