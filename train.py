@@ -190,7 +190,7 @@ def start_engine(model, config: dict, args, total_steps: int):
     start = {"model": model, "config": config, "lr_scheduler": schedule}
     try:
         return one_parameter.initialize(model, lambda flat: deepspeed.initialize(model_parameters=[flat], **start)[0])
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # it has no class for what it does not take
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # it has no class for what it does not take
         raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 
 
