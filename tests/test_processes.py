@@ -35,6 +35,8 @@ def test_without_bfloat16_training_falls_back_and_says_so(monkeypatch, capsys, d
         def is_fp16_supported(self):
             return fp16
 
+    processes.join_processes()
+    capsys.readouterr()
     monkeypatch.setattr("deepspeed.get_accelerator", Accelerator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     config = asked_for(bf16=True)
@@ -146,3 +148,19 @@ def test_a_gpu_named_by_its_uuid_is_refused_by_that_name(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6")
     with pytest.raises(UserError, match="by number alone"):
         processes.join_processes()
+
+
+def test_each_process_of_a_host_has_a_gpu_of_its_own(monkeypatch):
+    class GPU:
+        def device_name(self, number=None):
+            return "cuda" if number is None else f"cuda:{number}"
+
+        def set_device(self, number):
+            self.device = number
+
+    gpu = GPU()
+    monkeypatch.setattr("deepspeed.get_accelerator", lambda: gpu)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.join_processes() == torch.device("cuda:1") and gpu.device == 1

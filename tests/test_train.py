@@ -344,6 +344,16 @@ def test_all_problems_are_reported_together(train_arguments, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_out_of_their_range_are_refused():
+    wrong = dict.fromkeys(("save_model_step", "eval_steps", "sample_answers", "seed", "weight_decay"), -1)
+    wrong |= dict.fromkeys(("max_len", "max_src_len", "lora_dim", "num_train_epochs", "show_loss_step"), 0)
+    wrong |= dict.fromkeys(("max_pack_len", "save_total_limit", "patience", "learning_rate", "lora_alpha"), 0)
+    wrong |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 0)
+    for name, value in [*wrong.items(), ("lora_dropout", 1), ("warmup_ratio", "nan"), ("packing", "sideways")]:
+        with pytest.raises(train.UserError, match=f"argument --{name}: "):
+            train.parse_args([f"--{name}={value}"])
+
+
 def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsys):
     """Too few for a step, and none of one role."""
     tokenizer, samples = ModelDirectory(checkpoint).tokenizer, list(read_samples(few_samples[0]))
