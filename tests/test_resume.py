@@ -415,7 +415,7 @@ def test_a_state_that_another_process_cannot_read_is_told(tmp_path, monkeypatch)
 
 if ROOT_USER:
 
-    @pytest.mark.parametrize("kilobytes", [150, 600])
+    @pytest.mark.parametrize("kilobytes", [150, 1400])
     def test_a_full_disk_is_one_line_and_older_checkpoints_stay(run_arguments, uninterrupted, mount, capsys, kilobytes):
         """The disk fills up in the first adapter, or in a later state; with room it is resumed."""
         disk = mount(kilobytes * 1024)
@@ -424,7 +424,7 @@ if ROOT_USER:
         assert_none_is_partial(disk / "run")
         for _, adapter in checkpoints(disk / "run"):
             assert adapter_weights(adapter)
-        if kilobytes == 600:
+        if kilobytes == 1400:
             assert checkpoints(disk / "run/state")
             subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
             train_to_the_end([*run_arguments(disk / "run"), "--resume"])
