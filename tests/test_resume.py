@@ -427,5 +427,5 @@ if ROOT_USER:
         if kilobytes == 1400:
             assert checkpoints(disk / "run/state")
             subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-            train_to_the_end([*run_arguments(disk / "run"), "--resume"])
+            train.main([*run_arguments(disk / "run"), "--resume"])  # here, since this process has claimed the directory
             assert_same(disk / "run", uninterrupted(1))
