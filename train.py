@@ -11,53 +11,55 @@
 
 import math
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
-from support.command_line import ArgumentParser, Switch, with_config
+from support.command_line import ArgumentParser, Switch, integer, number, with_config
 from support.device import row_cost
 from support.dialogues.samples import read_samples
-from support.errors import Problems, UserError, entry_point, slow_imports
+from support.errors import Problems, UserError, entry_point, first_line, slow_imports
 from support.training.arguments import read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
+    count, share = integer(1), number(below=1)
     add = parser.add_argument_group("data").add_argument
     add("--train_path", default="data/train.json", help="training samples, from data_helper.py")
     add("--test_path", default="data/test.json", help="samples for the perplexity")
-    add("--max_len", type=int, default=512, help="tokens of a sample at most: persona, question, answer")
-    add("--max_src_len", type=int, default=256, help="tokens of a question at most; its beginning is kept")
+    add("--max_len", type=count, default=512, help="tokens of a sample at most: persona, question, answer")
+    add("--max_src_len", type=count, default=256, help="tokens of a question at most; its beginning is kept")
     add("--is_skip", action=Switch, default=False, help="leave samples over a limit out instead of cutting them")
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", default="Baichuan2-7B-Chat/", help="directory of the base model")
-    add("--lora_dim", type=int, default=16, help="rank r of the adapters")
-    add("--lora_alpha", type=float, default=64, help="adapters are scaled by lora_alpha / lora_dim")
-    add("--lora_dropout", type=float, default=0.1, help="share of an adapter's inputs set to zero")
+    add("--lora_dim", type=count, default=16, help="rank r of the adapters")
+    add("--lora_alpha", type=number(positive=True), default=64, help="adapters are scaled by lora_alpha / lora_dim")
+    add("--lora_dropout", type=share, default=0.1, help="share of an adapter's inputs set to zero")
     kernels = ["sdpa", "flex_attention", "flash_attention_2", "eager"]
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
     add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of its memory")
     add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
     add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
     add = parser.add_argument_group("steps").add_argument
-    add("--per_device_train_batch_size", type=int, default=2, help="samples of a process; see the next flag")
-    add("--gradient_accumulation_steps", type=int, default=4, help="a step takes this × the above × processes samples")
-    add("--num_train_epochs", type=int, default=1, help="passes over the training samples")
-    add("--learning_rate", type=float, default=1e-4, help="highest learning rate")
-    add("--warmup_ratio", type=float, default=0.03, help="share of the steps in which it rises from 0")
-    add("--weight_decay", type=float, default=0.1, help="AdamW's decay, per unit of learning rate")
-    add("--seed", type=int, default=1234, help="decides initial adapters, order of samples and dropout")
+    add("--per_device_train_batch_size", type=count, default=2, help="samples of a process; see the next flag")
+    add("--gradient_accumulation_steps", type=count, default=4, help="a step: this × the above × processes samples")
+    add("--num_train_epochs", type=count, default=1, help="passes over the training samples")
+    add("--learning_rate", type=number(positive=True), default=1e-4, help="highest learning rate")
+    add("--warmup_ratio", type=share, default=0.03, help="share of the steps in which it rises from 0")
+    add("--weight_decay", type=number(), default=0.1, help="AdamW's decay, per unit of learning rate")
+    add("--seed", type=integer(0), default=1234, help="decides initial adapters, order of samples and dropout")
     packing = "tree: rows that hold once what samples share; none: padded rows of per_device_train_batch_size samples"
     add("--packing", default="tree", choices=["tree", "none"], help=packing)
     add("--max_pack_len", type=tokens_or_auto, default="auto", help="tokens of such a row at most; auto: least cost")
     add("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
-    add("--show_loss_step", type=int, default=10, help="steps between two reports of the loss")
-    add("--save_model_step", type=int, default=300, help="steps between two adapters; 0: per epoch only")
-    add("--eval_steps", type=int, default=0, help="steps between two perplexities; 0: with each saved adapter only")
-    add("--save_total_limit", type=int, help="adapters to keep, the newest ones, besides the best one; default: all")
-    add("--patience", type=int, help="stop after this many adapters in a row that are no better; default: never")
-    add("--sample_answers", type=int, default=2, help="questions a role, of up to 20 roles, answered in TensorBoard")
+    add("--show_loss_step", type=count, default=10, help="steps between two reports of the loss")
+    add("--save_model_step", type=integer(0), default=300, help="steps between two adapters; 0: per epoch only")
+    add("--eval_steps", type=integer(0), default=0, help="steps between two perplexities; 0: with each save only")
+    add("--save_total_limit", type=count, help="adapters to keep, the newest, besides the best one; default: all")
+    add("--patience", type=count, help="stop after this many adapters in a row that are no better; default: never")
+    add("--sample_answers", type=integer(0), default=2, help="questions a role (of 20) answered in TensorBoard")
     add("--dry_run", action="store_true", help="say what the run will take, and stop before its first step")
     add("--resume", action="store_true", help="go on from the newest state in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
@@ -78,11 +80,9 @@ with slow_imports(parse_args, __name__):
     from support.training import one_parameter, processes
     from support.training.checkpoints import Best
     from support.training.log import Log
-    from support.training.memory import Way
-    from support.training.resume import claim, find_state, load_state, run_identity, save_state
-    from support.training.run_record import diverged, introduce, keep_record
+    from support.training.resume import find_state, load_state, run_identity, save_state
+    from support.training.run_record import begin, diverged
     from support.training.sample_answers import sample_answers, uncompiled
-    from support.training.trial import Trial
 
 
 # ---------------------------------------------------------------- samples
@@ -188,8 +188,10 @@ def start_engine(model, config: dict, args, total_steps: int):
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     config["gradient_accumulation_steps"] = 1
     start = {"model": model, "config": config, "lr_scheduler": schedule}
-    with processes.blaming_configuration(args.ds_file):
+    try:
         return one_parameter.initialize(model, lambda flat: deepspeed.initialize(model_parameters=[flat], **start)[0])
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # it has no class for what it does not take
+        raise UserError(f"{args.ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------- training
@@ -253,8 +255,14 @@ def log_answers(args, engine, directory, log: Log, step: int, test: list[dict]):
     engine.train()
 
 
-def is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def save_adapter(args, engine, directory, name: str, test_loss: float, best: Best):
+    """Save the adapters of this moment as `name`, and let output_dir/best name the best one so far."""
+    best.add(name, test_loss)
+    if processes.is_main_process():
+        path = Path(args.output_dir, name)
+        utils.save_model(engine.module, directory.tokenizer, path, directory.fingerprint, args.load_in_4bit)
+        tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
+        best.keep(path.parent, args.save_total_limit)
 
 
 @entry_point
@@ -267,20 +275,18 @@ def main(argv=None):
 
     # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = processes.join_processes()
-    dtype = processes.precision(config)
-    done, state, run = find_state(args.output_dir, run_identity(args, directory.fingerprint, train_data, dtype))
     rank, world_size = processes.rank_and_world_size()
-    output_dir, best = Path(args.output_dir), Best(args.output_dir, run["best"])
+    dtype = processes.precision(config)
+    identity = run_identity(args, directory.fingerprint, train_data, dtype)
+    done, state, losses, best = find_state(args.output_dir, identity)
+    output_dir = Path(args.output_dir)
     if best.is_old(args.patience):
         if rank == 0:
-            print(best.report(args.patience))
+            print(best.report(output_dir, args.patience))
         return
 
     # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
     steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
-    way = Way(dtype.itemsize, args.lora_dim, args.lora_dropout > 0, args.gradient_checkpointing, args.load_in_4bit)
-    trial = Trial(directory.config, way, steps, test_rows, done, args.max_len, device)
-    trial.refuse_too_little_memory()
     torch.manual_seed(args.seed)
     model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
@@ -289,51 +295,36 @@ def main(argv=None):
             directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
-    if not args.dry_run:
-        claim(output_dir)
-    if rank == 0:
-        introduce(model, steps, done, state, dtype, device, args.output_dir, args.resume)
-        if not args.dry_run:
-            keep_record(args, run["identity"], config, device)
 
-    # 4. One row passes, so that a run which does not fit ends here.
+    # 4. The longest row passes, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
-    forecast = trial.run(engine, args.attn_implementation, args.compile)
-    if rank == 0 and forecast:
-        print(f"{forecast}; {trial.saves(output_dir, args.save_model_step, args.save_total_limit)}")
+    begin(args, engine, steps, test_rows, done, state, dtype)
     if args.dry_run:
         return
 
     # 5. Train, show, save; stop where one is asked to.
-    log = Log(output_dir / "runs", len(steps), done, run["losses"], rank == 0)
-    with log, processes.StopRequest() as stop_request:
+    log = Log(output_dir / "runs", len(steps), done, losses, rank == 0)
+    with log, processes.stop_requests() as asked_to_stop:
         for step, (batches, tokens) in enumerate(processes.step_loader(steps, done, device), start=done + 1):
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
-            loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(stop_request))
-            if not math.isfinite(loss):
-                raise diverged(args.output_dir, f"{args.train_path}: the loss of step {step} is {loss}", steps, step)
+            loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(asked_to_stop()))
             learning_rate = engine.get_lr()[0]
             grad_norm = update(engine, dtype)
-            if math.isnan(grad_norm):
-                raise diverged(
-                    args.output_dir, f"{args.train_path}: the gradient of step {step} is not finite", steps, step
-                )
+            if not math.isfinite(loss) or math.isnan(grad_norm):
+                samples = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
+                what = f"the loss of step {step} is {loss}, its gradient's norm {grad_norm}, with samples {samples}"
+                raise diverged(output_dir, f"{args.train_path}: {what}; look at them")
             log.add(loss, steps.step_size, sum(batch["input_ids"].numel() for batch in batches) * world_size)
             if step % args.show_loss_step == 0:
                 log.report(step, learning_rate, grad_norm)
-            save = step % steps.steps_per_epoch == 0 or is_due(args.save_model_step, step)
-            if save or is_due(args.eval_steps, step):
+            save = step % steps.steps_per_epoch == 0 or step % (args.save_model_step or len(steps)) == 0
+            if save or step % (args.eval_steps or len(steps)) == 0:
                 test_loss = evaluate(args, engine, test_rows, log, step)
             if save:
-                best.add(steps.name(step), test_loss)
-                if rank == 0:
-                    path = output_dir / steps.name(step)
-                    utils.save_model(engine.module, directory.tokenizer, path, directory.fingerprint, args.load_in_4bit)
-                    tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
-                    best.keep(args.save_total_limit)
+                save_adapter(args, engine, directory, steps.name(step), test_loss, best)
             if save or stop:
-                now = {"losses": log.losses, "best": best.state()}
-                save_state(engine, output_dir / "state" / steps.name(step), run | now)
+                now = {"identity": identity, "losses": log.losses, "best": asdict(best)}
+                save_state(engine, output_dir / "state" / steps.name(step), now)
             if save and not stop:
                 log_answers(args, engine, directory, log, step, test)
             if save and best.is_old(args.patience):
@@ -341,9 +332,9 @@ def main(argv=None):
             if stop and step < len(steps):
                 if rank == 0:
                     print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")
-                raise SystemExit(128 + (stop_request.signal or signal.SIGTERM))
+                raise SystemExit(128 + (asked_to_stop() or signal.SIGTERM))
     if rank == 0 and best.name:
-        print(best.report(args.patience))
+        print(best.report(output_dir, args.patience))
 
 
 if __name__ == "__main__":

@@ -279,28 +279,21 @@ class Steps(Dataset):
     """
 
     def __init__(self, data: RoleDataset, collator: Collator, step_size: int, epochs: int, seed: int, rank=0, world=1):
-        self.data, self.collator, self.rank, self.world = data, collator, rank, world
-        self.step_size, self.epochs, self.seed = step_size, epochs, seed
+        self.data, self.collator, self.step_size, self.rank, self.world = data, collator, step_size, rank, world
         self.steps_per_epoch = len(data) // step_size
-        self._order = (None, None)  # the epoch, its permutation
+        taken = self.steps_per_epoch * step_size
+        epochs = [np.random.default_rng([seed, epoch]).permutation(len(data))[:taken] for epoch in range(epochs)]
+        self.order = np.concatenate(epochs).reshape(-1, step_size)  # indices of each step's samples
 
     def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        return len(self.order)
 
     def name(self, step: int) -> str:
         return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Indices of the samples of an epoch's steps: (steps_per_epoch, step_size)."""
-        if self._order[0] != epoch:
-            drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
-            self._order = (epoch, drawn[: self.steps_per_epoch * self.step_size].reshape(-1, self.step_size))
-        return self._order[1]
-
     def samples(self, step: int) -> np.ndarray:
         """Indices of a step's samples, in tree order, so that each process meets few personas."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        return self.data.in_tree_order(self.order(epoch)[number])
+        return self.data.in_tree_order(self.order[step])
 
     def __getitem__(self, step: int):
         indices = self.samples(step)

@@ -31,17 +31,20 @@ Switch = argparse.BooleanOptionalAction  # --flag, and --no-flag where --config 
 def with_config(argv: list[str] | None) -> list[str]:
     """The command line with the flags of `--config FILE` before it, so that a flag on the line wins. Raises: UserError.
 
-    The file is a JSON object {flag's name: value}, as train.py writes it. What is wrong in it, argparse says.
+    The file is a JSON object {flag's name: value}, as train.py writes it. What is wrong in it, argparse says. Its
+    entry `made_with` tells of the run that wrote it, and is no flag.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
     path = only_config.parse_known_args(argv)[0].config
     flags = []
-    for name, value in (read_object(path) if path else {}).items():
+    settings = read_object(path) if path else {}
+    settings.pop("made_with", None)
+    for name, value in settings.items():
         if value is True:
             flags.append(f"--{name}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:  # a 0 counts
             flags.append(f"--{name}={value}")
     return flags + argv
 

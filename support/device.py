@@ -21,10 +21,9 @@ def pick_device(name: str):
     refuse_unusable_gpu()
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if not name.isdecimal():
-        raise UserError(f"--device {name}: is no device: use cpu, auto or the number of a GPU")
-    if int(name) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: CUDA finds {torch.cuda.device_count()} GPUs here: use --device cpu")
+    if not name.isdecimal() or int(name) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: CUDA finds {count} GPUs here: use cpu, auto or the number of a GPU, from 0")
     return torch.device("cuda", int(name))
 
 
@@ -36,26 +35,20 @@ def refuse_unusable_gpu():
     import torch
 
     there = glob.glob("/dev/nvidia[0-9]*")  # none in a container that was given none, whatever its host has
-    if not there or torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the GPU is hidden on purpose
-        return
-    remedy = "to compute on the CPU, set DS_ACCELERATOR=cpu in the environment"  # CUDA_VISIBLE_DEVICES=-1 is no slot to the launcher
-    if torch.version.cuda is None:
-        raise UserError(
-            f"there is an NVIDIA GPU, and this torch was built without CUDA: install torch with CUDA; {remedy}"
-        )
-    raise UserError(
-        f"there is an NVIDIA GPU, and CUDA {torch.version.cuda} of this torch cannot use it: update the driver (580 or "
-        f"newer for CUDA 13) or look at CUDA_VISIBLE_DEVICES; {remedy}"
-    )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if there and not torch.cuda.is_available() and not hidden:
+        remedy = f"update the driver to one for CUDA {torch.version.cuda}, or look at CUDA_VISIBLE_DEVICES"
+        if torch.version.cuda is None:
+            remedy = "install torch with CUDA, this one was built without it"
+        on_cpu = "to compute on the CPU, set DS_ACCELERATOR=cpu in the environment"  # -1 is no slot to the launcher
+        raise UserError(f"there is an NVIDIA GPU, and torch cannot use it: {remedy}; {on_cpu}")
 
 
 def set_up_cuda():
     """Switch cuDNN's attention off: it plans a kernel for every new row length, up to a second each; others need no plan.
 
-    So rows need no padding to a few lengths. The kernels of linear layers want widths to be aligned, which are multiples
-    of 64, and the mask begins its rows at multiples of 16 (`additive_mask`): padding would only add tokens.
+    So rows need no padding to a few lengths: the kernels of linear layers want widths to be aligned, which are multiples
+    of 64, and the mask begins its rows at multiples of 16 (`additive_mask`).
     """
     import torch
 

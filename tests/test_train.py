@@ -3,30 +3,30 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, adapter_weights, alone, free_port, labelled, scalars
+from conftest import FLOAT32, ROOT, adapter_weights, free_port, labelled, scalars
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import train
 import utils
 from baichuan import BaichuanForCausalLM, modeling_baichuan
 from support.dialogues.samples import read_samples
+from support.files import followed
 from support.model.adapter import training_record
 from support.model.directory import ModelDirectory
-from support.training import processes
+from support.training import arguments, processes
 
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
 
 
 def launch(processes: int, arguments: list[str], **options) -> subprocess.CompletedProcess:
     command = [LAUNCHER, "--num_gpus", processes, "--master_port", free_port(), "train.py", *arguments]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,7 @@ def data_of(checkpoint):
 # ---------------------------------------------------------------- what is trained
 
 
-def plain_training(
-    checkpoint, data, dropout, weight_decay, clipping, rate, samples_a_step, steps, seed=1234
-) -> list[dict]:
+def plain_training(checkpoint, data, dropout, weight_decay, clipping, rate, samples_a_step, steps, seed) -> list[dict]:
     """What train.py does, without what it does it with: transformers' labels, sample after sample, and torch alone.
 
     Returns each step's mean loss over supervised tokens, learning rate, gradient norm before clipping and adapters.
@@ -93,7 +91,7 @@ def plain_training(
 
 
 # Large enough that each of them shows in the fifth digit or earlier.
-PLAIN = {"weight_decay": 5.0, "clipping": 0.2, "rate": 5e-3, "samples_a_step": 4, "steps": 10}
+PLAIN = {"weight_decay": 5.0, "clipping": 0.2, "rate": 5e-3, "samples_a_step": 4, "steps": 10, "seed": 5}
 
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
@@ -109,7 +107,7 @@ def test_equals_plain_torch(checkpoint, few_samples, train_arguments, data_of, t
     )
     flags = ["--gradient_accumulation_steps", 4, "--lora_dropout", dropout, "--weight_decay", PLAIN["weight_decay"]]
     flags += ["--learning_rate", PLAIN["rate"], "--ds_file", ds_file, "--gradient_checkpointing"]
-    flags += ["--show_loss_step", 2, "--save_model_step", 4, "--sample_answers", 1]
+    flags += ["--show_loss_step", 2, "--save_model_step", 4, "--eval_steps", 3, "--sample_answers", 1, "--seed", 5]
     output = tmp_path / "run"
     train.main(train_arguments(output, *rows, *flags))
     expected = plain_training(checkpoint, data_of(few_samples[0]), dropout, **PLAIN)
@@ -123,7 +121,11 @@ def test_equals_plain_torch(checkpoint, few_samples, train_arguments, data_of, t
         assert [step for step, _ in values] == [2, 4, 6, 8, 10]
         for step, value in values:
             assert value == pytest.approx(expected[step - 1][name], rel=1e-3 if name == "grad_norm" else 1e-6), name
-    for step in (4, 8, 10):
+    losses = dict(scalars(output, "test_loss"))
+    assert list(losses) == [3, 4, 6, 8, 9, 10]
+    saved = {step: losses[step] for step in (4, 8, 10)}
+    assert followed(output / "best").name == f"epoch-1-step-{min(saved, key=saved.get)}"
+    for step in saved:
         ours = adapter_weights(output / f"epoch-1-step-{step}")
         theirs = expected[step - 1]["adapters"]
         assert ours.keys() == theirs.keys()
@@ -175,31 +177,17 @@ def test_perplexity_is_that_of_the_saved_adapter(trained, checkpoint, few_sample
     assert scalars(output, "ppl")[-1][1] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
-def test_training_leaves_the_base_alone(trained, checkpoint):
-    model = BaichuanForCausalLM.from_pretrained(checkpoint)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model = PeftModel.from_pretrained(model, trained[1])
-    for name, tensor in model.get_base_model().state_dict().items():
-        if "lora" not in name:
-            assert torch.equal(tensor, before[name.replace(".base_layer", "")])
-
-
 @pytest.mark.parametrize(
     "variant",
     [
-        ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8],
-        ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2],
-        ["--max_pack_len", 256],
-        ["--packing", "none"],
-        ["--packing", "none", "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1],
-        ["--gradient_checkpointing"],
-        ["--gradient_checkpointing", "--packing", "none"],
-        ["--attn_implementation", "eager"],
+        ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8, "--max_pack_len", 256],
+        ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--attn_implementation", "eager"],
+        ["--packing", "none", "--gradient_checkpointing"],
     ],
     ids=lambda variant: " ".join(map(str, variant)),
 )
 def test_the_same_training_however_it_is_split(trained, train_arguments, tmp_path, variant):
-    train.main(train_arguments(tmp_path, *variant))
+    train.main(train_arguments(tmp_path, *variant, "--sample_answers", 0))
     compare_runs(trained[0], tmp_path)
 
 
@@ -216,7 +204,7 @@ def compare_runs(first, second):
 def test_two_processes_under_the_launcher_train_alike(trained, train_arguments, tmp_path):
     """4 samples on each of two processes, whose rows differ in number and length."""
     more = ["--gradient_accumulation_steps", 2, "--max_pack_len", 256]
-    run = launch(2, train_arguments(tmp_path, *more), timeout=300)
+    run = launch(2, train_arguments(tmp_path, *more))
     assert run.returncode == 0, run.stderr
     compare_runs(trained[0], tmp_path)
     heard, alone = (dict(scalars(output, "who_said_it_margin")) for output in (tmp_path, trained[0]))
@@ -244,6 +232,7 @@ def watched_steps(monkeypatch):
                 "dropouts": len(dropouts),
                 "weight decay": group["weight_decay"],
                 "clipping": engine.gradient_clipping(),
+                "timer": engine.tput_timer.config.enabled,  # at each step it would wait for the device
                 "batches": len(batches),
                 "MLP calls": 0,
             }
@@ -269,20 +258,22 @@ def test_the_books_command(train_arguments, watched_steps, tmp_path, capsys, mon
     assert len(watched_steps) == 5
     for step in watched_steps:
         assert step["training"] and step["dropout"] == {0.1} and step["dropouts"] == 10
-        assert (step["weight decay"], step["clipping"]) == (0.1, 1.0)
+        assert (step["weight decay"], step["clipping"], step["timer"]) == (0.1, 1.0, False)
         assert step["MLP calls"] == 2 * 2 * step["batches"], "forward, and again in the backward pass"
 
 
-def test_the_books_command_under_the_launcher(train_arguments, tmp_path):
-    """On what this CPU has, it is the same run to the last bit as without the launcher."""
+def test_the_books_command_under_the_launcher(train_arguments, tmp_path, monkeypatch):
+    """The README's line, with that GPU or without it; it is the same run to the last bit as without the launcher."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("LOCAL_SIZE", "1")  # else a process a CPU socket
     arguments = [*BOOK, "--sample_answers", 0]
-    run = launch(1, train_arguments(tmp_path / "launched", *arguments), timeout=300)
+    command = [LAUNCHER, "--master_port", free_port(), "train.py", *train_arguments(tmp_path / "launched", *arguments)]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    assert f"{str(dtype)[6:]} on 1 × cpu" in run.stdout
+    assert f"{str(dtype)[6:]} on 1 × cpu" in run.stdout and "5 steps of 8 samples" in run.stdout
     assert ("this device has no bfloat16; training in float32" in run.stdout) == (dtype == torch.float32)
-    command = [sys.executable, "train.py", *train_arguments(tmp_path / "alone", *arguments)]
-    subprocess.run(command, cwd=ROOT, env=alone(), check=True, capture_output=True, timeout=300)
+    train.main(train_arguments(tmp_path / "alone", *arguments))
     ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("launched", "alone"))
     assert {tensor.dtype for tensor in ours.values()} == {dtype}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -290,12 +281,43 @@ def test_the_books_command_under_the_launcher(train_arguments, tmp_path):
         assert scalars(tmp_path / "launched", name) == scalars(tmp_path / "alone", name)
 
 
-def test_the_seed_decides(train_arguments, trained, tmp_path):
-    """Adapters, order and masks: the same seed gives the same run, another seed another order of samples."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.main(train_arguments(tmp_path / name, "--lora_dropout", 0.3, "--seed", seed, "--sample_answers", 0))
-    a, b, c = (scalars(tmp_path / name, "train_loss") for name in "abc")
-    assert a == b != c
+def test_what_answers_leaves_the_compiler_to_training(trained, train_arguments, tmp_path, monkeypatch):
+    """And all is saved before the answers, which may take long or fail."""
+    graphs, module_compile = [], torch.nn.Module.compile  # of each graph whether gradients go through it
+
+    def backend(graph, inputs):  # as the graph stands, since a machine may have no compiler
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    def compile_layer(layer, dynamic):
+        assert dynamic
+        module_compile(layer, dynamic=dynamic, backend=backend)
+
+    def answering(answer, is_saved):
+        def watched(*arguments):
+            before = len(graphs)
+            assert [(tmp_path / place / "epoch-1-step-5").exists() for place in ("", "state")] == [is_saved] * 2
+            answers = answer(*arguments)
+            assert len(graphs) == before  # of eight that a function may have, else training would find none left
+            return answers
+
+        return watched
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+    monkeypatch.setattr(ModelDirectory, "refuse_to_fail_later", answering(ModelDirectory.refuse_to_fail_later, False))
+    monkeypatch.setattr(train, "sample_answers", answering(train.sample_answers, True))
+    train.main(train_arguments(tmp_path, "--compile"))
+    assert any(graphs), "no row that trains was compiled"
+    ours, theirs = (adapter_weights(output / "epoch-1-step-5") for output in (tmp_path, trained[0]))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_a_loss_scale_that_cannot_fall_further_stops_the_run():
+    class Engine:
+        def step(self):
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+
+    assert math.isnan(train.update(Engine(), torch.float16))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -313,96 +335,85 @@ def errors_of(capsys, arguments) -> list[str]:
 def test_all_problems_are_reported_together(train_arguments, tmp_path, capsys):
     empty = tmp_path / "no model"
     empty.mkdir()
-    wrong = ["--max_len", 0, "--lora_dropout", 1.5, "--learning_rate", -1, "--test_path", tmp_path / "none.json"]
-    lines = errors_of(capsys, train_arguments(tmp_path / "out", *wrong, "--model_name_or_path", empty))
-    for part in (
-        "--max_len",
-        "--lora_dropout",
-        "--learning_rate",
-        "none.json",
-        "no model: has no weights",
-        "tokenizer",
-    ):
+    wrong = ["--model_name_or_path", empty, "--test_path", tmp_path / "none.json", "--ds_file", "nowhere.json"]
+    wrong += ["--max_pack_len", 100, "--attn_implementation", "flash_attention_2"]
+    lines = errors_of(capsys, train_arguments(tmp_path / "out", *wrong))
+    parts = ["no model: has no weights", "tokenizer", "none.json", "nowhere.json", "--packing none"]
+    for part in [*parts, "--max_pack_len 100 is less than --max_len 256"]:
         assert any(part in line for line in lines), part
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (["--packing", "sideways"], "--packing"),
-        (["--num_train_epochs", "1.5"], "--num_train_epochs"),
-        (["--warmup_ratio", "nan"], "--warmup_ratio"),
-        (["--no_such_flag"], "--no_such_flag"),
-        (["--max_pack_len", 100], "--max_pack_len 100 is less than --max_len 256"),
-        (["--max_len", 40], "train.json: 0 of 41 samples fit"),
-        (["--max_src_len", 1, "--is_skip"], "train.json: 0 of 41 samples fit"),
-        (["--per_device_train_batch_size", 500], "2000 are needed"),
-        (["--attn_implementation", "flash_attention_2"], "--packing none"),
-        (["--model_name_or_path", "nowhere"], "nowhere: there is no such directory"),
-        (["--ds_file", "nowhere.json"], "nowhere.json"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_wrong_arguments(train_arguments, tmp_path, capsys, change, message):
-    lines = errors_of(capsys, train_arguments(tmp_path / "out", *change))
-    assert any(message in line for line in lines), lines
-    assert not (tmp_path / "out").exists()
+def test_numbers_out_of_their_range_are_refused():
+    wrong = dict.fromkeys(("save_model_step", "eval_steps", "sample_answers", "seed", "weight_decay"), -1)
+    wrong |= dict.fromkeys(("max_len", "max_src_len", "lora_dim", "num_train_epochs", "show_loss_step"), 0)
+    wrong |= dict.fromkeys(("max_pack_len", "save_total_limit", "patience", "learning_rate", "lora_alpha"), 0)
+    wrong |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 0)
+    for name, value in [*wrong.items(), ("lora_dropout", 1), ("warmup_ratio", "nan"), ("packing", "sideways")]:
+        with pytest.raises(train.UserError, match=f"argument --{name}: "):
+            train.parse_args([f"--{name}={value}"])
+
+
+def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsys):
+    """Too few for a step, and none of one role."""
+    tokenizer, samples = ModelDirectory(checkpoint).tokenizer, list(read_samples(few_samples[0]))
+    for flags in (["--max_len", 40], ["--max_src_len", 1, "--is_skip"]):
+        args = train.parse_args(train_arguments("out", *flags))
+        with pytest.raises(train.UserError, match="t.json: 0 of 41 samples fit .*; 8 are needed"):
+            train.read_data(args, tokenizer, "t.json", samples, train.step_size(args))
+    longest = {"role": "话痨", "system": "", "messages": [{"role": "user", "content": "说" * 200}]}
+    longest["messages"].append({"role": "assistant", "content": "好"})
+    args = train.parse_args(train_arguments("out", "--is_skip"))
+    assert len(train.read_data(args, tokenizer, "t.json", [*samples, longest], 8)) > 30
+    assert "warning: t.json: no sample is left of 话痨: allow more tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ("{", "not JSON"),
-        ("[]", "one JSON object"),
-        ({"scheduler": {}}, "remove scheduler"),
-        ({"train_batch_size": 8}, "remove train_batch_size"),
+        ({"scheduler": {}, "train_batch_size": 8}, "remove train_batch_size"),
         ({"zero_optimization": {"stage": 3}}, "stage must be 2"),
-        ({"zero_optimization": 2}, "zero_optimization must be an object"),
-        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "not both"),
-        ({"bf16": {"enabled": "auto"}}, "must be true or false"),
-        ({"optimizer": {}}, "optimizer.type is missing"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**30}}, "is too large"),
-        ({"gradient_clipping": "1"}, "gradient_clipping must be a number"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, "DeepSpeed refuses the configuration"),
-        ({"optimizer": {"type": "Adamant"}}, "DeepSpeed refuses the configuration"),
-        ({"optimizer": {"type": "AdamW", "params": {"momentum": 1}}}, "DeepSpeed refuses the configuration"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": 3}}}, "DeepSpeed refuses the configuration"),
-        ({"data_types": {"grad_accum_dtype": "bogus"}}, "DeepSpeed refuses the configuration"),
-        (
-            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-            "data_types.grad_accum_dtype needs zero_optimization.stage 2",
-        ),
+        ({"bf16": True}, "bf16 must be an object"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled must be true or false"),
+        ({"optimizer": {"type": "AdamW", "params": 3}}, "optimizer.params must be an object"),
+        ({"gradient_clipping": "auto"}, "gradient_clipping must be a number"),
     ],
 )
-def test_wrong_deepspeed_files(train_arguments, tmp_path, capsys, change, message):
+def test_wrong_deepspeed_files(tmp_path, change, message):
     path = tmp_path / "ds.json"
     path.write_text(change if isinstance(change, str) else json.dumps(FLOAT32 | change))
-    lines = errors_of(capsys, train_arguments(tmp_path / "out", "--ds_file", path))
-    assert any(str(path) in line and message in line for line in lines), lines
+    with pytest.raises(train.UserError) as error:
+        arguments.read_deepspeed_config(path)
+    assert str(path) in error.value.problems[-1] and message in error.value.problems[-1]
 
 
-def test_weights_that_do_not_fit_are_named(train_arguments, checkpoint, tmp_path, capsys):
-    directory = shutil.copytree(checkpoint, tmp_path / "model")
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
-    first, *others = errors_of(capsys, train_arguments(tmp_path / "out", "--model_name_or_path", directory))
-    assert "has shape" in first and "(2000, 128)" in "".join([first, *others])
-    assert len(others) == 5 and "more problems like these" in others[-1]
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}},
+        {"optimizer": {"type": "Adamant"}},
+        {"optimizer": {"type": "AdamW", "params": {"momentum": 1}}},
+        {"data_types": {"grad_accum_dtype": "bogus"}},
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(train_arguments, tmp_path, checkpoint, change, monkeypatch):
+    monkeypatch.setattr(processes, "has_bfloat16", lambda: True)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(FLOAT32 | change))
+    args = train.parse_args(train_arguments(tmp_path / "out", "--ds_file", path))
+    config = arguments.read_deepspeed_config(path)
+    processes.join_processes()
+    model = train.model_with_adapters(args, ModelDirectory(checkpoint), processes.precision(config))
+    with pytest.raises(train.UserError, match=f"{path}: DeepSpeed refuses the configuration: "):
+        train.start_engine(model, config, args, 5)
 
 
-@pytest.mark.parametrize("error", [AttributeError, TypeError, ValueError])
-def test_a_defect_is_not_blamed_on_the_deepspeed_file(train_arguments, tmp_path, monkeypatch, error):
-    """It keeps its traceback, wherever in DeepSpeed's start it is."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    def fail(*_, **__):
-        raise error("a defect")
-
-    monkeypatch.setattr(DeepSpeedEngine, "_configure_zero_optimizer", fail)
-    with pytest.raises(error, match="a defect"):
-        train.main(train_arguments(tmp_path))
+def test_a_file_without_an_optimizer_gets_one_that_needs_no_compiler(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    config = arguments.read_deepspeed_config(tmp_path / "ds.json")
+    assert config["optimizer"] == {"type": "AdamW", "params": {"torch_adam": True}}
 
 
 def test_a_test_loss_that_is_no_number_names_the_test_set(train_arguments, few_samples, tmp_path, capsys, monkeypatch):
@@ -413,88 +424,3 @@ def test_a_test_loss_that_is_no_number_names_the_test_set(train_arguments, few_s
     assert ended.value.code == 2
     assert line.startswith(f"error: {few_samples[1]}: the loss after step 5 is nan; lower --learning_rate")
     assert "with samples" not in line and few_samples[0] not in line
-
-
-def test_a_role_that_loses_all_of_its_samples_is_named(train_arguments, few_samples, tmp_path, capsys):
-    path = tmp_path / "train.json"
-    long = [{"role": "话痨", "system": "", "prompt": "说" * 200, "response": "好"}] * 2
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(Path(few_samples[0]).read_text(encoding="utf-8"))
-        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in long)
-    train.main(train_arguments(tmp_path / "run", "--train_path", path, "--is_skip", "--dry_run"))
-    out = capsys.readouterr().out
-    assert f"warning: {path}: no sample is left of 话痨: allow more tokens" in out
-
-
-def test_what_answers_leaves_the_compiler_to_training(train_arguments, tmp_path, monkeypatch):
-    graphs, module_compile = [], torch.nn.Module.compile  # of each graph whether gradients go through it
-
-    def backend(graph, inputs):  # as the graph stands, since a machine may have no compiler
-        graphs.append(torch.is_grad_enabled())
-        return graph.forward
-
-    def compile_layer(layer, dynamic):
-        assert dynamic
-        module_compile(layer, dynamic=dynamic, backend=backend)
-
-    def answering(answer):
-        def watched(*arguments):
-            before = len(graphs)
-            answers = answer(*arguments)
-            assert len(graphs) == before  # of eight that a function may have, else training would find none left
-            return answers
-
-        return watched
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
-    monkeypatch.setattr(ModelDirectory, "refuse_to_fail_later", answering(ModelDirectory.refuse_to_fail_later))
-    monkeypatch.setattr(train, "sample_answers", answering(train.sample_answers))
-    train.main(train_arguments(tmp_path / "compiled", "--compile"))
-    assert any(graphs), "no row that trains was compiled"
-    monkeypatch.undo()
-    train.main(train_arguments(tmp_path / "as written"))
-    ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("compiled", "as written"))
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
-
-
-def test_the_launcher_prints_each_problem_once(train_arguments, tmp_path):
-    run = launch(2, train_arguments(tmp_path / "out", "--max_len", 0), timeout=600)
-    assert run.returncode == 2
-    assert (run.stdout + run.stderr).count("error: --max_len") == 1
-    assert "Traceback" not in run.stderr
-
-
-def test_a_loss_scale_that_cannot_fall_further_stops_the_run():
-    class Engine:
-        def step(self):
-            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
-
-    assert math.isnan(train.update(Engine(), torch.float16))
-
-
-def test_the_timer_that_would_synchronise_is_off(train_arguments, tmp_path, monkeypatch):
-    """DeepSpeed takes the setting: at the start of a pass its timer does nothing."""
-    import deepspeed
-
-    engines, initialize = [], deepspeed.initialize
-
-    def watched(**arguments):
-        engines.append(initialize(**arguments)[0])
-        return (engines[0],)
-
-    monkeypatch.setattr(deepspeed, "initialize", watched)
-    train.main(train_arguments(tmp_path, "--ds_file", ROOT / "ds_zero2_no_offload.json", "--sample_answers", 0))
-    assert engines[0].tput_timer.config.enabled is False and engines[0].tput_timer.start_time == 0
-
-
-def test_answers_are_shown_once_all_is_saved(train_arguments, tmp_path, monkeypatch):
-    """They may take long, or fail; the state that --resume goes on from does not wait for them."""
-    seen = []
-
-    def watched(*arguments):
-        seen.append([(tmp_path / place / "epoch-1-step-5").exists() for place in ("", "state")])
-        return {}
-
-    monkeypatch.setattr(train, "sample_answers", watched)
-    train.main(train_arguments(tmp_path))
-    assert seen == [[True, True]]

@@ -1,20 +1,19 @@
 """A step's conversations as tensors: exact ids and pairs, and rows of trees that equal single rounds."""
 
+import copy
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERSATIONS, SHARED
+from conftest import CONVERSATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
-import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.generation_utils import messages_to_ids
-from support.dialogues.samples import read_samples
 from support.model.directory import ModelDirectory
 
 SAMPLES = [
@@ -148,19 +147,6 @@ def test_no_room_for_an_answer_is_counted(loaded):
     assert len(data) == 0 and data.counts["no room for an answer"] == 1
 
 
-def test_older_keys_and_arrays_give_the_same_samples(loaded, tmp_path):
-    lines, array = tmp_path / "lines.json", tmp_path / "array.json"
-    lines.write_text("\n".join(json.dumps(sample) for sample in SAMPLES) + "\n\n")
-    older = [{"instruction": s["system"], "input": s["prompt"], "output": s["response"]} for s in SAMPLES]
-    array.write_text(json.dumps(older, ensure_ascii=False, indent=1))
-    first, second = (dataset(loaded, read_samples(path)) for path in (lines, array))
-    assert first.ids.tolist() == second.ids.tolist() and first.personas == second.personas
-    array.write_text(json.dumps([{"instruction": "你是谁？", "input": "", "output": "我。"}]))
-    found = next(read_samples(array))
-    turns = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我。"}]
-    assert found == {"role": "", "system": "", "messages": turns}
-
-
 # ---------------------------------------------------------------- samples → rows
 
 
@@ -223,21 +209,6 @@ def test_a_step_is_split_where_it_costs_least(loaded):
         assert sum(cost(row["end"].shape[1]) for row in rows) == pytest.approx(least)
 
 
-def losses(model, data, batches) -> dict:
-    """{(sample's last ids): loss of each supervised token}, independent of rows and order."""
-    found = {}
-    for batch in batches:
-        inputs = utils.model_inputs(batch, "cpu", model.config._attn_implementation)
-        positions = inputs.pop("loss_positions")
-        logits = model(**inputs).logits.flatten(0, 1)[positions[:, 0]]
-        values = torch.nn.functional.cross_entropy(logits, positions[:, 1], reduction="none")
-        start = 0
-        for end in (positions[:, 1] == 2).nonzero()[:, 0] + 1:
-            found[tuple(positions[start:end, 1].tolist())] = values[start:end]
-            start = end
-    return found
-
-
 @pytest.mark.parametrize("max_pack_len", [40, 1000])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_pack_len, attention):
@@ -295,32 +266,19 @@ def test_flex_attention_takes_the_same_mask(loaded, model):
     assert found["sdpa"] == pytest.approx(found["flex_attention"], abs=1e-5)
 
 
-def test_nothing_leaks_between_neighbours(loaded, model):
-    """Changing one sample of a row leaves every other sample's losses as they were."""
-    data = dataset(loaded)
-    changed = dataset(
-        loaded, [*SAMPLES[:2], {**SAMPLES[2], "prompt": "换了一个问题？", "response": "换了答案！"}, *SAMPLES[3:]]
-    )
-    indices = data.in_tree_order(np.arange(len(data)))
+def test_perplexity_is_exact_for_both_packings_and_without_dropout(loaded, model):
+    """Against each answer by itself; a model that trains is evaluated without its dropout, and trains on."""
+    lora = LoraConfig(lora_dropout=0.5, target_modules=["W_pack", "down_proj"], init_lora_weights=False)
+    adapted, values = get_peft_model(copy.deepcopy(model), lora).eval(), []
     with torch.no_grad():
-        before, after = (losses(model, d, utils.Collator(d, "tree", 1000, 1)(indices)) for d in (data, changed))
-    common = before.keys() & after.keys()
-    assert len(common) == len(SAMPLES) - 1
-    for key in common:
-        torch.testing.assert_close(before[key], after[key], atol=1e-5, rtol=0)
-
-
-def test_perplexity_is_exact_and_the_same_for_both_packings(loaded, model):
+        for prompt, answer in rounds_one_by_one(loaded, [messages(sample) for sample in SAMPLES]):
+            logits = adapted(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            values += (-logits[range(len(answer)), answer]).tolist()
     data = dataset(loaded)
-    indices = data.in_tree_order(np.arange(len(data)))
-    with torch.no_grad():
-        single = [
-            losses(model, data, utils.Collator(data, "none", 0, 1)(indices[i : i + 1])) for i in range(len(indices))
-        ]
-    values = torch.cat([value for found in single for value in found.values()])
     for packing in ("tree", "none"):
-        batches = utils.Collator(data, packing, 60, 4)(indices)
-        assert utils.evaluation(model, batches, "cpu", "sdpa") == pytest.approx(values.mean().item(), abs=1e-6)
+        batches = utils.Collator(data, packing, 60, 4)(data.in_tree_order(np.arange(len(data))))
+        found = utils.evaluation(adapted.train(), batches, "cpu", "sdpa")
+        assert found == pytest.approx(np.mean(values), abs=1e-5) and adapted.training
 
 
 # ---------------------------------------------------------------- rows → steps
@@ -357,17 +315,3 @@ def test_processes_share_a_step_without_overlap(loaded, world):
 
 def test_find_all_linear_names_are_the_decoders_linear_layers(model):
     assert utils.find_all_linear_names(model) == ["W_pack", "down_proj", "gate_proj", "o_proj", "up_proj"]
-
-
-if (SHARED / "rolebench").is_dir():
-
-    def test_real_samples_under_the_real_tokenizer(tmp_path):
-        """The figures of RoleBench that the design rests on: tokens of persona, question and answer."""
-        train, test = str(tmp_path / "train.json"), str(tmp_path / "test.json")
-        data_helper.main(["--data_dir", str(SHARED / "rolebench"), "--train_path", train, "--test_path", test])
-        loaded = ModelDirectory(SHARED / "baichuan2-7b-chat").tokenizer
-        data = dataset(loaded, read_samples(train))
-        assert data.counts["read"] == 8020
-        persona = np.mean([len(data.personas[p]) for p in data.persona])
-        answer = int(data.supervised[np.arange(len(data))].sum()) / len(data)
-        assert 85 < persona < 110 and 25 < answer < 35

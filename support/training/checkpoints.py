@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.files import CHECKPOINT, remove_directory, set_link
@@ -18,26 +19,13 @@ def newest_state(output_dir) -> tuple[int, Path | None]:
     return max(checkpoints(Path(output_dir) / "state"), default=(0, None))
 
 
+@dataclass
 class Best:
-    """Which of a run's adapters is the best one so far.
+    """The best adapter of a run so far. Its fields are kept in each state, for a run that is resumed."""
 
-    Args:
-        saved: what `state()` was, in the state that a resumed run goes on from; None at the beginning.
-    Raises: ValueError, TypeError, KeyError where `saved` is none.
-    """
-
-    def __init__(self, output_dir, saved: dict | None):
-        self.output_dir = Path(output_dir)
-        self.name, self.test_loss, self.saves_since = None, math.inf, 0
-        if saved:
-            self.name, self.test_loss = saved["name"], float(saved["test_loss"])
-            self.saves_since = int(saved["saves_since"])
-            if not re.fullmatch(CHECKPOINT, self.name):
-                raise ValueError(f"{self.name} is no adapter's name")
-
-    def state(self) -> dict | None:
-        names = ("name", "test_loss", "saves_since")
-        return {name: getattr(self, name) for name in names} if self.name else None
+    name: str | None = None
+    test_loss: float = math.inf
+    saves_since: int = 0
 
     def add(self, name: str, test_loss: float):
         """Take account of an adapter that is about to be saved. Every process has the same loss, and so the same best."""
@@ -45,10 +33,10 @@ class Best:
         if test_loss < self.test_loss:
             self.name, self.test_loss, self.saves_since = name, test_loss, 0
 
-    def keep(self, limit: int | None):
+    def keep(self, output_dir: Path, limit: int | None):
         """Let `best` name the best adapter; of the others keep the newest `limit` ones. On the main process."""
-        set_link(self.output_dir / "best", self.name)
-        for _, old in checkpoints(self.output_dir)[: -limit if limit else 0]:
+        set_link(output_dir / "best", self.name)
+        for _, old in checkpoints(output_dir)[: -limit if limit else 0]:
             if old.name != self.name:
                 remove_directory(old)
 
@@ -56,8 +44,8 @@ class Best:
         """Whether so many adapters have been saved since, without a better one, that the run is over."""
         return patience is not None and self.saves_since >= patience
 
-    def report(self, patience: int | None) -> str:
-        found = f"{self.output_dir / 'best'}: {self.name} with a loss of {self.test_loss:.4f} is the best adapter"
+    def report(self, output_dir: Path, patience: int | None) -> str:
+        found = f"{output_dir / 'best'}: {self.name} with a loss of {self.test_loss:.4f} is the best adapter"
         if self.is_old(patience):
             found += f"; stopped, since {self.saves_since} saves brought no better one (--patience {patience})"
         return found

@@ -28,8 +28,7 @@ class Log:
         # purge_step hides what an interrupted run logged beyond the state that this one goes on from.
         self.writer = SummaryWriter(directory, purge_step=done + 1) if main_process else None
         self.bar = tqdm(desc="training", total=total_steps, initial=done, unit="step", disable=not main_process)
-        self.reset()
-        self.losses = losses
+        self.losses, self.samples, self.tokens, self.start = losses, 0, 0, time.perf_counter()
 
     def __enter__(self):
         return self
@@ -39,9 +38,6 @@ class Log:
         if self.writer:
             self.writer.close()
 
-    def reset(self):
-        self.losses, self.samples, self.tokens, self.start = [], 0, 0, time.perf_counter()
-
     def add(self, loss: float, samples: int, tokens: int):
         self.bar.update()
         self.losses.append(loss)
@@ -50,13 +46,13 @@ class Log:
 
     def report(self, step: int, learning_rate: float, grad_norm: float):
         """Means since the last call; grad_norm is the one before clipping."""
-        seconds = time.perf_counter() - self.start
-        loss = sum(self.losses) / len(self.losses)
-        rates = {"samples_per_second": self.samples / seconds, "tokens_per_second": self.tokens / seconds}
+        now = time.perf_counter()
+        loss, samples_s = sum(self.losses) / len(self.losses), self.samples / (now - self.start)
         values = {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-        self.scalars(step, {**values, **rates, "peak_memory_gb": peak_memory_gb()})
-        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{rates['samples_per_second']:.1f}")
-        self.reset()
+        values |= {"samples_per_second": samples_s, "tokens_per_second": self.tokens / (now - self.start)}
+        self.scalars(step, values | {"peak_memory_gb": peak_memory_gb()})
+        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{samples_s:.1f}")
+        self.losses, self.samples, self.tokens, self.start = [], 0, 0, now
 
     def scalars(self, step: int, values: dict[str, float]):
         if self.writer:
@@ -66,6 +62,7 @@ class Log:
 
     def texts(self, step: int, values: dict[str, str]):
         """Markdown, which TensorBoard shows under TEXT."""
-        for name, value in values.items():
-            self.writer.add_text(name, value, step)
-        self.writer.flush()
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_text(name, value, step)
+            self.writer.flush()

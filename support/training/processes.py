@@ -4,7 +4,6 @@ import atexit
 import os
 import re
 import signal
-import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,20 +39,24 @@ def join_processes() -> torch.device:
         raise UserError("CUDA_VISIBLE_DEVICES: DeepSpeed knows GPUs by number alone: name 0, 1, … (nvidia-smi -L)")
     if "RANK" not in os.environ:  # port 0 is whichever is free when it is taken
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.setdefault("LOCAL_RANK", "0")  # some clusters set RANK alone, a process a host
-    # On the CPU DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":  # on a GPU the mere look would probe every operation's compiler
+        device = torch.device("cpu")
+        # DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if accelerator.device_name() != "cpu":
+    else:
+        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # some clusters set RANK alone, a process a host
+        device = torch.device(accelerator.device_name(local_rank))
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         # The others wait while the main process shows answers, and would give up after ten minutes.
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
         warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one, set above
         atexit.register(leave_processes)
-    return torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    return device
+
+
+failed = []  # the error that ended the run on this process, if any
 
 
 def leave_processes():
@@ -64,9 +67,6 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-failed = []  # the error that ended the run on this process, if any
-
-
 def has_bfloat16() -> bool:
     """Whether the device computes in bfloat16. One that only emulates it is several times slower than in float32."""
     from deepspeed import get_accelerator
@@ -74,51 +74,24 @@ def has_bfloat16() -> bool:
     device = get_accelerator()
     if device.device_name() == "cuda":  # before Ampere it is emulated
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.device_name() == "cpu":  # before AVX-512 it is emulated
-        return device.is_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.is_bf16_supported()
+    # On a CPU before AVX-512 it is emulated.
+    return device.is_bf16_supported() and (
+        device.device_name() != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def precision(config: dict) -> torch.dtype:
     """The dtype of base and adapters that the DeepSpeed configuration asks for, if the device has it."""
     from deepspeed import get_accelerator
 
-    if config.get("bf16", {}).get("enabled") and not has_bfloat16():
+    if config["bf16"].get("enabled") and not has_bfloat16():
         config["bf16"]["enabled"] = False
         config["fp16"] = {"enabled": bool(get_accelerator().is_fp16_supported())}  # on the CPU None stands for no
         if is_main_process():
             print("this device has no bfloat16; training in", "float16" if config["fp16"]["enabled"] else "float32")
-    if config.get("bf16", {}).get("enabled"):
+    if config["bf16"].get("enabled"):
         return torch.bfloat16
-    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
-
-
-@contextmanager
-def blaming_configuration(ds_file):
-    """Use around DeepSpeed's start: errors about its configuration become a UserError, others stay what they are.
-
-    DeepSpeed has no class for them. An error counts as one if it is an AssertionError, or if its traceback passes through
-    the code that reads the configuration or builds the optimizer.
-    """
-    try:
-        yield
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        configuring = any(
-            re.search(r"deepspeed/.*config[^/]*\.py$", frame.filename)
-            or frame.name in ("_configure_basic_optimizer", "_do_sanity_check", "get_data_types")
-            for frame in frames
-        )
-        if out_of_memory(error) or not (configuring or isinstance(error, AssertionError)):
-            raise
-        raise UserError(f"{ds_file}: DeepSpeed refuses the configuration: {first_line(error)}") from error
-
-
-def first_problem(problem: str | None) -> str | None:
-    """The first problem of any rank, on all ranks, since only rank 0 prints."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
-    return next(filter(None, found), None)
+    return torch.float16 if config["fp16"].get("enabled") else torch.float32
 
 
 def refuse_differences(identity: dict):
@@ -139,53 +112,49 @@ def one_line_for_each_end():
         failed.append(error)
         if not isinstance(error, RuntimeError):
             raise
-        text = str(error)
         if out_of_memory(error):
             raise OneProcessError(
-                "the device has too little memory free: lower --per_device_train_batch_size or --max_len and "
-                "--max_pack_len, or add --gradient_checkpointing; --resume goes on from what is saved"
+                "the device has too little memory free: add --gradient_checkpointing or --load_in_4bit, or lower "
+                "--max_len and --max_pack_len; --resume goes on from what is saved"
             ) from error
-        if isinstance(error, dist.DistError) or re.search("gloo|NCCL", text):
+        if isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
             raise UserError(
-                f"the connection to another process failed or broke off ({text.splitlines()[0][-200:]}): its own message "
+                f"the connection to another process failed or broke off ({first_line(error)[-200:]}): its own message "
                 "stands above or on its host; --resume goes on from what is saved"
             ) from error
         raise
 
 
-class StopRequest:
-    """True once Ctrl-C, SIGTERM or the end of the `deepspeed` command has asked the run to stop.
+@contextmanager
+def stop_requests():
+    """Yield a function that returns the signal by which the run was asked to stop, or None.
 
-    Inside `with`, the signals no longer kill, so that the run can save first. The launcher's end counts too: a
-    `deepspeed` command that is killed leaves its children behind, unseen, and on the same output directory.
+    Inside `with`, Ctrl-C and SIGTERM no longer kill, so that the run can save first. The end of the `deepspeed` command
+    counts as SIGTERM: killed, it leaves its children behind, unseen, and on the same output directory.
     """
+    requests, launcher = [], find_launcher()
 
-    def __enter__(self):
-        self.signal = None
-        self._launcher = self._find_launcher()
-        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def asked_to_stop() -> int | None:
+        if find_launcher() != launcher:
+            requests.append(signal.SIGTERM)
+        return requests[0] if requests else None
 
-    def __exit__(self, *_):
-        for number, handler in self._handlers.items():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: requests.append(number)) for number in numbers]
+    try:
+        yield asked_to_stop
+    finally:
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
 
-    def _remember(self, number, _):
-        self.signal = number
 
-    def __bool__(self) -> bool:
-        if self.signal is None and self._find_launcher() != self._launcher:
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-    @staticmethod
-    def _find_launcher() -> int | None:
-        """The process that started `deepspeed.launcher.launch` on this host, which started this process."""
-        try:
-            parent = psutil.Process(os.getppid())
-            return parent.ppid() if "deepspeed.launcher.launch" in parent.cmdline() else None
-        except psutil.Error:
-            return None
+def find_launcher() -> int | None:
+    """The process that started `deepspeed.launcher.launch` on this host, which started this process."""
+    try:
+        parent = psutil.Process(os.getppid())
+        return parent.ppid() if "deepspeed.launcher.launch" in parent.cmdline() else None
+    except psutil.Error:
+        return None
 
 
 def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
@@ -202,9 +171,6 @@ def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
 
 
 def leave_signals_to_parent(worker_id: int):
-    """Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of its workers.
-
-    The launcher passes SIGTERM on to them as well. They end with the one that trains, however it ends.
-    """
+    """Ctrl-C, and SIGTERM from the launcher, reach every process; the one that trains decides what becomes of its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -7,7 +7,6 @@
 The order of the samples and the random numbers of dropout follow from the step and --seed, so nothing is kept of them.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -18,7 +17,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from support.errors import OneProcessError, UserError, first_line, out_of_memory
+from support.errors import OneProcessError, UserError, blaming, first_line, out_of_memory
 from support.files import fingerprint, put_on_disk, read_object, remove_directory, rename_directory, writing
 from support.training.checkpoints import Best, checkpoints, newest_state
 from support.training.processes import rank_and_world_size, refuse_differences
@@ -28,11 +27,8 @@ from utils import RoleDataset
 def claim(output_dir: Path):
     """Keep other runs out of `output_dir`, and remove what killed ones left half-written. Called by all processes.
 
-    Two runs at once happen: a `deepspeed` command that is killed leaves its processes behind. The lock ends with the
-    first process, which writes an id into the file; the other hosts look for that id.
-
-    Raises:
-        UserError: another run is writing there, or a process of another host sees another directory.
+    A `deepspeed` command that is killed leaves its processes behind. The lock ends with the first process, which writes
+    an id into the file; the other hosts look for it. Raises: UserError.
     """
     path, owner = output_dir / ".lock", [uuid4().bytes]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -40,10 +36,11 @@ def claim(output_dir: Path):
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
-                remedy = "wait for its end, or name another --output_dir"
-                raise UserError(f"{output_dir}: another run is writing there; {remedy}") from None
+        except BlockingIOError:
+            remedy = "wait for its end, or name another --output_dir"
+            raise UserError(f"{output_dir}: another run is writing there; {remedy}") from None
+        except OSError:
+            pass  # some network disks have no locks
         os.write(lock, owner[0])
         os.fsync(lock)
         for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
@@ -73,35 +70,25 @@ def run_identity(args, base: str, train_data: RoleDataset, dtype: torch.dtype) -
     }
 
 
-def find_state(output_dir, identity: dict) -> tuple[int, Path | None, dict]:
-    """(steps done, the state to go on from, what its run.json holds). Raises: UserError where hosts or states differ.
+def find_state(output_dir, identity: dict) -> tuple[int, Path | None, list[float], Best]:
+    """(steps done, the state to go on from, losses since the log's last report, the best adapter so far).
 
-    identity: what the run is, see `run_identity`.
+    identity: what the run is, see `run_identity`. Raises: UserError where hosts differ, or the state is of another run.
     """
     done, state = newest_state(output_dir)
     refuse_differences(identity | {"the state in --output_dir": done})
     if state is None:
-        return 0, None, {"identity": identity, "losses": [], "best": None}
-    return done, state, read_run(state, identity)
-
-
-def read_run(state: Path, identity: dict) -> dict:
-    """The run.json of a state. Raises: UserError if it was saved by a run that is not the one of `identity`."""
-    try:
-        run = json.loads((state / "run.json").read_text(encoding="utf-8"))
-        run["identity"].setdefault("--load_in_4bit", False)  # older than that flag
-        run["identity"].setdefault("base weights", identity["base weights"])  # older than this fingerprint
-        saved, losses = run["identity"], [float(loss) for loss in run["losses"]]
-        best = run.get("best") and Best(state.parent.parent, run["best"]).state()
+        return 0, None, [], Best()
+    with blaming(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew"):
+        run = read_object(state / "run.json")
+        saved, losses, best = run["identity"], [float(loss) for loss in run["losses"]], Best(**run["best"])
         differing = [name for name in identity if saved.get(name) != identity[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew") from None
     if differing:
         remedy = "change that back, or start in another --output_dir"
         raise UserError(
             *(f"{state}: was saved with {name} {saved.get(name)}, not {identity[name]}: {remedy}" for name in differing)
         )
-    return {"identity": saved, "losses": losses, "best": best}
+    return done, state, losses, best
 
 
 def save_state(engine, directory: Path, run: dict):
@@ -110,7 +97,7 @@ def save_state(engine, directory: Path, run: dict):
     DeepSpeed's own save_checkpoint writes objects of its classes, which only a pickle that may run code brings back.
 
     Args:
-        run: `identity`, what the run is; `losses`, those since the log's last report; `best`, see support/training/checkpoints.py.
+        run: `identity`, what the run is; `losses`, those since the log's last report; `best`, the fields of `Best`.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     rank = dist.get_rank()
