@@ -99,10 +99,10 @@ def test_by_hand_perplexity():
 
 
 def test_plain_text_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_plain_text(tmp_path / "missing.txt")
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="is empty"):
         read_plain_text(tmp_path / "empty.txt")
     (tmp_path / "gbk.txt").write_bytes("李白".encode("gbk"))
     with pytest.raises(UserError, match="gbk.txt:1: is not UTF-8"):

@@ -36,7 +36,7 @@ def failure(capsys, *arguments, **options) -> str:
     with pytest.raises(SystemExit) as exit:
         run(*arguments, **options)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
+    assert exit.value.code == 2 and "error: " in error and "Traceback" not in error
     return error
 
 
@@ -70,12 +70,12 @@ def test_whole_script_prints_all_measures_and_a_second_run_the_same(
     whole, *blocks = re.split(r"\n(role-specific|general) questions \((\d+)\)\n", out)
     for name in MEASURES.keys() - {"who_said_it_shared"}:
         assert f"\n| {texts('en')[name]}" in whole
-    assert "\nQuestions: 5, roles: 5." in whole and "\nmodel against baseline: " in whole
+    assert "\nQuestions: 5, roles: 4." in whole and "\nmodel against baseline: " in whole
     header = [line for line in whole.split("\n") if line.startswith("|")][0]
     assert [cell.strip() for cell in header.split("|")[3:-1]] == ["baseline", "model", "difference"]
     assert blocks[::3] == ["role-specific", "general"] and sum(map(int, blocks[1::3])) == 5
     assert all("ROUGE-L" in block and "style" in block for block in blocks[2::3])
-    for name, count in (("", 5), ("-baseline", 5), ("-attacks", 10), ("-baseline-attacks", 10)):
+    for name, count in (("", 5), ("-baseline", 5), ("-attacks", 8), ("-baseline-attacks", 8)):
         assert len(answers_of(tmp_path / f"answers{name}.jsonl")) == count
 
     answered = output.stat().st_mtime_ns
@@ -95,7 +95,7 @@ def test_each_role_and_each_round_has_the_same_rows(checkpoint, few_samples, tmp
     run(checkpoint, few_samples, tmp_path / "answers.jsonl", "--by", "role")
     out = capsys.readouterr().out
     titles = re.findall(r"^(\S+) \((\d+)\)$", out, re.MULTILINE)
-    assert titles == [(role, "1") for role in ("孙悟空", "李白", "张飞", "皇帝", "华妃")] and "who said it" not in out
+    assert titles == [("孙悟空", "1"), ("李白", "1"), ("张飞", "2"), ("华妃", "1")] and "who said it" not in out
     run(checkpoint, few_samples, tmp_path / "answers.jsonl", "--by", "round")
     assert "--by round: the test set does not say." in capsys.readouterr().out
     rounds = (None, ROOT / "data/sample/conversations_test.jsonl")

@@ -123,16 +123,17 @@ def recorded_limits(
     if style:
         heard = np.array(style.roles_of([text for question in questions for text in question.references]))
         roles, kinds = (np.array(column, dtype=object)[number] for column in zip(*asked))
-        shares = {}
+        floor = {}
         for role, kind in set(asked):
             others = heard[(roles != role) & (kinds == kind)]
-            shares[role, kind] = np.mean(others == role) if len(others) else np.nan
-        ceiling, floor = np.bincount(number, heard == roles) / np.bincount(number), [shares[own] for own in asked]
-        limits["style"] = {"ceiling": ceiling, "floor": floor}
+            floor[role, kind] = 100 * np.mean(others == role) if len(others) else np.nan
+        ceiling = 100 * np.bincount(number, heard == roles) / np.bincount(number)
+        limits["style"] = {"ceiling": ceiling, "floor": np.array([floor[own] for own in asked])}
     if recall:
         copied = [recall.nearest(q.role, text).share >= COPY for q in questions for text in q.references]
-        limits["copies"] = {"recorded": np.bincount(number, copied) / np.bincount(number)}
+        limits["copies"] = {"recorded": 100 * np.bincount(number, copied) / np.bincount(number)}
         known = [question.role in recall.recorded for question in questions]
         for own in limits.values():
-            own.update({name: np.where(known, 100 * np.array(share), np.nan) for name, share in own.items()})
+            for name, share in own.items():
+                own[name] = np.where(known, share, np.nan)
     return limits
