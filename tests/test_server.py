@@ -106,7 +106,7 @@ def test_the_model_is_chosen_by_name_and_its_answers_are_not_mixed(server, sampl
     assert {request["model"] for _, request in server.asked} == {"other"}
     asked = len(server.asked)
     run(server, samples, tmp_path / "answers.jsonl")
-    assert "model other, now role" in capsys.readouterr().err and len(server.asked) == 2 * asked
+    assert "other settings (model)" in capsys.readouterr().err and len(server.asked) == 2 * asked
 
 
 def test_a_baseline_of_its_own_weights_stands_beside_a_server(server, checkpoint, samples, tmp_path, capsys):

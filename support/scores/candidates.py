@@ -76,10 +76,11 @@ class Loader:
         if self.adapter and (path, adapter) != (self.path, self.adapter):
             self.model, self.adapter = self.model.unload(), None
         if path != self.path:
-            self.path = self.model = None
-            gc.collect()  # what was used makes room for what comes
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self.model is not None:  # it makes room for what comes
+                self.path = self.model = None
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
             self.model = candidate.directory.load(four_bit_on=self.device if self.four_bit else None).to(self.device)
             self.path = path
         if adapter != self.adapter:
