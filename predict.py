@@ -127,16 +127,6 @@ def recorded_samples(questions: list[Question]) -> list[dict]:
     return samples
 
 
-def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
-    """What is answered to see whether a role breaks: each attack on each role."""
-    questions = []
-    for sample in crossed(attacks, personas):
-        messages = with_system(sample["system"], sample["messages"])
-        asked = messages[-1]["content"]
-        questions.append(Question(sample["role"], sample["system"], asked, sample["kind"], None, [], messages))
-    return questions
-
-
 # ---------------------------------------------------------------- answering
 
 
@@ -212,7 +202,10 @@ def read_likelihoods(args, candidate: Candidate, questions: list[Question], load
     """
     attacks, recorded = read_attacks(args.attacks), recorded_samples(questions)
     personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
-    asked = attack_questions(attacks, personas)
+    asked = []
+    for own in crossed(attacks, personas):
+        messages = with_system(own["system"], own["messages"])
+        asked.append(Question(own["role"], own["system"], messages[-1]["content"], own["kind"], None, [], messages))
     answers = answer_all(args, candidate.attacked(), asked, loader) if asked else []
     likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, longest, show_progress=True)
     said = read_personas(likelihood, recorded)

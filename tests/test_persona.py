@@ -197,15 +197,6 @@ def test_of_very_many_roles_the_most_frequent_are_read(monkeypatch):
 # ---------------------------------------------------------------- while training
 
 
-def test_measuring_while_training_changes_nothing(taught, tokenizer, samples):
-    model, _ = taught
-    state, test = torch.get_rng_state(), list(read_samples(samples[1]))
-    found = who_said_it_now(test, model, tokenizer, 512, 256)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert found == who_said_it_now(test, model, tokenizer, 512, 256)
-    assert set(found) == {"who_said_it_accuracy", "who_said_it_margin"} and 0 <= found["who_said_it_accuracy"] <= 100
-
-
 def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch):
     chosen = []
     monkeypatch.setattr(persona, "Likelihood", lambda *_, **shared: None)

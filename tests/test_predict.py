@@ -217,15 +217,6 @@ def test_wrong_arguments_and_files_are_told_at_once(checkpoint, few_samples, tmp
     assert not output.exists()
 
 
-def test_scores_do_not_depend_on_the_batch_size(checkpoint, few_samples, tmp_path, capsys):
-    tables = []
-    for size in (1, 3):
-        run(checkpoint, few_samples, tmp_path / f"{size}.jsonl", "--batch_size", size, "--max_new_tokens", 20)
-        tables.append(capsys.readouterr().out)
-    assert tables[0] == tables[1] and "ROUGE-L" in tables[0]
-    assert answers_of(tmp_path / "1.jsonl") == answers_of(tmp_path / "3.jsonl")
-
-
 def test_adapters_answer_as_their_merged_models_do_and_their_base_is_read_once(
     checkpoint, few_samples, tmp_path, capsys, monkeypatch
 ):
@@ -285,15 +276,10 @@ def test_questions_are_distinct_and_keep_their_references_and_kinds(tmp_path):
     own = {"role": "诸葛亮", "system": "", "prompt": "空城计？", "response": "亮一生谨慎。"}
     test.write_text(test.read_text(encoding="utf-8") + json.dumps(own) + "\n", encoding="utf-8")
     assert predict.read_questions(test)[-1].kind == "other"
+    write_lines(test, *(own | {"role": role, "response": role} for role in "甲乙甲"))  # the same words, two roles
+    assert [(q.role, q.references) for q in predict.read_questions(test)] == [("甲", ["甲", "甲"]), ("乙", ["乙"])]
     test.write_text(json.dumps(own | {"kind": 3}), encoding="utf-8")  # a key of somebody else's
     assert [question.kind for question in predict.read_questions(test)] == [None]
-
-
-def test_roles_without_a_system_text_keep_their_own_answers(tmp_path):
-    samples = [{"role": role, "system": "", "prompt": "你好", "response": role} for role in "甲乙甲"]
-    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    questions = predict.read_questions(tmp_path / "test.json")
-    assert [(q.role, q.references) for q in questions] == [("甲", ["甲", "甲"]), ("乙", ["乙"])]
 
 
 def test_every_round_of_a_conversation_is_a_question(tmp_path):

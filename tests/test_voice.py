@@ -146,19 +146,3 @@ def test_answers_of_another_role_are_at_the_floor_and_recorded_ones_at_the_ceili
     assert own.value == pytest.approx(row.beside["ceiling"]) and own.value > 80
     assert row.beside["floor"] < 10 and swapped.value <= row.beside["floor"] + 5
     assert row.differences[0].value == pytest.approx(swapped.value - own.value) and row.verdicts() == [-1]
-
-
-def test_scores_do_not_depend_on_the_order_of_the_questions(recorded, questions):
-    """Answers come in whatever batches; what is measured is of the questions."""
-    style, recall = Style(recorded), Recall(recorded)
-    answers = answered(*(question.references[0][::-1][:9] for question in questions))
-
-    def numbers(order):
-        scores = measured([questions[n] for n in order], [answers[n] for n in order], style, recall)
-        return {name: (row.models[0].value, *row.beside.values()) for name, row in rows_of({"model": scores}).items()}
-
-    order = np.arange(len(questions))
-    expected = numbers(order)
-    assert len(expected) > 6
-    for name, found in numbers(order[::-1]).items():
-        assert found == pytest.approx(expected[name])

@@ -161,7 +161,7 @@ def means(measure: Measure, values: list, roles: Sequence[str | None], counts: I
     known = whole > 0
     with np.errstate(invalid="ignore"):
         numbers = np.divide(part, whole, out=np.zeros_like(part), where=known).sum(axis=-1) / known.sum(axis=-1)
-    return np.exp(np.minimum(numbers, 700)) if measure.exponential else numbers
+    return np.exp(numbers) if measure.exponential else numbers
 
 
 def resampled(cluster: np.ndarray, taken: np.ndarray, resamples: int, seed: int):
