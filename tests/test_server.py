@@ -141,7 +141,7 @@ def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys
     assert "start the server" in error_of(capsys, server.url.removesuffix("/v1"), samples, output)
     assert "serves role, other" in error_of(capsys, server, samples, output, "--engine_model", "none")
     assert "answers greedily" in error_of(capsys, server, samples, output, "--sample")
-    assert "who answers?" in error_of(capsys, server, samples, output, "--model_path", tmp_path)
+    assert "not allowed with argument" in error_of(capsys, server, samples, output, "--model_path", tmp_path)
     assert not output.exists() and not server.asked
     server.broken = True
     assert "the prompt is too long" in error_of(capsys, server, samples, output)
