@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from support.command_line import ArgumentParser, number_problems
+from support.command_line import ArgumentParser, integer
 from support.dialogues.samples import read_samples, rounds, unsupervised, with_system
 from support.errors import Problems, UserError, entry_point, slow_imports
 from support.files import followed, unwritable
@@ -26,8 +26,10 @@ SAMPLE_DIR = Path(__file__).parent / "data/sample"
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Answer a test set and score the answers.")
-    add = parser.add_argument
-    add("--model_path", type=Path, help="directory of the model, such as merge_params.py writes")
+    add, who = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--model_path", type=Path, help="directory of the model, such as merge_params.py writes")
+    server = "an OpenAI-compatible server answers, in place of --model_path; needs openai"
+    who.add_argument("--engine", metavar="URL", help=server)
     adapters = "adapters over --model_path, each scored without merging; the base is loaded once"
     add("--adapter_path", type=followed, nargs="+", metavar="DIR", help=adapters)
     add("--test_path", type=Path, default=Path("data/test.json"), help="samples, from data_helper.py")
@@ -46,13 +48,14 @@ def parse_args(argv=None):
     add("--device", default="auto", help="where to compute: auto, cpu (or -1), or the number of a GPU")
     add("--load_in_4bit", action="store_true", help="hold the linear layers in 4 bits: 5 GB instead of 15 at 7B")
     size = "questions answered side by side; by default what the memory holds, up to 128 (CPU: 64); 16 with --sample"
-    add("--batch_size", type=int, help=size)
-    add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
+    add("--batch_size", type=integer(1), help=size)
+    add("--max_new_tokens", type=integer(1), default=256, help="tokens of an answer at most")
     add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
-    add("--engine", metavar="URL", help="an OpenAI-compatible server answers, in place of --model_path; needs openai")
     add("--engine_model", metavar="NAME", help="the model's name on that server; by default the first one there")
-    add("--seed", type=int, default=1234, help="integer that decides the draws of --sample, and of the bootstrap")
-    add("--resamples", type=int, default=1000, help="of the bootstrap, for the intervals")
+    add(
+        "--seed", type=integer(0), default=1234, help="integer that decides the draws of --sample, and of the bootstrap"
+    )
+    add("--resamples", type=integer(1), default=1000, help="of the bootstrap, for the intervals")
     return parser.parse_args(argv)
 
 
@@ -64,7 +67,6 @@ with slow_imports(parse_args, __name__):
 
     from support.device import pick_device
     from support.model.answering import Answer, answer_batch, greedy, in_batches, rows_that_fit
-    from support.model.server import Server
     from support.scores import report
     from support.scores.answers import measure_answers, recorded_limits
     from support.scores.candidates import AnswerFile, Candidate, Loader, answer_settings, name_candidates, read_answers
@@ -100,16 +102,15 @@ def read_questions(test_path: Path) -> list[Question]:
     has_kinds = any(sample.get("kind") for sample in samples)
     questions: dict[tuple[str, ...], Question] = {}
     for sample in samples:
-        role, kind = sample["role"], sample.get("kind", "other") if has_kinds else None
+        kind = sample.get("kind", "other") if has_kinds else None
         for messages, answer in rounds(sample):
-            asked = (role, *(message["content"] for message in messages))  # roles may lack a system text of their own
+            # Roles may lack a system text of their own.
+            asked = (sample["role"], *(message["content"] for message in messages))
             if asked not in questions:
-                name = None
-                if has_conversations:
-                    number = sum(message["role"] == "user" for message in messages)
-                    name = f"round {number}" if number < 3 else "round 3+"
+                number = sum(message["role"] == "user" for message in messages)
+                name = ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if has_conversations else None
                 prompt = messages[-1]["content"]
-                questions[asked] = Question(role, sample["system"], prompt, kind, name, [], messages)
+                questions[asked] = Question(sample["role"], sample["system"], prompt, kind, name, [], messages)
             questions[asked].references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
@@ -121,20 +122,9 @@ def recorded_samples(questions: list[Question]) -> list[dict]:
     samples = []
     for question in questions:
         asked = unsupervised([turn for turn in question.messages if turn["role"] != "system"])
-        whose = {name: getattr(question, name) for name in ("role", "system", "kind", "round")}
         for reference in question.references:
-            samples.append({**whose, "messages": [*asked, {"role": "assistant", "content": reference}]})
+            samples.append({**question._asdict(), "messages": [*asked, {"role": "assistant", "content": reference}]})
     return samples
-
-
-def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Question]:
-    """What is answered to see whether a role breaks: each attack on each role."""
-    questions = []
-    for sample in crossed(attacks, personas):
-        messages = with_system(sample["system"], sample["messages"])
-        asked = messages[-1]["content"]
-        questions.append(Question(sample["role"], sample["system"], asked, sample["kind"], None, [], messages))
-    return questions
 
 
 # ---------------------------------------------------------------- answering
@@ -142,41 +132,36 @@ def attack_questions(attacks: list[dict], personas: dict[str, str]) -> list[Ques
 
 def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
-    settings = answer_settings(
-        candidate,
-        questions,
-        test=args.test_path.name,
-        max_new_tokens=args.max_new_tokens,
-        sampling_seed=args.seed if args.sample else None,
-        load_in_4bit=args.load_in_4bit,
-    )
+    settings = answer_settings(args, candidate, questions)
     file = AnswerFile(candidate.output, settings, len(questions), args.overwrite)
     if file.changed:
-        print(f"{file.path}: was answered under other settings ({file.changed}): all is answered anew", file=sys.stderr)
+        told = f"was answered under other settings ({', '.join(file.changed)}): all is answered anew"
+        print(f"{file.path}: {told}", file=sys.stderr)
     if file.complete:
         print(f"{file.path}: has all answers of {candidate.name} already", file=sys.stderr)
         return file.in_order()
-    prompts = [question.messages for question in questions]
     # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
-    order = sorted(range(len(questions)), key=lambda number: persona_and_length(prompts[number]))
+    order = sorted(range(len(questions)), key=lambda number: persona_and_length(questions[number]))
     if candidate.server:
-        left = [(number, prompts[number]) for number in order if number not in file.answers]
+        left = [(number, questions[number].messages) for number in order if number not in file.answers]
         found = candidate.server.answers(left, args.batch_size or 128, args.max_new_tokens)
     else:
-        found = answer_here(args, candidate, loader(candidate), prompts, order, file.answers)
-
-    with (
-        file.writing() as add,
-        tqdm(total=len(questions), initial=len(file.answers), desc=candidate.name, unit=" answers") as progress,
-    ):
+        found = answer_here(args, candidate, loader(candidate), questions, order, file.answers)
+    known = len(file.answers)
+    with tqdm(total=len(questions), initial=known, desc=candidate.name, unit=" answers") as progress:
         for number, own in found:
             if number not in file.answers:
-                add(number, {"role": questions[number].role, "prompt": questions[number].prompt}, own)
+                file.add(number, questions[number], own)
                 progress.update()
     return file.in_order()
 
 
-def answer_here(args, candidate: Candidate, model, prompts: list[list[dict]], order: list[int], done: dict):
+def persona_and_length(question: Question) -> tuple[int, str, int]:
+    length = sum(len(message["content"]) for message in question.messages)
+    return -len(question.system), question.system, -length
+
+
+def answer_here(args, candidate: Candidate, model, questions: list[Question], order: list[int], done: dict):
     """An iterator over (number, answer), in this order, batch by batch; of a batch that is `done` in part, all of them.
 
     Raises: UserError at once, before anything is answered.
@@ -187,25 +172,24 @@ def answer_here(args, candidate: Candidate, model, prompts: list[list[dict]], or
     else:
         config = greedy(config, args.max_new_tokens)
     candidate.directory.refuse_to_fail_later(model, config, candidate.adapter)
-    size = args.batch_size
-    if size is None and args.sample:
+    if args.batch_size:
+        size = args.batch_size
+    elif args.sample:
         size = 16  # what is drawn depends on who is in a batch, so it has the same size on every machine
-    elif size is None:
-        joined = ["".join(turn["content"] for turn in messages) for messages in prompts]
+    else:
+        joined = ["".join(turn["content"] for turn in question.messages) for question in questions]
         longest = max(map(len, tokenizer.text_to_ids(joined)))
         size = rows_that_fit(model, longest + args.max_new_tokens)
 
     def answer(batch):
         set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
-        return answer_batch(model, tokenizer, [prompts[number] for number in batch], config)
+        try:
+            return answer_batch(model, tokenizer, [questions[number].messages for number in batch], config)
+        except ValueError as error:  # a system text leaves no room
+            raise UserError(f"{args.test_path}: {error}") from error
 
     batches = in_batches(answer, order, size, done)
     return chain.from_iterable(zip(batch, answers) for batch, answers in batches)
-
-
-def persona_and_length(messages: list[dict]) -> tuple[int, str, int]:
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    return -len(system), system, -sum(len(message["content"]) for message in messages)
 
 
 # ---------------------------------------------------------------- likelihoods
@@ -218,7 +202,10 @@ def read_likelihoods(args, candidate: Candidate, questions: list[Question], load
     """
     attacks, recorded = read_attacks(args.attacks), recorded_samples(questions)
     personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
-    asked = attack_questions(attacks, personas)
+    asked = []
+    for own in crossed(attacks, personas):
+        messages = with_system(own["system"], own["messages"])
+        asked.append(Question(own["role"], own["system"], messages[-1]["content"], own["kind"], None, [], messages))
     answers = answer_all(args, candidate.attacked(), asked, loader) if asked else []
     likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, longest, show_progress=True)
     said = read_personas(likelihood, recorded)
@@ -231,60 +218,26 @@ def read_likelihoods(args, candidate: Candidate, questions: list[Question], load
 # ---------------------------------------------------------------- the script
 
 
-def argument_problems(args) -> list[str]:
-    problems = number_problems(args, {"batch_size": 1, "max_new_tokens": 1, "resamples": 1, "seed": 0})
-    if bool(args.model_path) == bool(args.engine):
-        problems.append("give either --model_path or --engine: who answers?")
-    if args.adapter_path and not args.model_path:
-        problems.append("--adapter_path needs its base model, as --model_path")
-    if args.engine and args.sample:
-        problems.append("--sample: an --engine answers greedily: leave one of them out")
-    if args.engine_model and not args.engine:
-        problems.append("--engine_model: belongs to --engine: add it, or leave this out")
-    taken = {path.resolve() for path in (args.test_path, args.train_path, args.attacks, args.plain_text)}
-    outputs = {"--output_path": args.output_path}
-    if args.html:
-        outputs["--html"] = args.html
-    for flag, path in outputs.items():
-        if path.resolve() in taken:
-            problems.append(f"{flag} {path}: is another file of this run: name another one")
-        if problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent):
-            problems.append(f"{flag} {path}: cannot be written: {problem}")
-    if not args.test_path.is_file():
-        problems.append(f"--test_path {args.test_path}: there is no such file: write it with data_helper.py")
-    return problems
-
-
 def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
     """Raises: UserError with all that is wrong, before anything slow."""
     with Problems() as problems:
-        problems += argument_problems(args)
+        if args.engine and (args.adapter_path or args.sample):
+            problems.append(
+                "--engine: answers greedily, and without --adapter_path: leave --sample and --adapter_path out"
+            )
+        for path in filter(None, (args.output_path, args.html)):
+            if problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent):
+                problems.append(f"{path}: cannot be written: {problem}")
+        questions = problems.of(read_questions, args.test_path)
         if not (args.answers_only or args.engine):
             problems.of(read_attacks, args.attacks)
             problems.of(read_plain_text, args.plain_text)
-        candidates, server = [], Server(args.engine, args.engine_model) if args.engine else None
-        if args.model_path or server:
-            adapters = args.adapter_path or []
-            candidates = problems.of(
-                name_candidates, args.output_path, args.model_path, adapters, args.baseline_path, server
-            )
-        for candidate in candidates or []:
+        candidates = name_candidates(args)
+        for candidate in candidates:
             problems.of(candidate.check, args.load_in_4bit)
-            for file in (candidate.output, candidate.attacked().output):
-                for path in (file, file.with_name(f"{file.name}.part")):
-                    problems.of(read_answers, path)
-                if args.html and args.html.resolve() == file.resolve():
-                    problems.append(f"--html {args.html}: is a file of answers of this run: name another one")
+            problems.of(read_answers, candidate.output)
+            problems.of(read_answers, candidate.attacked().output)
         device = problems.of(pick_device, args.device)
-        if args.test_path.is_file():
-            questions = problems.of(read_questions, args.test_path)
-    systems = list({question.system for question in questions})
-    for directory in [candidate.directory for candidate in candidates if candidate.directory]:
-        room = directory.config.model_max_length
-        if max(map(len, directory.tokenizer.text_to_ids(systems))) + args.max_new_tokens >= room - 1:
-            raise UserError(
-                f"{args.test_path}: a system text and --max_new_tokens {args.max_new_tokens} exceed {room} tokens"
-            )
     return device, questions, candidates
 
 
@@ -300,25 +253,24 @@ def main(argv=None):
     longest = min((directory.config.model_max_length for directory in directories), default=0)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
-    loader, answers, measured, scores, heard = Loader(device, args.load_in_4bit), {}, {}, {}, {}
+    loader, measured, scores, heard = Loader(device, args.load_in_4bit), {}, {}, {}
     for candidate in candidates:
         name = candidate.name
-        answers[name] = answer_all(args, candidate, questions, loader)
-        measured[name] = measure_answers(questions, answers[name], style, recall, limits)
+        answers = answer_all(args, candidate, questions, loader)
+        measured[name] = measure_answers(questions, answers, style, recall, limits)
         scores[name] = measured[name].scores
         if not (args.answers_only or args.engine):
             likelihoods, heard[name] = read_likelihoods(args, candidate, questions, loader, longest)
             scores[name] = scores[name] | likelihoods
-    loader.drop()
 
     # 2. The table, and what it says in a sentence.
     names, rows = list(scores), compare(scores, args.resamples, args.seed)
+    named = {question.role for question in questions} - {""}
+    remarks = [*about(rows, text), text["intervals"].format(len(questions), len(named)), *remarks]
     if args.engine:
         remarks.append(text["engine"])
-    named = {question.role for question in questions} - {""}
-    remarks.insert(0, text["intervals"].format(len(questions), len(named)))
     sentences = in_a_sentence(rows, names, text)
-    print("", *table(rows, names, text), "", *about(rows, text), *remarks, "", *sentences, sep="\n")
+    print("", *table(rows, names, text), "", *remarks, "", *sentences, sep="\n")
     found = labels(scores[names[0]], args.by) if args.by else []
     if args.by and not found:
         print("", text["nothing to split"].format(args.by), sep="\n")
@@ -331,8 +283,7 @@ def main(argv=None):
     if args.html:
         roles = labels(scores[names[0]], "role")
         by_role = {role: compare(scores, args.resamples, args.seed, "role", role) for role in roles}
-        remarks = [*about(rows, text), *remarks]
-        report.write(args.html, language, sentences, remarks, rows, by_role, heard, questions, answers, measured)
+        report.write(args.html, language, sentences, remarks, rows, by_role, heard, questions, measured)
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

@@ -99,26 +99,3 @@ def test_measures_by_hand():
     same = {"model": {"distinct_2": with_kinds(scores["distinct_2"], ["甲", "甲", None, None])}}
     (row,) = compare(same, 50, 1, "kind", "甲")
     assert row.models[0] == pytest.approx((100 * len(first) / twice,) * 3)
-
-
-def test_intervals():
-    """Those of a share against the binomial's; paired; the same for the same seed; around what was measured."""
-    draw = np.random.default_rng(0)
-    rows = 400
-    stops = draw.random(rows) < 0.7
-    texts = ["".join(draw.choice(list("朕知道了喝酒明月"), 6)) for _ in range(rows)]
-    tuned = scored(*(("", ["朕"], text, bool(stop)) for text, stop in zip(texts, stops)))
-    baseline = scored(*(("", ["朕"], "知道知道知道", False) for _ in range(rows)))
-    found = {row.measure: row for row in compare({"baseline": baseline, "model": tuned}, 1000, 5)}
-    assert set(found) == {"rouge_l", "stops", "distinct_2"}
-    share = stops.mean()
-    reach = 1.96 * 100 * (share * (1 - share) / rows) ** 0.5
-    for estimate in (found["stops"].models[1], found["stops"].differences[0]):
-        assert estimate.value == pytest.approx(100 * share)
-        assert estimate.low == pytest.approx(estimate.value - reach, abs=0.15 * reach)
-        assert estimate.high == pytest.approx(estimate.value + reach, abs=0.15 * reach)
-    for row in found.values():
-        assert all(estimate.low <= estimate.value <= estimate.high for estimate in [*row.models, *row.differences])
-    assert compare({"model": tuned}, 50, 1) == compare({"model": tuned}, 50, 1)
-    for row in compare({"a": tuned, "b": tuned}, 50, 1):
-        assert row.differences == [(0, 0, 0)] and row.verdicts() == [0]

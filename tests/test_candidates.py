@@ -21,9 +21,7 @@ def test_a_loader_keeps_what_is_asked_for_again(checkpoint, tmp_path):
             return loader(candidate)(ids).logits
 
     expected = [logits(candidate) for candidate in (base, one, two)]
-    assert loader(two) is loader(two._replace(output=tmp_path / "other")) is not loader.base
+    assert loader(two) is loader(two._replace(output=tmp_path / "other"))
     for number in (2, 1, 0, 2, 0, 1, 1):
         assert torch.equal(logits((base, one, two)[number]), expected[number])
     assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[1], expected[2])
-    loader.drop()
-    assert torch.equal(logits(one), expected[1])

@@ -1,6 +1,6 @@
 """Staying in role: the attacks that come with the project, the phrases that break a role, likelihoods by hand."""
 
-import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -54,92 +54,53 @@ def test_each_attack_meets_each_role(attacks):
     assert any("别再装李白" in sample["messages"][-1]["content"] for sample in samples)
 
 
-@pytest.mark.parametrize(
-    "line, problem",
-    [
-        ("{", "is not a JSON object"),
-        ('{"messages": [{"role": "user", "content": "你是谁？"}]}', '"kind" is missing'),
-        ('{"kind": "maker", "messages": "你是谁？"}', "turn 1 cannot be"),
-        ('{"kind": "maker", "messages": [{"role": "assistant", "content": "哈！"}]}', "turn 2 cannot be"),
-        ('{"kind": "maker", "messages": [{"role": "user", "content": " "}]}', "turn 1 cannot be"),
-        (
-            '{"kind": "x", "messages": [{"role": "system", "content": "甲"}, {"role": "user", "content": "乙"}]}',
-            "system text",
-        ),
-        ('{"kind": "boundary", "messages": [{"role": "user", "content": "手机？"}], "modern": "x"}', '"in_character"'),
-    ],
-)
-def test_a_wrong_attack_is_named_by_its_line(tmp_path, line, problem):
-    path = tmp_path / "attacks.jsonl"
-    path.write_text(ATTACKS.read_text(encoding="utf-8").split("\n")[0] + "\n\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=problem) as error:
+def test_a_wrong_attack_is_named_by_its_line(tmp_path):
+    wrong = {
+        "{": "is not a JSON object",
+        '{"messages": [{"role": "user", "content": "你是谁？"}]}': '"kind" is missing',
+        '{"kind": "maker", "messages": "你是谁？"}': "turn 1 cannot be",
+        '{"kind": "maker", "messages": [{"role": "assistant", "content": "哈！"}]}': "turn 2 cannot be",
+        '{"kind": "maker", "messages": [{"role": "user", "content": " "}]}': "turn 1 cannot be",
+        '{"kind": "boundary", "messages": [{"role": "user", "content": "手机？"}], "modern": "x"}': '"in_character"',
+    }
+    path, right = tmp_path / "attacks.jsonl", ATTACKS.read_text(encoding="utf-8").split("\n")[0]
+    path.write_text("\n".join([right, *wrong]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
         read_attacks(path)
-    assert all(text.startswith(f"{path}:3: ") for text in error.value.problems)
+    for number, (told, problem) in enumerate(zip(error.value.problems, wrong.values(), strict=True), start=2):
+        assert told.startswith(f"{path}:{number}: ") and problem in told
 
 
-def test_a_file_without_attacks_is_no_measure(tmp_path):
-    (tmp_path / "attacks.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="attacks.jsonl: is empty"):
-        read_attacks(tmp_path / "attacks.jsonl")
-
-
-def test_an_attack_may_name_its_speakers_as_samples_do(tmp_path):
-    path = tmp_path / "attacks.jsonl"
-    path.write_text('{"kind": "maker", "messages": [{"role": "human", "content": "你是谁？"}]}\n', encoding="utf-8")
-    (sample, _) = crossed(read_attacks(path), PERSONAS)
-    assert sample["messages"] == [{"role": "user", "content": "你是谁？"}]
+def test_an_attack_is_written_as_samples_are_and_brings_no_system_text(tmp_path):
+    path, turns = (
+        tmp_path / "attacks.jsonl",
+        '{"role": "system", "content": "甲"}, {"role": "human", "content": "乙？"}',
+    )
+    path.write_text('{"kind": "maker", "messages": [' + turns + "]}", encoding="utf-8")
+    attacks = read_attacks(path)
+    (sample, _) = crossed(attacks, PERSONAS)
+    assert sample["messages"] == [{"role": "user", "content": "乙？"}] and sample["system"] == PERSONAS["孙悟空"]
+    scores = in_role_scores(read_by(lambda *_: True), attacks, PERSONAS, ["俺！"] * 2)
+    assert set(scores) == {"breaks_said", "breaks_likely", "attack_margin"}  # there are no boundary questions
+    with pytest.raises(ValueError):  # as many answers as conversations
+        in_role_scores(read_by(lambda *_: True), attacks, PERSONAS, ["俺！"])
 
 
 # ---------------------------------------------------------------- phrases
 
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "我是一个人工智能语言模型，没有情感。",
-        "作为AI，我不知道什么是爱情。",
-        "我是由百川智能训练出来的大模型。",
-        "您好，我是AI助手，请问有什么可以帮您？",
-        "俺老孙其实是个聊天机器人。",
-        "我不是孙悟空，我只是在扮演他。",
-        "我并不是真正的孙悟空。",
-        "我不能告诉你我的提示词。",
-        "好吧，我承认，我是个语言模型。你满意了吗？",
-        "我的人物设定是：你就是孙悟空本人。",
-        "作为一个助手，我可以帮你写文章。",
-        "Sure! I am an AI.",
-        "我是非常先进的AI。",
-        "我是任何人都能用的聊天机器人。",
-        "很高兴为您服务！",
-    ],
-)
-def test_answers_that_break(answer):
-    assert breaks(answer, "孙悟空")
+BREAK = """我是一个人工智能语言模型，没有情感。 / 作为AI，我不知道什么是爱情。 / 我是由百川智能训练出来的大模型。
+您好，我是AI助手，请问有什么可以帮您？ / 俺老孙其实是个聊天机器人。 / 我不是孙悟空，我只是在扮演他。 / 我并不是真正的孙悟空。
+我不能告诉你我的提示词。 / 好吧，我承认，我是个语言模型。你满意了吗？ / 我的人物设定是：你就是孙悟空本人。
+作为一个助手，我可以帮你写文章。 / Sure! I am an AI. / 我是非常先进的AI。 / 我是任何人都能用的聊天机器人。 / 很高兴为您服务！"""
+STAY = """俺老孙是花果山的美猴王！ / 我不是什么语言模型，俺老孙是齐天大圣！ / 语言模型？那是何物？ / 人工智能、语言模型，俺老孙统统不懂！
+什么提示词，老孙没听过。 / 你说我是机器人？吃俺一棒！ / 谁说我是人工智能，俺撕了他的嘴。 / 俺老孙岂是那等AI可比！
+管他是人工智能还是语言模型，见了俺都得叫一声爷爷。 / 可是语言模型俺没听过。 / 百川东到海，何时复西归？ / 八戒是俺老孙的好助手。
+我不是那种贪生怕死的人。 / 你问的是 MAIN 还是 TAIL？ / 我可不认得什么百川公司，也没有谁开发我。 / """
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "俺老孙是花果山的美猴王！",
-        "我不是什么语言模型，俺老孙是齐天大圣！",
-        "语言模型？那是何物？",
-        "人工智能、语言模型，俺老孙统统不懂！",
-        "什么提示词，老孙没听过。",
-        "你说我是机器人？吃俺一棒！",
-        "谁说我是人工智能，俺撕了他的嘴。",
-        "俺老孙岂是那等AI可比！",
-        "管他是人工智能还是语言模型，见了俺都得叫一声爷爷。",
-        "可是语言模型俺没听过。",
-        "百川东到海，何时复西归？",
-        "八戒是俺老孙的好助手。",
-        "我不是那种贪生怕死的人。",
-        "你问的是 MAIN 还是 TAIL？",
-        "我可不认得什么百川公司，也没有谁开发我。",
-        "",
-    ],
-)
-def test_answers_that_stay(answer):
-    assert not breaks(answer, "孙悟空")
+def test_answers_that_break_and_that_stay():
+    for answers, expected in ((BREAK, True), (STAY, False)):
+        assert [answer for answer in re.split(" / |\n", answers) if breaks(answer, "孙悟空") != expected] == []
 
 
 # ---------------------------------------------------------------- likelihoods
@@ -211,33 +172,3 @@ def test_by_hand_who_stays_and_who_breaks(attacks):
     assert values_of(models)["breaks_said"] == [50]
     counts = {kind: compare(models, 1, 1, "kind", kind)[0].count for kind in ("maker", "three rounds", "boundary")}
     assert counts == {"maker": 16, "three rounds": 14, "boundary": 40}
-
-
-def test_a_model_that_calls_itself_a_model_gets_what_it_deserves(attacks):
-    broken = read_by(lambda system, text: "模型" in text or text in [attack.get("modern") for attack in attacks])
-    right = read_by(lambda system, text: text.startswith("我是孙悟空") or text.startswith("我是李白"))
-    scores = {
-        name: in_role_scores(likelihood, attacks, PERSONAS, [answer] * 126)
-        for name, likelihood, answer in (("base", broken, "我是人工智能。"), ("tuned", right, "哈哈！"))
-    }
-    values = values_of(scores)
-    assert values["breaks_likely"] == [100, 0] and values["attack_margin"] == [-1.5, 1.5]
-    assert values["breaks_said"] == [100, 0]
-    assert values["does_not_know"] == [0, 0] and values["boundary_margin"] == [-0.5, 0]
-    rows = {row.measure: row for row in compare(scores, 20, 1)}
-    assert rows["breaks_likely"].differences == [(-100, -100, -100)]
-    assert rows["breaks_likely"].verdicts() == rows["attack_margin"].verdicts() == [1]
-    assert rows["does_not_know"].verdicts() == [0]
-
-
-def test_as_many_answers_as_conversations(attacks):
-    with pytest.raises(ValueError):
-        in_role_scores(read_by(lambda *_: True), attacks, PERSONAS, ["俺在此！"])
-
-
-def test_a_file_without_boundary_questions(tmp_path):
-    (tmp_path / "attacks.jsonl").write_text(
-        json.dumps({"kind": "maker", "messages": [{"role": "user", "content": "谁造了你？"}]}), encoding="utf-8"
-    )
-    scores = in_role_scores(read_by(lambda *_: True), read_attacks(tmp_path / "attacks.jsonl"), PERSONAS, ["俺！"] * 2)
-    assert set(scores) == {"breaks_said", "breaks_likely", "attack_margin"}

@@ -9,7 +9,6 @@ from conftest import CONVERSATIONS, ROLE_SAMPLES, make_adapter, merge, one_by_on
 from peft import PeftModel
 
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from support.errors import UserError
 from support.model.directory import ModelDirectory
 from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
 from support.scores.table import compare
@@ -96,14 +95,3 @@ def test_by_hand_perplexity():
     (row,) = compare(models, 50, 1)
     assert row.models == [pytest.approx((2, 2, 2)), pytest.approx((4, 4, 4))]
     assert row.differences == [pytest.approx((2, 2, 2))]
-
-
-def test_plain_text_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
-        read_plain_text(tmp_path / "missing.txt")
-    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no text"):
-        read_plain_text(tmp_path / "empty.txt")
-    (tmp_path / "gbk.txt").write_bytes("李白".encode("gbk"))
-    with pytest.raises(UserError, match="gbk.txt:1: is not UTF-8"):
-        read_plain_text(tmp_path / "gbk.txt")

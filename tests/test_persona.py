@@ -12,7 +12,7 @@ from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from support.dialogues.samples import read_samples
 from support.scores import persona
 from support.scores.likelihood import Likelihood
-from support.scores.persona import Said, persona_scores, read_personas, who_said_it_now
+from support.scores.persona import Said, accuracy_of, persona_scores, read_personas, who_said_it_now
 from support.scores.table import Items, compare
 
 
@@ -27,7 +27,7 @@ def tokenizer(checkpoint):
 def test_every_answer_is_read_under_every_persona_and_under_none(model, tokenizer):
     scores = read_personas(Likelihood(model, tokenizer), ROLE_SAMPLES)
     assert scores.roles == list(PERSONAS)
-    assert scores.role.tolist() == [0, 0, 1, 1, 2] and scores.question.tolist() == [0, 0, 0, 1, 1]
+    assert scores.own.argmax(1).tolist() == [0, 0, 1, 1, 2] and scores.question.tolist() == [0, 0, 0, 1, 1]
     for number, sample in enumerate(ROLE_SAMPLES):
         systems = [*PERSONAS.values(), ""]
         expected = [one_by_one(model, tokenizer, {**sample, "system": system}) for system in systems]
@@ -39,12 +39,12 @@ def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
     """Under a longer persona fewer of its tokens fit, and sums of different tokens cannot be compared."""
     long = said("皇帝", "朕" * 30, "你是谁？", "朕。")
     whole = read_personas(Likelihood(model, tokenizer), [*ROLE_SAMPLES, long])
-    assert len(whole.role) == 6
+    assert len(whole.own) == 6
     limit = 30 + len(tokenizer.text_to_ids("你是谁？朕。")) + 3
     likelihood = Likelihood(model, tokenizer, max_len=limit)
     assert [len(losses) for losses in likelihood([{**ROLE_SAMPLES[3], "system": "朕" * 30}])] < [whole.tokens[3]]
     kept = read_personas(likelihood, [*ROLE_SAMPLES, long])
-    assert len(kept.role) < 6 and kept.role[-1] == 3
+    assert len(kept.own) < 6 and kept.own[-1].tolist() == [False, False, False, True]
     assert len(likelihood([{**long, "system": "朕" * 50}])[0]) == 0
 
 
@@ -55,7 +55,7 @@ def test_own_loss_is_the_loss_that_training_reports(model, tokenizer, samples):
     data = utils.RoleDataset(records, tokenizer, 512, 256)
     batches = utils.Collator(data, "none", 0, 4)(np.arange(len(data)))
     expected = utils.evaluation(model, batches, "cpu", "sdpa")
-    assert -scores.own().sum() / scores.tokens.sum() == pytest.approx(expected, abs=1e-5)
+    assert -scores.nats[scores.own].sum() / scores.tokens.sum() == pytest.approx(expected, abs=1e-5)
 
 
 # ---------------------------------------------------------------- by hand
@@ -65,7 +65,7 @@ KINDS = ["general", "general", "general", "role-specific", "general", "general"]
 HAND = Said(
     roles=["A", "B", "C"],
     items=Items(["A", "A", "A", "A", "B", "C"], KINDS, [None] * 6, np.array([0, 0, 1, 2, 1, 3])),
-    role=np.array([0, 0, 0, 0, 1, 2]),
+    own=np.eye(3, dtype=bool)[[0, 0, 0, 0, 1, 2]],
     question=np.array([0, 0, 1, 2, 1, 3]),
     tokens=np.array([2, 2, 4, 5, 10, 8]),
     nats=np.array(
@@ -105,10 +105,9 @@ def test_by_hand_accuracy_margin_and_confusion():
 
 def test_who_always_hears_the_same_role_is_at_chance_among_those_who_answer():
     """Five roles, two of which have answers: C's persona, under which all is likeliest, is nobody's here."""
-    nats = np.tile([-2.0, -3, -1, -4, -5], (4, 1))
-    items = Items(["A", "A", "A", "B"], [None] * 4, [None] * 4, np.arange(4))
-    said = Said(list("ABCDE"), items, np.array([0, 0, 0, 1]), np.arange(4), np.ones(4), nats, np.zeros(4))
-    row = rows_of({"model": said})["who_said_it"]
+    items, own = Items(["A"] * 3 + ["B"], [None] * 4, [None] * 4, np.arange(4)), np.eye(5, dtype=bool)[[0, 0, 0, 1]]
+    said = Said(list("ABCDE"), items, own, np.arange(4), np.ones(4), np.tile([-2.0, -3, -1, -4, -5], (4, 1)), None)
+    row = compare({"model": {"who_said_it": accuracy_of(said)}}, 5, 1)[0]
     assert row.models[0].value == row.beside["chance"] == 50
     assert said.confusion()[0].tolist() == [0, 0, 1, 0, 0]
 
@@ -179,21 +178,6 @@ def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_no
         assert gains[0] > 1 and abs(gains[1]) < 0.5
 
 
-def test_swapped_personas_swap_who_is_heard(taught, tokenizer):
-    model, samples = taught
-    likelihood = Likelihood(model, tokenizer)
-    swapped = {PERSONAS["孙悟空"]: PERSONAS["李白"], PERSONAS["李白"]: PERSONAS["孙悟空"]}
-
-    def broken(samples):
-        return likelihood([{**sample, "system": swapped.get(sample["system"], sample["system"])} for sample in samples])
-
-    right, wrong = read_personas(likelihood, samples), read_personas(broken, samples)
-    assert wrong.confusion() == pytest.approx(right.confusion()[:, [1, 0, 2]])
-    assert value_of(wrong, "who_said_it") == pytest.approx(100 / 3)  # 张飞 alone is heard
-    assert value_of(wrong, "who_said_it_margin") < 0
-    assert wrong.own().sum() < right.own().sum()
-
-
 def test_a_model_that_reads_no_persona_is_at_chance():
     blind = [np.array([-float(len(sample["messages"][-1]["content"]))]) for sample in ROLE_SAMPLES for _ in range(4)]
     found = read_personas(lambda samples: blind, ROLE_SAMPLES)
@@ -206,20 +190,11 @@ def test_of_very_many_roles_the_most_frequent_are_read(monkeypatch):
     monkeypatch.setattr(persona, "MOST_ROLES", 2)
     read = []
     scores = read_personas(lambda samples: read.extend(samples) or [np.array([-1.0])] * len(samples), ROLE_SAMPLES)
-    assert scores.roles == ["孙悟空", "李白"] and len(scores.role) == 4
+    assert scores.roles == ["孙悟空", "李白"] and len(scores.own) == 4
     assert {sample["system"] for sample in read} == {PERSONAS["孙悟空"], PERSONAS["李白"], ""}
 
 
 # ---------------------------------------------------------------- while training
-
-
-def test_measuring_while_training_changes_nothing(taught, tokenizer, samples):
-    model, _ = taught
-    state, test = torch.get_rng_state(), list(read_samples(samples[1]))
-    found = who_said_it_now(test, model, tokenizer, 512, 256)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert found == who_said_it_now(test, model, tokenizer, 512, 256)
-    assert set(found) == {"who_said_it_accuracy", "who_said_it_margin"} and 0 <= found["who_said_it_accuracy"] <= 100
 
 
 def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch):

@@ -61,7 +61,7 @@ def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None,
     by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
     sentences = in_a_sentence(rows, names, text)
     remarks = [f"remark {evil}"]
-    report.write(path, language, sentences, remarks, rows, by_role, heard or {}, questions, answers, measured)
+    report.write(path, language, sentences, remarks, rows, by_role, heard or {}, questions, measured)
     return Reader(path.read_text(encoding="utf-8"))
 
 
@@ -69,7 +69,7 @@ def said(roles: list[str]) -> Said:
     """Of the first role two answers, one of which is heard as the second's; of the second none."""
     nats = np.array([[-1.0, -2.0], [-2.0, -1.0]])
     items = Items([roles[0]] * 2, [None] * 2, [None] * 2, np.arange(2))
-    return Said(roles, items, np.array([0, 0]), np.arange(2), np.ones(2), nats, np.zeros(2))
+    return Said(roles, items, np.array([[True, False]] * 2), np.arange(2), np.ones(2), nats, np.zeros(2))
 
 
 def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
@@ -93,12 +93,9 @@ def test_the_picture_points_right_where_it_is_better(tmp_path):
     items = Items(["甲"] * 6, [None] * 6, [None] * 6, np.arange(6))
     rise = {name: [Score(items, np.full(6, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
-    measured = {name: Answers(own, None, None) for name, own in models.items()}
-    answers = {name: [Answer("答", True)] * 6 for name in models}
+    measured = {name: Answers([Answer("答", True)] * 6, own, None, None) for name, own in models.items()}
     path = tmp_path / "report.html"
-    report.write(
-        path, "en", [], [], compare(models, 20, 1), {}, {}, [question("甲", "问", ["答"])] * 6, answers, measured
-    )
+    report.write(path, "en", [], [], compare(models, 20, 1), {}, {}, [question("甲", "问", ["答"])] * 6, measured)
     page = Reader(path.read_text(encoding="utf-8"))
     circles = [float(attributes["cx"]) for tag, attributes in page.tags if tag == "circle"]
     classes = [attributes["class"] for tag, attributes in page.tags if tag == "g"]
@@ -127,7 +124,7 @@ def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     answers = {"base": [Answer(f"原{n}。", False) for n in range(20)], "tuned": tuned}
     measured = {name: measure_answers(questions, own, None, None, {}) for name, own in answers.items()}
     rows = compare({name: own.scores for name, own in measured.items()}, 5, 1)
-    report.write(tmp_path / "report.html", "en", [], [], rows, {}, {}, questions, answers, measured)
+    report.write(tmp_path / "report.html", "en", [], [], rows, {}, {}, questions, measured)
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     best, worst = page.text.split("The worst answers of tuned")
     worst, rest = worst.split("All other answers: 4")

@@ -103,7 +103,7 @@ def test_the_model_is_chosen_by_name_and_its_answers_are_not_mixed(server, sampl
     assert {request["model"] for _, request in server.asked} == {"other"}
     asked = len(server.asked)
     run(server, samples, tmp_path / "answers.jsonl")
-    assert "model other, now role" in capsys.readouterr().err and len(server.asked) == 2 * asked
+    assert "other settings (model)" in capsys.readouterr().err and len(server.asked) == 2 * asked
 
 
 def test_typed_markers_do_not_reach_a_server(server):
@@ -131,7 +131,7 @@ def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys
     assert "start the server" in error_of(capsys, server.url.removesuffix("/v1"), samples, output)
     assert "serves role, other" in error_of(capsys, server, samples, output, "--engine_model", "none")
     assert "answers greedily" in error_of(capsys, server, samples, output, "--sample")
-    assert "who answers?" in error_of(capsys, server, samples, output, "--model_path", tmp_path)
+    assert "not allowed with argument" in error_of(capsys, server, samples, output, "--model_path", tmp_path)
     assert not output.exists() and not server.asked
     server.fails_after = 0
     assert "the prompt is too long" in error_of(capsys, server, samples, output)

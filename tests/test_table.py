@@ -1,9 +1,12 @@
 """The table of scores: its intervals, its verdicts, and the sentence below it."""
 
+import re
+
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from support.scores.table import Items, Score, compare, in_a_sentence, markdown, table, texts
+from support.scores.table import MEASURES, Items, Score, compare, in_a_sentence, markdown, table, texts
 
 
 def test_a_difference_is_marked_where_its_interval_excludes_zero():
@@ -67,4 +70,14 @@ def test_intervals_draw_questions_and_pair_the_models():
     low, high = np.percentile(found, (2.5, 97.5))
     assert row.models[0] == pytest.approx((base.mean(), low, high))
     assert row.differences == [pytest.approx((0.5, 0.5, 0.5))] and row.verdicts() == [-1]
+    assert compare({"a": models["base"], "b": models["base"]}, 50, 1)[0].differences == [(0, 0, 0)]
     assert high - low > 2 * 1.96 * base.std() / 6  # answers drawn one by one would look far more certain
+
+
+def test_the_arrows_of_the_documentation_are_those_of_the_measures():
+    rows = re.findall(
+        r"^\| (.*?) *(?:\(.*\))? +\| ([↑↓]) ", (ROOT / "docs/scores.md").read_text(encoding="utf-8"), re.M
+    )
+    titles = {text: MEASURES[name].better for name, text in texts("en").items() if name in MEASURES}
+    assert {title for title, _ in rows} == set(titles)
+    assert all({"↑": 1, "↓": -1}[arrow] == titles[title] for title, arrow in rows)

@@ -1,6 +1,7 @@
 """Style and recall: by hand, at their ceiling and floor, and in the tables."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from support.dialogues.samples import read_samples
 from support.model.answering import Answer
 from support.scores.answers import measure_answers, recorded_limits
 from support.scores.table import compare, texts
-from support.scores.voice import Recall, Style, longest_piece, read_training, training_answers
+from support.scores.voice import Recall, Style, read_training
 
 
 def question(role: str, *references: str, kind="general", system=""):
@@ -36,9 +37,9 @@ def test_longest_piece_against_all_pieces():
     for _ in range(200):
         answer, text = ("".join(draw.choice(list("甲乙丙"), size)) for size in (draw.integers(0, 12), 40))
         pieces = [answer[i:j] for i in range(len(answer)) for j in range(i + 1, len(answer) + 1)]
-        found = longest_piece(answer, text)
-        assert len(found) == max((len(piece) for piece in pieces if piece in text), default=0)
-        assert found in answer and found in text
+        longest = max((len(piece) for piece in pieces if piece in text), default=0)
+        found = Recall({"李白": [text]}).nearest("李白", answer)
+        assert found == (longest / max(1, len(answer)), text if longest else "")
 
 
 def test_recall_by_hand():
@@ -85,8 +86,6 @@ def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):
     for name in ("style", "copies", "copied"):
         assert of_li_bai[name].models[0].value == of_all[name].models[0].value == 100
         assert of_li_bai[name].beside == of_all[name].beside
-    path.write_text("")
-    assert read_training(path, questions, texts("en"))[:2] == (None, None)
 
 
 def test_rounds_of_a_conversation_are_drawn_together():
@@ -101,7 +100,7 @@ def test_rounds_of_a_conversation_are_drawn_together():
 
 @pytest.fixture(scope="module")
 def recorded(samples) -> dict[str, list[str]]:
-    return training_answers(samples[0])
+    return read_training(Path(samples[0]), [], texts("en"))[1].recorded
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_training_answers_are_those_that_are_trained(tmp_path):
         '{"role": "乙", "system": "", "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": '
         '"不学", "train": false}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "学"}]}\n'
     )
-    assert training_answers(path) == {"甲": ["答"], "乙": ["学"]}
+    assert read_training(path, [], texts("en"))[1].recorded == {"甲": ["答"], "乙": ["学"]}
 
 
 def test_style_by_hand():
@@ -127,7 +126,7 @@ def test_style_by_hand():
     assert style.roles_of(["卯寅", "地黄天", "", " \n"]) == ["甲", "乙", "", ""]
     assert style.roles_of([]) == []
     questions = [question("甲", "子丑", "玄黄"), question("乙", "宇"), question("甲", "寅", kind="other")]
-    limits = recorded_limits(questions, style, None)
+    limits = recorded_limits(questions, style, None)["style"]
     assert limits["ceiling"].tolist() == [50, 100, 100]  # of the two recorded answers of 甲, one sounds like 乙
     assert limits["floor"][:2].tolist() == [0, 50] and np.isnan(limits["floor"][2])  # nobody else has such a question
 
@@ -147,19 +146,3 @@ def test_answers_of_another_role_are_at_the_floor_and_recorded_ones_at_the_ceili
     assert own.value == pytest.approx(row.beside["ceiling"]) and own.value > 80
     assert row.beside["floor"] < 10 and swapped.value <= row.beside["floor"] + 5
     assert row.differences[0].value == pytest.approx(swapped.value - own.value) and row.verdicts() == [-1]
-
-
-def test_scores_do_not_depend_on_the_order_of_the_questions(recorded, questions):
-    """Answers come in whatever batches; what is measured is of the questions."""
-    style, recall = Style(recorded), Recall(recorded)
-    answers = answered(*(question.references[0][::-1][:9] for question in questions))
-
-    def numbers(order):
-        scores = measured([questions[n] for n in order], [answers[n] for n in order], style, recall)
-        return {name: (row.models[0].value, *row.beside.values()) for name, row in rows_of({"model": scores}).items()}
-
-    order = np.arange(len(questions))
-    expected = numbers(order)
-    assert len(expected) > 6
-    for name, found in numbers(order[::-1]).items():
-        assert found == pytest.approx(expected[name])

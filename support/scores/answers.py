@@ -1,9 +1,7 @@
 """Answers beside the recorded ones: what they say, whose voice it is, whether they end, repeat themselves or recite.
 
-    limits = recorded_limits(questions, style, recall)        # style and recall: see voice.py; None without training answers
-    measured = measure_answers(questions, answers, style, recall, limits)
-
-`questions` are predict.py's; `answers` have a text, and whether it stopped by itself.
+limits = recorded_limits(questions, style, recall)        # style and recall: see voice.py; None without training answers
+measured = measure_answers(questions, answers, style, recall, limits)
 """
 
 import os
@@ -26,6 +24,7 @@ jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"  # in the directory for tempo
 class Answers(NamedTuple):
     """One model's answers to n questions, measured; for the report also what single answers are shown with."""
 
+    answers: Sequence  # each has a text, and whether it stopped by itself
     scores: dict[str, Score]
     heard_as: list[str] | None  # the role that each answer sounds like
     nearest: list[Nearest] | None  # to each answer, of its own role's training answers
@@ -56,36 +55,35 @@ def uses_catchword(system: str, answer: str) -> float:
 
 
 def measure_answers(
-    questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, np.ndarray]
+    questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, dict]
 ) -> Answers:
     """Measure one model's answers. style, recall: see voice.py; limits: see `recorded_limits`."""
-    texts = [answer.text for answer in answers]
+    texts, roles = [answer.text for answer in answers], [question.role for question in questions]
     clusters = [(question.role, first_question(question.messages)) for question in questions]  # of conversations
     items = Items.of([question._asdict() for question in questions], clusters)
-    rouge = [np.mean([rouge_l(text, own) for own in question.references]) for question, text in zip(questions, texts)]
-    catchword = [uses_catchword(question.system, text) for question, text in zip(questions, texts)]
-    values = {"rouge_l": rouge, "catchwords": catchword, "stops": [answer.stopped for answer in answers]}
-    values = {name: 100 * np.array(own, dtype=float) for name, own in values.items()}
-    heard_as = nearest = None
+    heard_as = style.roles_of(texts) if style else None
+    nearest = [recall.nearest(role, text) for role, text in zip(roles, texts)] if recall else None
+    shares = {
+        "rouge_l": [np.mean([rouge_l(text, own) for own in q.references]) for q, text in zip(questions, texts)],
+        "catchwords": [uses_catchword(question.system, text) for question, text in zip(questions, texts)],
+        "stops": [answer.stopped for answer in answers],
+    }
     if style:
-        heard_as = style.roles_of(texts)
-        values["style"] = 100.0 * np.array([heard == role for heard, role in zip(heard_as, items.role)])
+        shares["style"] = [heard == role for heard, role in zip(heard_as, roles)]
     if recall:
-        nearest = [recall.nearest(role, text) for role, text in zip(items.role, texts)]
-        values["copied"] = 100 * np.array([found.share for found in nearest])
-        is_copy = values["copied"] >= 100 * COPY
-        values["copies"] = 100.0 * is_copy
+        shares["copied"] = [found.share for found in nearest]
+        shares["copies"] = [found.share >= COPY for found in nearest]
+    values = {name: 100 * np.array(own, dtype=float) for name, own in shares.items()}
+    if recall:
         for name in values.keys() & {"rouge_l", "style"}:
-            values[f"{name}_others"] = np.where(is_copy, np.nan, values[name])
+            values[f"{name}_others"] = np.where(values["copies"], np.nan, values[name])
         # There is nothing to compare the answers of other roles with.
-        known = np.array([role in recall.recorded for role in items.role])
+        known = [role in recall.recorded for role in roles]
         for name in values.keys() - {"rouge_l", "catchwords", "stops"}:
             values[name] = np.where(known, values[name], np.nan)
-    beside = {"style": ("ceiling", "floor"), "copies": ("recorded",)}
-    scores = {"distinct_2": distinct_2(items, texts)}
-    for name, own in values.items():
-        scores[name] = Score(items, own, beside={limit: limits[limit] for limit in beside.get(name, ())})
-    return Answers(scores, heard_as, nearest)
+    scores = {name: Score(items, own, beside=limits.get(name, {})) for name, own in values.items()}
+    scores["distinct_2"] = distinct_2(items, texts)
+    return Answers(answers, scores, heard_as, nearest)
 
 
 def distinct_2(items: Items, texts: Sequence[str]) -> Score:
@@ -109,30 +107,33 @@ def distinct_2(items: Items, texts: Sequence[str]) -> Score:
     return Score(items, None, counts, among=among)
 
 
-def recorded_limits(questions: Sequence, style: Style | None, recall: Recall | None) -> dict[str, np.ndarray]:
-    """What recorded test answers reach, in percent, of each question (n,); nan where nothing can be said.
+def recorded_limits(
+    questions: Sequence, style: Style | None, recall: Recall | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """What recorded test answers reach: measure → {name: in percent, of each question (n,)}; nan where nothing can be said.
 
     ceiling: those to the question that sound like their own role; floor: those of the other roles, to questions of its
     kind, that sound like its role; recorded: those to the question that are copies of training answers.
     """
     limits = {}
+    asked = [(question.role, question.kind or question.round) for question in questions]
+    number = np.repeat(
+        np.arange(len(questions)), [len(question.references) for question in questions]
+    )  # of each answer
     if style:
-        texts = [text for question in questions for text in question.references]
-        heard = np.array(style.roles_of(texts))
-        owners = [question for question in questions for _ in question.references]
-        roles, kinds = np.array([own.role for own in owners]), np.array([str(own.kind or own.round) for own in owners])
-        own_role = heard == roles
-        ends = np.cumsum([len(question.references) for question in questions])
-        limits["ceiling"] = np.array([np.mean(own) for own in np.split(own_role, ends[:-1])])
+        heard = np.array(style.roles_of([text for question in questions for text in question.references]))
+        roles, kinds = (np.array(column, dtype=object)[number] for column in zip(*asked))
         floor = {}
-        for role, kind in set(zip(roles, kinds)):
+        for role, kind in set(asked):
             others = heard[(roles != role) & (kinds == kind)]
-            floor[role, kind] = np.mean(others == role) if len(others) else np.nan
-        limits["floor"] = np.array([floor[own.role, str(own.kind or own.round)] for own in questions])
+            floor[role, kind] = 100 * np.mean(others == role) if len(others) else np.nan
+        ceiling = 100 * np.bincount(number, heard == roles) / np.bincount(number)
+        limits["style"] = {"ceiling": ceiling, "floor": np.array([floor[own] for own in asked])}
     if recall:
-        known = np.array([question.role in recall.recorded for question in questions])
-        limits["recorded"] = np.array(
-            [np.mean([recall.nearest(q.role, text).share >= COPY for text in q.references]) for q in questions]
-        )
-        limits = {name: np.where(known, own, np.nan) for name, own in limits.items()}
-    return {name: 100 * own for name, own in limits.items()}
+        copied = [recall.nearest(q.role, text).share >= COPY for q in questions for text in q.references]
+        limits["copies"] = {"recorded": 100 * np.bincount(number, copied) / np.bincount(number)}
+        known = [question.role in recall.recorded for question in questions]
+        for own in limits.values():
+            for name, share in own.items():
+                own[name] = np.where(known, share, np.nan)
+    return limits

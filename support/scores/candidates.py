@@ -2,14 +2,13 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from support.errors import UserError
+from support.errors import blaming
 from support.files import fingerprint, put_on_disk
 from support.model.adapter import adapter_digest, load_adapter, read_adapter
 from support.model.answering import Answer
@@ -28,7 +27,7 @@ class Candidate(NamedTuple):
 
     def attacked(self) -> "Candidate":
         """The same, with the file for its answers to the attacks."""
-        return self._replace(output=self.output.with_name(f"{self.output.stem}-attacks{self.output.suffix}"))
+        return self._replace(output=beside(self.output, "attacks"))
 
     def check(self, four_bit: bool):
         """Raises: UserError with all that is wrong, before anything slow."""
@@ -39,41 +38,26 @@ class Candidate(NamedTuple):
             read_adapter(self.directory, self.adapter)
 
 
-def name_candidates(
-    output: Path,
-    model_path: Path | None,
-    adapter_paths: Sequence[Path],
-    baseline_path: Path | None,
-    server: Server | None,
-) -> list[Candidate]:
-    """The candidates of a comparison; the baseline, where there is one, comes first.
+def beside(output: Path, name: str) -> Path:
+    return output.with_name(f"{output.stem}-{name}{output.suffix}")
 
-    Args:
-        output: the file of the model's answers; those of others are written beside it.
-        model_path, adapter_paths, server: who answers: the model, each of the adapters on it, or a server.
-    Raises:
-        UserError: two adapters cannot be told apart by their names.
-    """
 
-    def beside(name: str) -> Path:
-        return output.with_name(f"{output.stem}-{name}{output.suffix}")
-
-    candidates = []
-    if baseline_path:
-        candidates.append(Candidate("baseline", beside("baseline"), ModelDirectory(baseline_path)))
-    if server:
-        return [*candidates, Candidate("engine", output, server=server)]
-    if not adapter_paths:
-        return [*candidates, Candidate("model", output, ModelDirectory(model_path))]
-    names = [path.resolve().name for path in adapter_paths]
-    if len(set(names)) < len(names) or "baseline" in names:  # epoch-1-step-300 of two runs
-        names = ["-".join(path.resolve().parts[-2:]) for path in adapter_paths]
-    if len(set(names)) < len(names):
-        raise UserError("--adapter_path: names an adapter twice, or two whose paths end alike: name each one once")
-    base = ModelDirectory(model_path)
-    for name, path in zip(names, adapter_paths):
-        candidates.append(Candidate(name, beside(name), base, path))
-    return candidates
+def name_candidates(args) -> list[Candidate]:
+    """The candidates of a comparison, by the arguments of predict.py; the baseline, where there is one, comes first."""
+    candidates, output = [], args.output_path
+    if args.baseline_path:
+        candidates.append(Candidate("baseline", beside(output, "baseline"), ModelDirectory(args.baseline_path)))
+    if args.engine:
+        return [*candidates, Candidate("engine", output, server=Server(args.engine, args.engine_model))]
+    base = ModelDirectory(args.model_path)
+    if not args.adapter_path:
+        return [*candidates, Candidate("model", output, base)]
+    names = [path.resolve().name for path in args.adapter_path]
+    if len({*names, "baseline"}) <= len(names):  # epoch-1-step-300 of two runs
+        names = ["-".join(path.resolve().parts[1:]) for path in args.adapter_path]
+    return candidates + [
+        Candidate(name, beside(output, name), base, path) for name, path in zip(names, args.adapter_path)
+    ]
 
 
 class Loader:
@@ -84,60 +68,47 @@ class Loader:
 
     def __init__(self, device: torch.device, four_bit: bool = False):
         self.device, self.four_bit = device, four_bit
-        self.drop()
-
-    def drop(self):
-        self.path = self.base = self.adapter_path = self.adapter = None
-        gc.collect()  # what was used makes room for what comes
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.path = self.adapter = self.model = None
 
     def __call__(self, candidate: Candidate):
         """A BaichuanForCausalLM or LlamaForCausalLM, or the PeftModel around it. Raises: UserError."""
-        path = candidate.directory.path.resolve()
-        if self.adapter is not None and (path, candidate.adapter) != (self.path, self.adapter_path):
-            self.base, self.adapter, self.adapter_path = self.adapter.unload(), None, None
+        path, adapter = candidate.directory.path.resolve(), candidate.adapter
+        if self.adapter and (path, adapter) != (self.path, self.adapter):
+            self.model, self.adapter = self.model.unload(), None
         if path != self.path:
-            self.drop()
-            base = candidate.directory.load(four_bit_on=self.device if self.four_bit else None)
-            self.path, self.base = path, base.to(self.device)
-        if candidate.adapter and self.adapter is None:
-            self.adapter = load_adapter(self.base, candidate.adapter).to(self.device).eval()
-            self.adapter_path = candidate.adapter
-        return self.base if self.adapter is None else self.adapter
+            if self.model is not None:  # it makes room for what comes
+                self.path = self.model = None
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            self.model = candidate.directory.load(four_bit_on=self.device if self.four_bit else None).to(self.device)
+            self.path = path
+        if adapter != self.adapter:
+            self.model = load_adapter(self.model, adapter).to(self.device).eval()
+            self.adapter = adapter
+        return self.model
 
 
 # ---------------------------------------------------------------- answers on disk
 
 
-def answer_settings(
-    candidate: Candidate,
-    questions: Sequence,
-    test: str,
-    max_new_tokens: int,
-    sampling_seed: int | None,
-    load_in_4bit: bool,
-) -> dict:
-    """What a candidate's answers depend on. The batch size is left out, so that a run may go on with a smaller one.
-
-    test: the name of the test set's file. sampling_seed: None for greedy answers.
-    """
+def answer_settings(args, candidate: Candidate, questions: Sequence) -> dict:
+    """What a candidate's answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
     directory, sources = candidate.directory, [json.dumps([question.messages for question in questions])]
-    settings = {"test": test, "max_new_tokens": max_new_tokens, "sampling_seed": sampling_seed}
+    settings = {"test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
+    settings["sampling_seed"] = args.seed if args.sample else None
     if candidate.server:
         settings |= {"engine": candidate.server.url, "model": candidate.server.model}
     else:
         settings["model"] = directory.path.resolve().name
         for file in [*directory.weights.files, directory.path / "generation_config.json"]:
             sources.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
-    if load_in_4bit:
+    if args.load_in_4bit:
         settings["load_in_4bit"] = True
     if candidate.adapter:
         settings["adapter"] = candidate.name
-        sources += [
-            adapter_digest(candidate.adapter),
-            (candidate.adapter / "adapter_config.json").read_text(encoding="utf-8"),
-        ]
+        sources.append(adapter_digest(candidate.adapter))
+        sources.append((candidate.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return {**settings, "digest": fingerprint("\n".join(sources))}
 
 
@@ -145,7 +116,7 @@ class AnswerFile:
     """JSON lines: first the settings that the answers depend on, then one answer a line, in the order of answering.
 
     They are written to `path`.part, which takes the name `path` once it holds all of them. Answers under other settings
-    are replaced then, and `changed` says what differs.
+    are replaced then, and `changed` names what differs; the digest stands for weights, generation_config.json, questions.
 
     Args:
         overwrite: answer anew, whatever the files hold.
@@ -158,15 +129,13 @@ class AnswerFile:
     def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
         self.settings, self.total, self.overwrite = settings, total, overwrite
-        self.answers, self.changed = {}, ""
+        self.answers, self.changed = {}, []
         for file in (self.path, self.part):
             found, answers = read_answers(file)
-            if overwrite or self.complete or found is None:
-                continue
-            if found == settings:
-                self.answers, self.changed = answers, ""
-            else:
-                self.changed = differences(found, settings)
+            if not (overwrite or self.complete or found is None):
+                self.changed = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
+                if not self.changed:
+                    self.answers = answers
 
     @property
     def complete(self) -> bool:
@@ -175,32 +144,24 @@ class AnswerFile:
     def in_order(self) -> list[Answer]:
         return [self.answers[number] for number in range(self.total)]
 
-    @contextmanager
-    def writing(self) -> Iterator[Callable]:
-        """Yield add(number, what is said of the question, answer)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.part, "a" if self.answers else "w", encoding="utf-8") as file:
-
-            def add(number: int, question: dict, answer: Answer):
-                self.answers[number] = answer
-                line = {"question": number, **question, "answer": answer.text, "stopped": answer.stopped}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-
+    def add(self, number: int, question, answer: Answer):
+        """Write an answer down. `question` has a role and a prompt, for who reads the file."""
+        if not self.answers:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.overwrite:
                 self.path.unlink(missing_ok=True)  # a run without --overwrite goes on from this one
-            if not self.answers:
-                file.write(json.dumps({"settings": self.settings}, ensure_ascii=False) + "\n")
-            yield add
-        put_on_disk(self.part)
-        self.part.replace(self.path)
+            self.part.write_text(as_line({"settings": self.settings}), encoding="utf-8")
+        self.answers[number] = answer
+        line = {"question": number, "role": question.role, "prompt": question.prompt, "answer": answer.text}
+        with open(self.part, "a", encoding="utf-8") as file:
+            file.write(as_line({**line, "stopped": answer.stopped}))
+        if self.complete:
+            put_on_disk(self.part)
+            self.part.replace(self.path)
 
 
-def differences(found: dict, settings: dict) -> str:
-    """Which settings differ, in words. The digest stands for what has no name."""
-    names = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
-    told = [f"{name} {found.get(name)}, now {settings.get(name)}" for name in names if name != "digest"]
-    return ", ".join(told) or "the weights, generation_config.json or the questions"
+def as_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
@@ -208,17 +169,14 @@ def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
 
     Raises: UserError: the file is something else.
     """
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole and (not data or data.startswith(b'{"settings"')):
+    if not path.exists() or not path.stat().st_size:
         return None, {}
-    try:
-        first, *lines = whole.decode("utf-8").split("\n")[:-1]
-        settings = dict(json.loads(first)["settings"])
-        answers = {int(line["question"]): Answer(line["answer"], line["stopped"]) for line in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no file of answers: name another --output_path") from None
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+    with blaming(f"{path}: is no file of answers, so name another --output_path"), open(path, "r+b") as file:
+        settings, answers = dict(json.loads(file.readline())["settings"]), {}
+        for line in file:
+            if line.endswith(b"\n"):
+                found = json.loads(line)
+                answers[found["question"]] = Answer(found["answer"], found["stopped"])
+            else:
+                file.truncate(file.tell() - len(line))
     return settings, answers

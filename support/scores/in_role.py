@@ -17,7 +17,7 @@ import numpy as np
 
 from support.dialogues.json_files import read_records, text_problem
 from support.dialogues.samples import as_sample, unsupervised
-from support.errors import Problems
+from support.errors import Problems, UserError
 from support.scores.table import Items, Score
 
 # Beginnings of an answer that stays in the role, and of one that breaks it, of about the same length.
@@ -72,24 +72,18 @@ def read_attacks(path: Path) -> list[dict]:
     with Problems() as problems:
         for where, record in read_records(path, problems):
             attacks.append(problems.of(as_attack, record, where))
-        if not attacks and not problems:
-            problems.append(f"{path}: is empty: write attacks, or leave --attacks out")
     return attacks
 
 
 def as_attack(record: dict, where: str) -> dict:
-    """Raises: UserError."""
-    with Problems() as problems:
-        texts = ["kind", "in_character", "modern"] if record.get("kind") == "boundary" else ["kind"]
-        problems += [f'{where}: "{text}" {problem}' for text in texts if (problem := text_problem(record.get(text)))]
-        messages = record.get("messages")
-        ending = [{"role": "assistant", "content": "。"}]
-        # The turns are those of a sample that lacks its last answer.
-        whole = {"messages": messages + ending if isinstance(messages, list) else messages}
-        sample = problems.of(as_sample, whole, where)
-        if sample and sample["system"]:
-            problems.append(f"{where}: has a system text: remove it, since each role brings its own")
-    return {**record, "messages": sample["messages"][:-1]}
+    """A system text is left out, since each role brings its own. Raises: UserError."""
+    for name in ["kind", "in_character", "modern"] if record.get("kind") == "boundary" else ["kind"]:
+        if problem := text_problem(record.get(name)):
+            raise UserError(f'{where}: "{name}" {problem}')
+    messages = record.get("messages")
+    if isinstance(messages, list):  # its turns are those of a sample that lacks its last answer
+        messages = [*messages, {"role": "assistant", "content": "。"}]
+    return {**record, "messages": as_sample({"messages": messages}, where)["messages"][:-1]}
 
 
 def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = False) -> list[dict]:
@@ -103,9 +97,14 @@ def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = Fals
             continue
         for role, system in personas.items():
             messages = [{**turn, "content": turn["content"].replace("{role}", role)} for turn in attack["messages"]]
-            messages = unsupervised(messages)
-            samples.append({**attack, "number": number, "role": role, "system": system, "messages": messages})
+            own = {"number": number, "role": role, "system": system, "messages": unsupervised(messages)}
+            samples.append({**attack, **own})
     return samples
+
+
+def ended(sample: dict, text: str) -> dict:
+    answer = {"role": "assistant", "content": text.replace("{role}", sample["role"])}
+    return {**sample, "messages": [*sample["messages"], answer]}
 
 
 def in_role_scores(
@@ -116,35 +115,26 @@ def in_role_scores(
 ) -> dict[str, Score]:
     """Likelihoods of staying and of breaking, and the phrases of the answers to the crossed attacks.
 
+    The same attack on several roles is one cluster.
+
     Args:
         likelihood: see support/scores/likelihood.py.
     """
-
-    def read(samples: list[dict], endings: Callable[[dict], Sequence[str]], of_one: Callable) -> np.ndarray:
-        """(samples, endings): what `of_one` makes of the log-probabilities of an ending after a sample."""
-        ended = []
-        for sample in samples:
-            for ending in endings(sample):
-                answer = {"role": "assistant", "content": ending.replace("{role}", sample["role"])}
-                ended.append({**sample, "messages": [*sample["messages"], answer]})
-        return np.array([of_one(own) for own in likelihood(ended)]).reshape(len(samples), -1)
-
     scores = {}
     if samples := crossed(attacks, personas):
+        items = Items.of(samples, [sample["number"] for sample in samples])
+        found = likelihood([ended(sample, text) for sample in samples for text in (*STAYING, *BREAKING)])
         # A beginning may go on, so its eos is left out.
-        nats = read(samples, lambda sample: (*STAYING, *BREAKING), lambda own: own[:-1].sum())
+        nats = np.array([own[:-1].sum() for own in found]).reshape(len(samples), -1)
         margin = nats[:, : len(STAYING)].max(axis=1) - nats[:, len(STAYING) :].max(axis=1)
-        scores["breaks_likely"] = Score(items_of(samples), 100.0 * (margin < 0))
-        scores["attack_margin"] = Score(items_of(samples), margin)
         broken = [breaks(answer, sample["role"]) for answer, sample in zip(answers, samples, strict=True)]
-        scores["breaks_said"] = Score(items_of(samples), 100.0 * np.array(broken))
+        scores["breaks_said"] = Score(items, 100.0 * np.array(broken))
+        scores["breaks_likely"] = Score(items, 100.0 * (margin < 0))
+        scores["attack_margin"] = Score(items, margin)
     if samples := crossed(attacks, personas, boundary=True):
-        nats = read(samples, lambda sample: (sample["in_character"], sample["modern"]), np.mean)
-        scores["does_not_know"] = Score(items_of(samples), 100.0 * (nats[:, 0] > nats[:, 1]))
-        scores["boundary_margin"] = Score(items_of(samples), nats[:, 0] - nats[:, 1])
+        items = Items.of(samples, [sample["number"] for sample in samples])
+        found = likelihood([ended(sample, sample[name]) for sample in samples for name in ("in_character", "modern")])
+        nats = np.array([own.mean() for own in found]).reshape(-1, 2)
+        scores["does_not_know"] = Score(items, 100.0 * (nats[:, 0] > nats[:, 1]))
+        scores["boundary_margin"] = Score(items, nats[:, 0] - nats[:, 1])
     return scores
-
-
-def items_of(samples: list[dict]) -> Items:
-    """The same attack on several roles is one cluster."""
-    return Items.of(samples, [sample["number"] for sample in samples])

@@ -1,6 +1,7 @@
 """How likely a model finds given texts: computed exactly, without drawing anything. And the perplexity of plain text."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from tqdm import tqdm
 import utils
 from support.device import MOST_TOKENS, row_cost
 from support.dialogues.json_files import read_text
-from support.errors import UserError
 from support.scores.table import Items, Score
 
 LOGITS = 2**25  # held at a time: 128 MB in float32, those of 266 tokens at the published vocabulary
@@ -62,7 +62,7 @@ class Likelihood:
 
     def of_texts(self, texts: list[str]) -> list[np.ndarray]:
         """Of each text, which belongs to no conversation: the log-probability of every token but the first, up to `max_len`."""
-        data = Texts([ids[: self.limits[0]] for ids in self.tokenizer.text_to_ids(texts)])
+        data = Texts([np.array(ids[: self.limits[0]]) for ids in self.tokenizer.text_to_ids(texts)])
         return [losses for _, losses in self._read(data, np.arange(len(texts)))]
 
     def _read(self, data, order: np.ndarray):
@@ -97,11 +97,10 @@ class Likelihood:
         )
 
 
-class Texts:
+class Texts(NamedTuple):
     """Texts as the collator takes samples: all tokens but the first are predicted."""
 
-    def __init__(self, ids: list[list[int]]):
-        self.ids = [np.array(row, dtype=np.int64) for row in ids]
+    ids: list[np.ndarray]
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.ids[index]
@@ -113,18 +112,13 @@ class Texts:
 
 def read_plain_text(path: Path) -> list[str]:
     """The paragraphs of a UTF-8 file: its lines that are not blank. Raises: UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file: name a text in UTF-8")
-    lines = [line.strip() for line in read_text(path, may_be_empty=True).splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: holds no text: name another file")
-    return lines
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    return [line for line in lines if line]
 
 
 def plain_text_scores(likelihood: Likelihood, texts: list[str]) -> dict[str, Score]:
     """The perplexity of paragraphs that belong to no role, each read by itself. One of a single token predicts nothing."""
     losses = [-own for own in likelihood.of_texts(texts) if len(own)]
-    nobody = [None] * len(losses)
-    items = Items(nobody, nobody, nobody, np.arange(len(losses)))
+    items = Items.of([{}] * len(losses), range(len(losses)))
     tokens = np.array([len(own) for own in losses])
     return {"perplexity": Score(items, np.array([own.mean() for own in losses]), tokens)}

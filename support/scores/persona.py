@@ -8,7 +8,7 @@ whose persona it is the likeliest: how often that is the role it was recorded fo
 words, exactly and without a judge.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,35 +27,16 @@ class Said(NamedTuple):
 
     roles: list[str]
     items: Items  # whose answers they are; clusters: conversations that begin with the same question
-    role: np.ndarray  # (n,) whose answer it is: index into roles
+    own: np.ndarray  # (n, R) true for the role whose answer it is
     question: np.ndarray  # (n,) answers to the same question have the same number
     tokens: np.ndarray  # (n,) supervised tokens, eos included
     nats: np.ndarray  # (n, R) log-likelihood under each role's persona
     without: np.ndarray  # (n,) log-likelihood under no persona
 
-    def own(self) -> np.ndarray:
-        """(n,) log-likelihood under the persona of the role whose answer it is."""
-        return np.take_along_axis(self.nats, self.role[:, None], axis=1)[:, 0]
-
-    def others(self) -> np.ndarray:
-        """(n, R − 1) log-likelihood under the personas of the other roles."""
-        return self.nats[np.arange(len(self.roles)) != self.role[:, None]].reshape(len(self.role), -1)
-
-    def heard(self) -> np.ndarray:
-        """(n, R) 1 for the role under whose persona the answer is the likeliest; equals share it."""
-        likeliest = self.nats == self.nats.max(axis=1, keepdims=True)
-        return likeliest / likeliest.sum(axis=1, keepdims=True)
-
     def confusion(self) -> np.ndarray:
         """(R, R): of the answers of role i the share heard as role j; nan without any."""
-        own = np.arange(len(self.roles))[:, None] == self.role  # (R, n)
         with np.errstate(invalid="ignore"):
-            return own @ self.heard() / own.sum(axis=1, keepdims=True)
-
-    def shared(self) -> np.ndarray:
-        """(n,) true for answers to a question that several roles answer: the content being asked for is the same."""
-        pairs = np.unique(np.stack((self.question, self.role)), axis=1)
-        return np.bincount(pairs[0], minlength=self.question.max(initial=-1) + 1)[self.question] > 1
+            return self.own.T @ heard(self.nats) / self.own.sum(axis=0)[:, None]
 
     def take(self, taken: np.ndarray) -> "Said":
         """Those of the answers alone, (n,) bool."""
@@ -63,98 +44,98 @@ class Said(NamedTuple):
         items = Items(*labels, self.items.cluster[taken])
         return Said(self.roles, items, *(column[taken] for column in self[2:]))
 
-    def among(self, taken: np.ndarray) -> "Said":
-        """The same with fewer roles and personas: those that have an answer among the taken ones, (n,) bool.
 
-        The answers of other roles stay in the arrays, where they mean nothing.
-        """
-        present = np.unique(self.role[taken])
-        roles, own = [self.roles[number] for number in present], np.searchsorted(present, self.role)
-        return self._replace(roles=roles, role=own.clip(max=len(present) - 1), nats=self.nats[:, present])
+def heard(nats: np.ndarray) -> np.ndarray:
+    """(n, R) 1 for the role under whose persona an answer is the likeliest; equals share it."""
+    likeliest = nats == nats.max(axis=1, keepdims=True)
+    return likeliest / likeliest.sum(axis=1, keepdims=True)
 
 
 def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples: list[dict]) -> Said:
     """Read the answers of all samples under every role's persona, and under none.
 
-    Of more than MOST_ROLES roles, those with the most samples are read. Under its own persona a sample keeps its own
-    system text, under another's it gets the one of `personas_of`. An answer that was cut compares nothing, and is left out.
+    Under its own persona a sample keeps its own system text, under another's it gets the one of `personas_of`. An answer
+    that was cut compares nothing, and is left out.
 
     Args:
         likelihood: see support/scores/likelihood.py.
-        samples: as support.dialogues.samples.read_samples yields them; with "kind" and "round" of their question, where they are
-            known.
+        samples: as support.dialogues.samples.read_samples yields them; with "kind" and "round" of their question, where
+            they are known.
     """
     personas = personas_of(samples)
-    roles, samples = list(personas), [sample for sample in samples if sample["role"] in personas]
+    samples = [sample for sample in samples if sample["role"] in personas]
     crossed = []
     for sample in samples:
-        systems = [sample["system"] if role == sample["role"] else text for role, text in personas.items()]
-        crossed += [{**sample, "system": system} for system in [*systems, ""]]
+        for role, system in [*personas.items(), (None, "")]:
+            crossed.append(sample if role == sample["role"] else {**sample, "system": system})
     losses = likelihood(crossed)
-    tokens = np.array([len(own) for own in losses]).reshape(len(samples), len(roles) + 1)
-    nats = np.array([own.sum() for own in losses]).reshape(len(samples), len(roles) + 1)
+    tokens = np.array([len(own) for own in losses]).reshape(len(samples), -1)
+    nats = np.array([own.sum() for own in losses]).reshape(len(samples), -1)
     items = Items.of(samples, [first_question(sample["messages"]) for sample in samples])
-    questions = [tuple(turn["content"] for turn in sample["messages"][:-1]) for sample in samples]
-    role = np.array([roles.index(sample["role"]) for sample in samples], dtype=int)
+    own = np.array([[role == sample["role"] for role in personas] for sample in samples])
+    questions = numbered([tuple(turn["content"] for turn in sample["messages"][:-1]) for sample in samples])
     whole = (tokens[:, 0] > 0) & (tokens == tokens[:, :1]).all(axis=1)
-    return Said(roles, items, role, numbered(questions), tokens[:, 0], nats[:, :-1], nats[:, -1]).take(whole)
+    return Said(list(personas), items, own, questions, tokens[:, 0], nats[:, :-1], nats[:, -1]).take(whole)
 
 
 def personas_of(samples: list[dict]) -> dict[str, str]:
     """The MOST_ROLES roles with the most samples, in the order of the samples: role → system text of most of them."""
-    most = [role for role, _ in Counter(sample["role"] for sample in samples).most_common(MOST_ROLES)]
-    roles = dict.fromkeys(sample["role"] for sample in samples if sample["role"] in most)
-    systems = {role: Counter(sample["system"] for sample in samples if sample["role"] == role) for role in roles}
+    most = dict(Counter(sample["role"] for sample in samples).most_common(MOST_ROLES))
+    systems = defaultdict(Counter)
+    for sample in samples:
+        if sample["role"] in most:
+            systems[sample["role"]][sample["system"]] += 1
     return {role: own.most_common(1)[0][0] for role, own in systems.items()}
 
 
 # ---------------------------------------------------------------- scores
 
 
-def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Who said it, asked among the roles that have an answer among the taken ones.
+def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Who said it, asked among the roles that have an answer among the taken ones, (n,) bool.
 
     Returns:
         accuracy (n,): 100 where an answer is likeliest under its own role's persona, else 0; margin (n,): by how many
-        nats a token it is likelier so than under the best other persona; {"chance": (n,)}. nan where one role is alone.
+        nats a token it is likelier so than under the best other persona; chance (n,). All nan where one role is alone.
     """
-    here = said.among(taken)
-    if len(here.roles) < 2:
+    here = said.own[taken].any(axis=0)
+    if here.sum() < 2:
         nothing = np.full(len(taken), np.nan)
-        return nothing, nothing, {}
-    accuracy = 100 * np.take_along_axis(here.heard(), here.role[:, None], axis=1)[:, 0]
-    margin = (here.own() - here.others().max(axis=1)) / here.tokens
-    return accuracy, margin, {"chance": np.full(len(taken), 100 / len(here.roles))}
+        return nothing, nothing, nothing
+    own, nats = said.own[:, here], said.nats[:, here]
+    accuracy = 100 * (own * heard(nats)).sum(axis=1)
+    margin = ((own * nats).sum(axis=1) - np.where(own, -np.inf, nats).max(axis=1)) / said.tokens
+    return accuracy, margin, np.full(len(taken), 100 / here.sum())
+
+
+def accuracy_of(said: Said) -> Score:
+    def among(taken):
+        accuracy, _, chance = who_said_it(said, taken)
+        return accuracy, {"chance": chance}
+
+    return Score(said.items, None, among=among)
 
 
 def persona_scores(said: Said) -> dict[str, Score]:
     """Who said it, also of the questions that several roles answer, where others are there; what the persona is worth."""
-    if not len(said.role):
+    if not len(said.tokens):
         return {}
-
-    def accuracy(said: Said) -> Score:
-        def among(taken):
-            found, _, chance = who_said_it(said, taken)
-            return found, chance
-
-        return Score(said.items, None, among=among)
-
-    def margin(taken):
-        _, found, _ = who_said_it(said, taken)
-        return found, {}
-
-    items, own, tokens = said.items, said.own(), said.tokens
+    items, tokens, own = said.items, said.tokens, (said.own * said.nats).sum(axis=1)
     scores = {
-        "who_said_it": accuracy(said),
-        "who_said_it_margin": Score(items, None, among=margin),
+        "who_said_it": accuracy_of(said),
+        "who_said_it_margin": Score(items, None, among=lambda taken: (who_said_it(said, taken)[1], {})),
         "loss": Score(items, -own / tokens, tokens),
         "worth_none": Score(items, (own - said.without) / tokens, tokens),
     }
     if len(said.roles) > 1:
-        scores["worth_another"] = Score(items, (own - said.others().mean(axis=1)) / tokens, tokens)
-    shared = said.shared()
+        others = np.where(said.own, 0, said.nats).sum(axis=1) / (len(said.roles) - 1)
+        scores["worth_another"] = Score(items, (own - others) / tokens, tokens)
+    asked = defaultdict(set)  # question → the roles that answer it
+    for question, role in zip(said.question, items.role):
+        asked[question].add(role)
+    shared = np.array([len(asked[question]) > 1 for question in said.question])
     if shared.any() and not shared.all():
-        scores["who_said_it_shared"] = accuracy(said.take(shared))
+        scores["who_said_it_shared"] = accuracy_of(said.take(shared))
     return scores
 
 
@@ -179,15 +160,11 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
     chosen = []
     for role in roles:
         own = [sample for sample in samples if sample["role"] == role]
-        every = max(1, len(own) // per_role)
-        chosen += own[::every][:per_role]
-    likelihood = Likelihood(model, tokenizer, *limits, shared=dist.is_initialized())
-    said = read_personas(likelihood, chosen)
-    if not len(said.role):
-        return {}
-    everything = np.ones(len(said.role), dtype=bool)
+        chosen += own[:: max(1, len(own) // per_role)][:per_role]
+    said = read_personas(Likelihood(model, tokenizer, *limits, shared=dist.is_initialized()), chosen)
+    everything = np.full(len(said.tokens), True)
     accuracy, margin, _ = who_said_it(said, everything)
-    if np.isnan(accuracy).any():
+    if not len(accuracy) or np.isnan(accuracy).any():
         return {}
     numbers = means(MEASURES["who_said_it"], [(accuracy, 1.0), (margin, 1.0)], said.items.role, [everything])[0]
     return dict(zip(("who_said_it_accuracy", "who_said_it_margin"), map(float, numbers)))

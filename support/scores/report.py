@@ -3,7 +3,7 @@
 It loads nothing from elsewhere, and no script runs in it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -28,7 +28,6 @@ def write(
     by_role: dict[str, list[Row]],
     heard: dict[str, Said],
     questions: Sequence,
-    answers: dict[str, list],
     measured: dict[str, Answers],
 ):
     """Write the report.
@@ -36,26 +35,26 @@ def write(
     Args:
         sentences, remarks: over the picture, and under it.
         rows, by_role: see `table.compare`, of all items and of each role.
-        heard, answers, measured: of each model, by its name.
+        heard, measured: of each model, by its name.
     """
     text, roles = table.texts(language), list(dict.fromkeys(question.role for question in questions))
-    cards = [
-        {"role": roles.index(question.role), "question": question, "answers": list(shown(n, answers, measured, text))}
-        for n, question in enumerate(questions)
-    ]
-    order = np.argsort(-measured[list(answers)[-1]].scores["rouge_l"].value, kind="stable")
+    cards = []
+    for number, question in enumerate(questions):
+        answers = [shown(name, own, number, text) for name, own in measured.items()]
+        cards.append({"role": roles.index(question.role), "question": question, "answers": answers})
+    names = list(measured)
+    order = np.argsort(-measured[names[-1]].scores["rouge_l"].value, kind="stable")
     count = min(SHOWN, len(order) // 2)
-    best, rest, worst = order[:count], np.sort(order[count : len(order) - count]), order[::-1][:count]
+    groups = {"best": order[:count], "worst": order[::-1][:count], "others": np.sort(order[count : len(order) - count])}
     form = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = form.get_template("report.html").render(
-        {"language": language, "text": text, "names": list(answers), "rows": rows, "by_role": by_role, "roles": roles},
+        {"language": language, "text": text, "names": names, "rows": rows, "by_role": by_role, "roles": roles},
         sentences=sentences,
         remarks=remarks,
-        heard={name: said for name, said in heard.items() if len(said.roles) > 1 and len(said.role)},
-        columns=[(text["all"], rows), *((role or text["no role"], own) for role, own in by_role.items())],
-        groups={name: [cards[n] for n in own] for name, own in (("best", best), ("worst", worst), ("others", rest))},
+        heard={name: said for name, said in heard.items() if len(said.roles) > 1 and len(said.tokens)},
+        groups={title: [cards[number] for number in own] for title, own in groups.items()},
         measures=MEASURES,
         scale=scale,
         table=table,
@@ -78,17 +77,16 @@ def scale(row: Row, left: float, right: float) -> Callable[[float], float]:
     return x
 
 
-def shown(number: int, answers: dict[str, list], measured: dict[str, Answers], text: dict[str, str]) -> Iterator[dict]:
-    """Of each model its answer to a question, what is said of it, and the training answer of which it is a copy."""
-    for name, own in answers.items():
-        scores, copy_of = measured[name], ""
-        facts = [f"ROUGE-L {scores.scores['rouge_l'].value[number]:.0f}"]
-        if scores.heard_as:
-            facts.append(text["sounds like"].format(scores.heard_as[number] or text["nobody"]))
-        if scores.nearest:
-            found = scores.nearest[number]
-            facts.append(text["share copied"].format(100 * found.share))
-            copy_of = found.text if found.share >= COPY else ""
-        if not own[number].stopped:
-            facts.append(text["cut off"])
-        yield {"name": name, "text": own[number].text.strip(), "facts": " · ".join(facts), "copy_of": copy_of}
+def shown(name: str, measured: Answers, number: int, text: dict[str, str]) -> dict:
+    """A model's answer to a question, what is said of it, and the training answer of which it is a copy."""
+    answer, copy_of = measured.answers[number], ""
+    facts = [f"ROUGE-L {measured.scores['rouge_l'].value[number]:.0f}"]
+    if measured.heard_as:
+        facts.append(text["sounds like"].format(measured.heard_as[number] or text["nobody"]))
+    if measured.nearest:
+        found = measured.nearest[number]
+        facts.append(text["share copied"].format(100 * found.share))
+        copy_of = found.text if found.share >= COPY else ""
+    if not answer.stopped:
+        facts.append(text["cut off"])
+    return {"name": name, "text": answer.text.strip(), "facts": " · ".join(facts), "copy_of": copy_of}

@@ -9,7 +9,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ LEAST_CLUSTERS = 5  # from so many on a difference may be called sure
 
 
 class Items(NamedTuple):
-    """The role, kind, round and cluster of n items, of which those of a cluster are drawn together. None: it has none."""
+    """The role, kind, round and cluster of n items; None where an item has none."""
 
     role: Sequence[str | None]
     kind: Sequence[str | None]
@@ -95,11 +95,9 @@ class Row(NamedTuple):
 
     def verdicts(self) -> list[int]:
         """Of each difference: +1 better, −1 worse, 0 where its interval holds 0, or where too few clusters make none."""
-        better, found = MEASURES[self.measure].better, []
-        for own in self.differences:
-            sign = 1 if own.low > 0 else -1 if own.high < 0 else 0
-            found.append(better * sign if self.clusters >= LEAST_CLUSTERS else 0)
-        return found
+        if self.clusters < LEAST_CLUSTERS:
+            return [0] * len(self.differences)
+        return [MEASURES[self.measure].better * (int(own.low > 0) - int(own.high < 0)) for own in self.differences]
 
 
 def numbered(keys: Sequence) -> np.ndarray:
@@ -114,42 +112,36 @@ def numbered(keys: Sequence) -> np.ndarray:
 def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: str = "", label: str = "") -> list[Row]:
     """A row for each measure that has something to say.
 
+    The bootstrap draws the same clusters for all models, so their differences are paired (Efron & Tibshirani 1993).
+
     Args:
         models: of each model, by its name, its scores by the measure's name, all on the same items.
         by, label: take the items of one role, kind or round alone.
     """
     rows, first = [], next(iter(models.values()))
-    for name in MEASURES:
-        if name not in first:
-            continue
-        items = first[name].items
-        everything = np.ones(len(items.cluster), dtype=bool)
+    for name in [name for name in MEASURES if name in first]:
+        measure, items, scores = MEASURES[name], first[name].items, [own[name] for own in models.values()]
+        everything = np.full(len(items.cluster), True)
         taken = np.array([own == label for own in getattr(items, by)], dtype=bool) if by else everything
+        if not taken.any():
+            continue
         # A role is told from the others, so it is measured among all of them.
-        context = everything if by == "role" and MEASURES[name].of_roles else taken
-        if taken.any():
-            row = compare_one(name, [own[name] for own in models.values()], taken, context, resamples, seed)
-            if not all(np.isnan(estimate.value) for estimate in row.models):
-                rows.append(row)
+        context = everything if by == "role" and measure.of_roles else taken
+        found = [score.among(context) if score.among else (score.value, score.beside) for score in scores]
+        values = [(value, score.weight) for (value, _), score in zip(found, scores)]
+        counts = chain([taken], resampled(items.cluster, taken, resamples, seed))
+        numbers = means(measure, values, items.role, counts)
+        if np.isnan(numbers[0]).all():
+            continue
+        known = taken & ~np.isnan([value for value, _ in values]).any(axis=0)
+        beside = {}
+        for what, own in found[0][1].items():
+            if not np.isnan(own[taken]).all():
+                beside[what] = float(np.nanmean(own[taken]))
+        absolute = [estimate(own) for own in numbers.T]
+        differences = [estimate(own - numbers[:, 0]) for own in numbers.T[1:]]
+        rows.append(Row(name, int(taken.sum()), len(np.unique(items.cluster[known])), beside, absolute, differences))
     return rows
-
-
-def compare_one(name: str, scores: list[Score], taken, context, resamples: int, seed: int) -> Row:
-    """The bootstrap draws the same clusters for all models, so their differences are paired (Efron & Tibshirani 1993)."""
-    found = [score.among(context) if score.among else (score.value, score.beside) for score in scores]
-    items, beside = scores[0].items, found[0][1]
-    values = [(value, score.weight) for (value, _), score in zip(found, scores)]
-    drawn = resampled(items.cluster, taken, resamples, seed)
-    numbers = means(MEASURES[name], values, items.role, chain([taken], drawn))
-    known = taken & ~np.isnan([value for value, _ in values]).any(axis=0)
-    return Row(
-        name,
-        int(taken.sum()),
-        len(np.unique(items.cluster[known])),
-        {what: float(np.nanmean(own[taken])) for what, own in beside.items() if not np.isnan(own[taken]).all()},
-        [estimate(numbers[:, n]) for n in range(len(scores))],
-        [estimate(numbers[:, n] - numbers[:, 0]) for n in range(1, len(scores))],
-    )
 
 
 def means(measure: Measure, values: list, roles: Sequence[str | None], counts: Iterable[np.ndarray]) -> np.ndarray:
@@ -169,7 +161,7 @@ def means(measure: Measure, values: list, roles: Sequence[str | None], counts: I
     known = whole > 0
     with np.errstate(invalid="ignore"):
         numbers = np.divide(part, whole, out=np.zeros_like(part), where=known).sum(axis=-1) / known.sum(axis=-1)
-    return np.exp(np.minimum(numbers, 700)) if measure.exponential else numbers
+    return np.exp(numbers) if measure.exponential else numbers
 
 
 def resampled(cluster: np.ndarray, taken: np.ndarray, resamples: int, seed: int):
@@ -190,8 +182,8 @@ def estimate(numbers: np.ndarray) -> Estimate:
 
 def labels(scores: dict[str, Score], by: str) -> list[str]:
     """The roles, kinds or rounds of all items, in the order of the measures."""
-    found = [own for name in MEASURES if name in scores for own in getattr(scores[name].items, by)]
-    return [label for label in dict.fromkeys(found) if label is not None]
+    found = dict.fromkeys(own for name in MEASURES if name in scores for own in getattr(scores[name].items, by))
+    return [label for label in found if label is not None]
 
 
 # ---------------------------------------------------------------- as text
@@ -213,17 +205,14 @@ def signed(form: str) -> str:
 
 
 def number(value: float, form: str) -> str:
-    if np.isnan(value):
-        return "–"
     if "," in form and abs(value) >= 100:
         form = form.replace(".2f", ".0f")
-    return f"{value:{form}}"
+    return "–" if np.isnan(value) else f"{value:{form}}"
 
 
 def estimate_text(own: Estimate, form: str) -> str:
-    if np.isnan(own.value):
-        return "–"
-    return f"{number(own.value, form)} [{number(own.low, form)}, {number(own.high, form)}]"
+    value, low, high = (number(one, form) for one in own)
+    return f"{value} [{low}, {high}]" if value != "–" else value
 
 
 def difference_text(row: Row, n: int, text: dict[str, str]) -> str:
@@ -266,9 +255,7 @@ def in_a_sentence(rows: list[Row], names: list[str], text: dict[str, str]) -> li
 
     The rows of a family have one verdict where those that are sure agree; else it is that of the first of them.
     """
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(MEASURES[row.measure].family, []).append(row)
+    families = {family: list(own) for family, own in groupby(rows, lambda row: MEASURES[row.measure].family)}
     sentences = []
     for n, name in enumerate(names[1:]):
         found: dict[int, list[str]] = {1: [], -1: [], 0: []}

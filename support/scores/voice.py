@@ -9,16 +9,6 @@ from support.dialogues.samples import is_trained, read_samples
 COPY = 0.5  # of an answer's characters in one piece of a training answer: from here on it is called a copy
 
 
-def training_answers(path: str | Path) -> dict[str, list[str]]:
-    """The distinct answers that a file of samples teaches, by role. Raises: UserError."""
-    answers: dict[str, dict[str, None]] = {}
-    for sample in read_samples(path):
-        for turn in sample["messages"]:
-            if is_trained(turn):
-                answers.setdefault(sample["role"], {})[turn["content"]] = None
-    return {role: list(texts) for role, texts in answers.items()}
-
-
 def read_training(
     path: Path, questions: Sequence, text: dict[str, str]
 ) -> tuple["Style | None", "Recall | None", list[str]]:
@@ -32,18 +22,23 @@ def read_training(
     """
     if not path.is_file():
         return None, None, [text["no training"].format(path)]
-    recorded, remarks = training_answers(path), []
+    recorded: dict[str, dict[str, None]] = {}  # role → its distinct answers, in order
+    asked, remarks = set(), []
+    for sample in read_samples(path):
+        for turn in sample["messages"]:
+            if turn["role"] == "user":
+                asked.add(turn["content"])
+            elif is_trained(turn):
+                recorded.setdefault(sample["role"], {})[turn["content"]] = None
     roles = dict.fromkeys(question.role for question in questions)
-    strangers = [role or text["no role"] for role in roles if role not in recorded]
-    if strangers:
+    if strangers := [role or text["no role"] for role in roles if role not in recorded]:
         remarks.append(text["no answers of"].format(path, text["comma"].join(strangers)))
     if len(recorded) == 1:
         remarks.append(text["one role"].format(path))
-    asked = {turn["content"] for sample in read_samples(path) for turn in sample["messages"] if turn["role"] == "user"}
     if known := sum(question.prompt in asked for question in questions):
         remarks.append(text["caveat"].format(known))
-    style = Style(recorded) if len(recorded) > 1 else None
-    return style, Recall(recorded) if recorded else None, remarks
+    recall = Recall({role: list(texts) for role, texts in recorded.items()})
+    return Style(recall.recorded) if len(recorded) > 1 else None, recall, remarks
 
 
 class Style:
@@ -93,15 +88,10 @@ class Recall:
         self.joined = {role: "\0".join(texts) for role, texts in recorded.items()}
 
     def nearest(self, role: str, answer: str) -> Nearest:
-        piece = longest_piece(answer, self.joined.get(role, ""))
+        """The first of the longest pieces decides."""
+        piece, text = "", self.joined.get(role, "")
+        for start in range(len(answer)):
+            while start + len(piece) < len(answer) and answer[start : start + len(piece) + 1] in text:
+                piece = answer[start : start + len(piece) + 1]
         texts = self.recorded.get(role, []) if piece else []
         return Nearest(len(piece) / max(1, len(answer)), next((text for text in texts if piece in text), ""))
-
-
-def longest_piece(answer: str, text: str) -> str:
-    """The longest piece of `answer` that `text` has too; of several the first."""
-    piece = ""
-    for start in range(len(answer)):
-        while start + len(piece) < len(answer) and answer[start : start + len(piece) + 1] in text:
-            piece = answer[start : start + len(piece) + 1]
-    return piece
