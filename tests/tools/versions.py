@@ -3,7 +3,6 @@
     python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 10 to 20 minutes
     python3 tests/tools/versions.py --versions 5.9.0 5.25.0   # these only, inside the range or not
     python3 tests/tools/versions.py --ci                      # the lowest, the highest and the newest of all; a minute
-    python3 tests/tools/versions.py --common 5.23.0           # transformers' own tests of models, over this model
 
 A release is installed into a directory of output_dir/versions, once, and goes before the installed packages of this
 interpreter. Under each, tests/tools/same_answers.py compares ways to generate, and the scripts are run from the data to
@@ -17,20 +16,18 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS, ENVIRONMENTS = ROOT / "tests/tools", ROOT / "output_dir/versions"
+ENVIRONMENTS = ROOT / "output_dir/versions"
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--versions", nargs="+", metavar="X", help="releases, in place of those of the range")
     parser.add_argument("--ci", action="store_true", help="compare ways to generate under three releases, no more")
-    parser.add_argument("--common", metavar="X", help="run the tests of models that lie in the source of this release")
     return parser.parse_args()
 
 
@@ -58,12 +55,12 @@ def released() -> list[str]:
     return [newest[key] for key in sorted(newest)]
 
 
-def environment(version: str, *packages: str) -> dict[str, str]:
+def environment(version: str) -> dict[str, str]:
     """Variables under which Python finds this release of transformers, with what it depends on."""
-    directory = ENVIRONMENTS / "-".join([version, *packages])
+    directory = ENVIRONMENTS / version
     if not directory.is_dir():
         shutil.rmtree(f"{directory}.part", ignore_errors=True)
-        pip("install", "--quiet", "--target", f"{directory}.part", f"transformers=={version}", *packages)
+        pip("install", "--quiet", "--target", f"{directory}.part", f"transformers=={version}")
         os.rename(f"{directory}.part", directory)
     more = {"PYTHONPATH": f"{directory}:{ROOT}", "BAICHUAN_ANY_TRANSFORMERS": "1"}
     return os.environ | more | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -107,7 +104,7 @@ def check(version: str, with_walk: bool) -> dict[str, str]:
     row, name = {}, "installation"
     try:
         env, name = environment(version), "comparison"
-        row |= json.loads(run(env, TOOLS / "same_answers.py"))
+        row |= json.loads(run(env, ROOT / "tests/tools/same_answers.py"))
         if with_walk:
             name = "data to answer"
             walk(env)
@@ -134,34 +131,8 @@ def print_table(results: dict[str, dict[str, str]]):
             print(f"\n{version}, {check}: {result[:600]}")
 
 
-def common_tests(version: str) -> int:
-    """Run transformers' tests/test_modeling_common.py over this model; prints the failures' names and the counts."""
-    env = environment(version, "parameterized")
-    with TemporaryDirectory() as scratch:
-        pip("download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, f"transformers=={version}")
-        with tarfile.open(next(Path(scratch).glob("transformers-*.tar.gz"))) as source:
-            source.extractall(scratch, filter="data")
-        (tests,) = Path(scratch).glob("transformers-*/tests")
-        shutil.copy(TOOLS / "common_tests.py", tests / "test_baichuan.py")
-        # These two are imported, but are not in the source distribution.
-        for name, mixin in ("exporters/test_export", "ExportTester"), ("generation/test_utils", "GenerationTester"):
-            path = tests / f"{name}.py"
-            path.parent.mkdir(exist_ok=True)
-            path.parent.joinpath("__init__.py").touch()
-            if not path.exists():
-                path.write_text(f"class {mixin}Mixin:\n    pass\n")
-        (tests / "__init__.py").touch()
-        options = ("-q", "-rf", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", tests.parent)
-        command = [sys.executable, "-m", "pytest", *map(str, options), str(tests / "test_baichuan.py")]
-        done = subprocess.run(command, cwd=tests.parent, env=env, capture_output=True, text=True)
-    print(done.stdout.split("short test summary info")[-1].lstrip("= \n"))
-    return done.returncode
-
-
 def main() -> int:
     args = parse_args()
-    if args.common:
-        return common_tests(args.common)
     lowest, highest = tested_range()
     versions = args.versions
     if not versions:
