@@ -149,12 +149,11 @@ def kernels(args) -> dict:
     with torch.profiler.profile() as profile, shared.stopwatch(device) as watch:
         for measured in range(number, 2 * number):
             step(measured)
-    found = []  # (milliseconds, times, name), each of one step
+    kind, found = getattr(torch.autograd.DeviceType, device.type.upper()), []
     for event in profile.key_averages():
-        if device.type == "cpu":
-            found.append((event.self_cpu_time_total / 1e3 / number, event.count / number, event.key))
-        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            found.append((event.self_device_time_total / 1e3 / number, event.count / number, event.key))
+        if event.device_type == kind and not event.is_user_annotation:
+            spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total  # microseconds
+            found.append((spent / 1e3 / number, event.count / number, event.key))  # milliseconds and times of one step
     busy, launches = sum(ms for ms, *_ in found), sum(times for _, times, _ in found)
     passed = watch.seconds * 1e3 / number
     text = f"{launches:.0f} kernels a step, {busy:.1f} ms; {passed:.1f} ms pass, the profiler's own included"
