@@ -109,10 +109,21 @@ class TrainerSteps:
         self.model, self.device, self.directory = model, device, directory
 
     def step(self, data, indices) -> tuple[float, float, int]:
-        arguments = TrainingArguments(
+        rows = [(np.append(ids, data.eos), pairs) for ids, pairs in map(data.sample, indices)]
+        tokens = sum(2 * max(len(ids) for ids, _ in rows[start : start + 2]) for start in range(0, len(rows), 2))
+        watch = Watch(self.device)
+        with mock.patch.dict(os.environ):
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # or it would wrap its model for several processes
+                os.environ.pop(name, None)
+            arguments = self.arguments(-(-len(rows) // 2))
+            trained = Trainer(self.model, arguments, trainer_batch, rows, callbacks=[watch]).train()
+        return watch.seconds, trained.training_loss, tokens
+
+    def arguments(self, rows_of_two: int) -> TrainingArguments:
+        return TrainingArguments(
             output_dir=f"{self.directory}/trainer",
             per_device_train_batch_size=2,
-            gradient_accumulation_steps=-(-len(indices) // 2),
+            gradient_accumulation_steps=rows_of_two,
             max_steps=1,
             train_sampling_strategy="sequential",
             learning_rate=0.0,  # its weights stay comparable from one step to the next
@@ -126,14 +137,6 @@ class TrainerSteps:
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
-        rows = [(np.append(ids, data.eos), pairs) for ids, pairs in map(data.sample, indices)]
-        tokens = sum(2 * max(len(ids) for ids, _ in rows[start : start + 2]) for start in range(0, len(rows), 2))
-        watch = Watch(self.device)
-        with mock.patch.dict(os.environ):
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # or it would wrap its model for several processes
-                os.environ.pop(name, None)
-            trained = Trainer(self.model, arguments, trainer_batch, rows, callbacks=[watch]).train()
-        return watch.seconds, trained.training_loss, tokens
 
 
 def trainer_batch(rows) -> dict:
