@@ -26,9 +26,9 @@ def test_a_step_takes_few_operations():
 def test_gpu_check_tells_what_failed_and_goes_on(tmp_path):
     flags = ["--size", "tiny", "--steps", "4", "--seconds", "3600", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as end:
-        gpu_check.main([*flags, "--parts", "merge", "card", "weights"])
+        gpu_check.main([*flags, "--parts", "merge", "weights"])
     assert end.value.code == 1
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
-    assert [found["status"] for found in parts.values()] == ["FAILED", "ok", "ok"]
-    assert parts["merge"]["text"] == "error: no training part has written an adapter" and parts["card"]["matmul"] > 0
-    assert len((tmp_path / "table.md").read_text().splitlines()) == 5
+    assert [found["status"] for found in parts.values()] == ["FAILED", "ok"]
+    assert parts["merge"]["text"] == "error: no training part has written an adapter"
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 4
