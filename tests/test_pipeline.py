@@ -67,7 +67,7 @@ def test_later_questions_are_answered_from_the_history(tmp_path):
     train.main([*paths, "--model_name_or_path", base, "--output_dir", run, "--learning_rate", "5e-3", *steps])
     merged = str(tmp_path / "merged")
     merge_params.main(["--ori_model_dir", base, "--model_dir", f"{run}/epoch-60-step-180", "--save_model_dir", merged])
-    questions = taught.ten_follow_ups(path)
+    questions = taught.ten_questions(path, later=True)
     assert len(questions) == 10
     assert taught.how_many_are_close(taught.answers(merged, questions, history=True), questions) >= 8
     assert taught.how_many_are_close(taught.answers(merged, questions), questions) <= 3

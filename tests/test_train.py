@@ -143,6 +143,8 @@ def test_writes_adapters_curves_and_arguments(trained, checkpoint):
     for name in names.split():
         assert [step for step, _ in scalars(output, name)] == [1, 2, 3, 4, 5], name
     assert [step for step, _ in scalars(output, "ppl")] == [2, 4, 5]
+    rates = zip(scalars(output, "tokens_per_second"), scalars(output, "samples_per_second"))
+    assert all(20 < tokens / samples < 256 for (_, tokens), (_, samples) in rates)  # tokens of a sample
     files = {path.name for path in last.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.model", "tokenizer_config.json"} <= files
     weights = adapter_weights(last)

@@ -1,85 +1,61 @@
 """Peak memory of a merge: python3 tests/tools/bench_merge.py --gigabytes 3
 
-A random base in bfloat16, in shards, and an adapter of rank 16 are written to a temporary directory and merged there by
-merge_params.py in a process of its own, whose resident memory is read from /proc (Linux).
+A random base in bfloat16, in shards of 0.5 GB, and an adapter of rank 16 are written to a temporary directory and merged
+there by merge_params.py in a process of its own, whose resident memory is read from /proc (Linux).
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from peft import LoraConfig, get_peft_model
 
-from baichuan import BaichuanForCausalLM
-from tests.tools.sample_model import write_model
-from utils import find_all_linear_names
-
-ROOT = Path(__file__).parents[2]
+from baichuan import BaichuanConfig, BaichuanForCausalLM
+from support.model.directory import ModelDirectory
+from tests.tools.shared import ROOT, with_lora, write_model
 
 
-def write_base(directory: Path, gigabytes: float, shard_size: str, layout: str):
-    Path(write_model(directory.parent, "--hidden_size", 2048, "--num_hidden_layers", 1)).rename(directory)
-    config = BaichuanForCausalLM.config_class.from_pretrained(directory)
+def write_base_and_adapter(scratch: str, gigabytes: float) -> list[str]:
+    """Their directories."""
+    directory = write_model(scratch, "--hidden_size", 2048, "--num_hidden_layers", 1)
+    opened = ModelDirectory(directory)
+    config, generation_config = BaichuanConfig.from_pretrained(directory), opened.generation_config
     layer = 2 * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)  # bytes
     config.num_hidden_layers = round(gigabytes * 1e9 / layer)
-    torch.set_default_dtype(torch.bfloat16)
-    model = BaichuanForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    (directory / "model.safetensors").unlink()
-    if layout == "bin":
-        config.save_pretrained(directory)
-        torch.save(model.state_dict(), directory / "pytorch_model.bin")
-    else:
-        generation_config = (directory / "generation_config.json").read_bytes()
-        model.save_pretrained(directory, max_shard_size=shard_size)
-        (directory / "generation_config.json").write_bytes(generation_config)
-    return model
-
-
-def write_adapter(model, directory: Path):
-    settings = {"r": 16, "lora_alpha": 64, "target_modules": find_all_linear_names(model), "task_type": "CAUSAL_LM"}
-    adapted = get_peft_model(model, LoraConfig(**settings))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    adapted.save_pretrained(directory)
+    model = BaichuanForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.generation_config = generation_config
+    Path(directory, "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="500MB")
+    with_lora(model).save_pretrained(f"{scratch}/adapter")
+    return [directory, f"{scratch}/adapter"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=3, help="size of the base, 10^9 bytes")
-    parser.add_argument("--shard_size", default="500MB", help="of a file of the base")
-    parser.add_argument("--layout", choices=("safetensors", "bin"), default="safetensors", help="bin: a single file")
-    args, more = parser.parse_known_args()  # the rest is for merge_params.py
-
-    with tempfile.TemporaryDirectory() as scratch:
-        base, adapter = Path(scratch, "base"), Path(scratch, "adapter")
-        write_adapter(write_base(base, args.gigabytes, args.shard_size, args.layout), adapter)
-        size = sum(file.stat().st_size for file in base.glob("*model*") if file.suffix in (".safetensors", ".bin"))
-        flags = ["--ori_model_dir", base, "--model_dir", adapter, "--save_model_dir", Path(scratch, "merged"), *more]
+    args = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        base, adapter = write_base_and_adapter(scratch, args.gigabytes)
+        flags = ["--ori_model_dir", base, "--model_dir", adapter, "--save_model_dir", f"{scratch}/merged"]
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, str(ROOT / "merge_params.py"), *map(str, flags)], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, str(ROOT / "merge_params.py"), *flags])
         peaks = {"VmHWM": 0, "RssAnon": 0}  # kB: all that was resident, mapped files included; and without these
         while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except OSError:
-                break
-            for name in peaks:
-                if found := re.search(rf"{name}:\s+(\d+)", status):
-                    peaks[name] = max(peaks[name], int(found[1]))
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            for name, kilobytes in re.findall(r"(VmHWM|RssAnon):\s+(\d+)", status):
+                peaks[name] = max(peaks[name], int(kilobytes))
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-        gigabytes = {name: round(kilobytes * 1024 / 1e9, 2) for name, kilobytes in peaks.items()}
-        print(json.dumps({"base": round(size / 1e9, 2), **gigabytes, "seconds": round(seconds), "rc": process.wait()}))
+        size = sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
+    peak, anonymous = (kilobytes * 1024 / 1e9 for kilobytes in peaks.values())
+    print(f"base {size / 1e9:.2f} GB: peak {peak:.2f} GB, {anonymous:.2f} GB of it no pages of files; {seconds:.0f} s")
+    sys.exit(process.returncode)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python3 tests/tools/llama_cpp.py output_dir/epoch-1-step-1002-llama       # prints the address to give to predict.py --engine
 
-pip fetches two packages, once, into --packages_dir: xllamacpp, which is llama.cpp's own server as a library, and the
+pip fetches two packages, once, into output_dir/llama_cpp: xllamacpp, which is llama.cpp's own server as a library, and the
 source of llama-cpp-python, in which llama.cpp's convert_hf_to_gguf.py lies. Nothing of this environment is changed.
 """
 
@@ -17,8 +17,9 @@ import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[2]
+DIRECTORY = Path(__file__).resolve().parents[2] / "output_dir/llama_cpp"
 SERVER, CONVERTER = "xllamacpp==2026.10.11549", "llama-cpp-python==0.3.36"
+SIDE_BY_SIDE = 4  # questions that are answered at once
 
 
 def packages(directory: Path) -> Path:
@@ -43,10 +44,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("export", type=Path, help="directory that merge_params.py --format llama has written")
     parser.add_argument("--port", type=int, default=8080, help="0: any free one")
-    parser.add_argument("--side_by_side", type=int, default=4, help="questions that are answered at once")
-    parser.add_argument("--packages_dir", type=Path, default=ROOT / "output_dir/llama_cpp")
     args = parser.parse_args()
-    directory = packages(args.packages_dir.resolve())
+    directory = packages(DIRECTORY)
     with TemporaryDirectory() as scratch:
         gguf = Path(scratch) / "role.gguf"
         convert = [directory / "llama.cpp/convert_hf_to_gguf.py", args.export, "--outfile", gguf, "--outtype", "f32"]
@@ -60,7 +59,7 @@ def main():
         signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # also in the server's threads: they wait for sigwait
         settings = xllamacpp.CommonParams()
         settings.model.path, settings.port = str(gguf), args.port
-        settings.n_parallel, settings.n_ctx = args.side_by_side, args.side_by_side * 4096
+        settings.n_parallel, settings.n_ctx = SIDE_BY_SIDE, SIDE_BY_SIDE * 4096
         server = xllamacpp.Server(settings)
         print(f"{server.listening_address}/v1", flush=True)
         signal.sigwait(ends)

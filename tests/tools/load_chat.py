@@ -1,28 +1,12 @@
-"""Many visitors at once on the chat page, over loopback: no answer may be lost, or be another visitor's.
-
-python3 tests/tools/load_chat.py --questions 3      # 40 visitors, three times, on a random model made for this
-"""
+"""Many visitors at once on the chat page, over loopback: no answer may be lost, or be another visitor's."""
 
 import json
 import re
 import secrets
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from pathlib import Path
-from statistics import median
 
 import httpx
-
-sys.path.extend([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-
-from web_client import Server
-
-from support.command_line import ArgumentParser
-from support.errors import entry_point
-from tests.tools.sample_model import write_model
 
 
 class Visitor:
@@ -78,23 +62,3 @@ def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[floa
     with ThreadPoolExecutor(visitors) as pool:
         waits, conversations = zip(*pool.map(converse, range(visitors)))
     return sum(waits, []), list(conversations)
-
-
-@entry_point
-def main(argv=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_path", help="model to serve (default: a random one)")
-    parser.add_argument("--visitors", type=int, default=40, help="conversations at once")
-    parser.add_argument("--questions", type=int, default=1, help="rounds of each conversation")
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as directory:
-        with closing(Server(Path(directory) / "log", args.model_path or write_model(directory))) as server:
-            for wave in (1, 2, 3):
-                waits, _ = run(server.url, args.visitors, args.questions, tokens=24)
-                memory = int(Path(f"/proc/{server.process.pid}/status").read_text().split("VmRSS:")[1].split()[0])
-                first = f"first text after {median(waits):.2f} s (median), {max(waits):.2f} s (slowest)"
-                print(f"wave {wave}: {len(waits)} answers, none lost; {first}; memory {memory >> 10} MiB", flush=True)
-
-
-if __name__ == "__main__":
-    main()

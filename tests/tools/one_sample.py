@@ -1,4 +1,4 @@
-"""One sample, token by token: text, id, whether it is supervised, and the loss there.
+"""The first sample of a file, token by token: text, id, whether it is supervised, and the loss there.
 
 python3 -m tests.tools.one_sample --model_path output_dir/demo/Baichuan2-tiny --test_path output_dir/demo/train.json
 """
@@ -20,12 +20,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", required=True, help="directory of a model")
     parser.add_argument("--test_path", required=True, help="file of samples, as data_helper.py writes it")
-    parser.add_argument("--number", type=int, default=1, help="of the sample in the file, from 1")
     args = parser.parse_args(argv)
 
     directory = ModelDirectory(args.model_path)
     tokenizer, model = directory.tokenizer, directory.load(torch.float32)
-    samples = islice(read_samples(args.test_path), args.number - 1, args.number)
+    samples = islice(read_samples(args.test_path), 1)
     data = utils.RoleDataset(samples, tokenizer, max_len=512, max_src_len=256)
     (batch,) = utils.Collator(data, packing="none", max_pack_len=512, rows_per_batch=1)([0])
     ids = batch["input_ids"][0].tolist()

@@ -13,12 +13,9 @@ FILE = Path(__file__).parents[2] / "constraints.txt"
 
 
 def main():
-    head, pins = [], {}
-    for line in FILE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            head.append(line)
-        elif line:
-            pins[line.split("==")[0]] = line.split("==")[1]
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines if line.startswith("#")]
+    pins = dict(line.split("==") for line in lines if line and line not in head)
     for package in distributions():
         name = re.sub("[-_.]+", "-", package.name).lower()
         pins[name] = package.version.split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one release

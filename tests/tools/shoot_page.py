@@ -1,13 +1,13 @@
 """Pictures of the chat page for the README: images/6_2.png (desktop), 6_2_phone.png, 6_2_dark.png and 6_2_begin.png.
 
-python3 tests/tools/shoot_page.py --model_path output_dir/demo/Baichuan2-tiny \\
-    --adapter_path output_dir/demo/run/epoch-30-step-180
+python3 tests/tools/shoot_page.py       # after `make demo CHECK=1`
 """
 
 import shutil
 import sys
-import tempfile
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,25 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from playwright.sync_api import expect, sync_playwright
 from web_client import ROOT, Server
 
-from support.command_line import ArgumentParser
-from support.errors import UserError, entry_point
-
-QUESTIONS = ["你一个筋斗能翻多远？"]
+DEMO = ROOT / "output_dir/demo"
+QUESTION = "你一个筋斗能翻多远？"
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_path", default="output_dir/demo/merged", help="model to serve")
-    parser.add_argument("--adapter_path", help="adapter to serve; 6_2_dark.png then shows the base model's answers too")
-    parser.add_argument("--images", type=Path, default=ROOT / "images", help="directory of the pictures")
-    parser.add_argument("--language", default="zh-CN", help="the browser's language")
-    parser.add_argument("--questions", nargs="+", default=QUESTIONS, help="what 孙悟空 is asked")
-    return parser.parse_args(argv)
-
-
-def shoot(browser, args, url: str, name: str, width: int, height: int, scheme="light", both=False, asked=True):
+def shoot(browser, url: str, name: str, width: int, height: int, scheme="light", both=False, asked=True):
     viewport = {"width": width, "height": height}
-    context = browser.new_context(locale=args.language, viewport=viewport, color_scheme=scheme, device_scale_factor=1)
+    context = browser.new_context(locale="zh-CN", viewport=viewport, color_scheme=scheme, device_scale_factor=1)
     page = context.new_page()
     page.goto(url)
     expect(page.locator("#log .bot")).to_have_count(1, timeout=60_000)
@@ -45,8 +33,8 @@ def shoot(browser, args, url: str, name: str, width: int, height: int, scheme="l
         "#settings .accordion input[type=checkbox], #settings .label-wrap ~ * input[type=checkbox]"
     ).last.uncheck()
     page.locator("#settings .toggle-button").click()
-    for question in args.questions if asked else []:
-        page.locator("#question textarea").fill(question)
+    if asked:
+        page.locator("#question textarea").fill(QUESTION)
         page.locator("#question textarea").press("Enter")
         expect(page.locator("#question .stop-button")).to_be_visible()
         expect(page.locator("#question .submit-button")).to_be_visible(timeout=60_000)
@@ -54,29 +42,19 @@ def shoot(browser, args, url: str, name: str, width: int, height: int, scheme="l
         expect(page.locator("#words .textfield")).to_be_visible(timeout=60_000)
     page.mouse.move(0, 0)
     page.wait_for_timeout(700)  # panels slide and fade
-    page.screenshot(path=args.images / name)
+    page.screenshot(path=ROOT / "images" / name)
     context.close()
 
 
-@entry_point
-def main(argv=None):
-    args = parse_args(argv)
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        raise UserError("chromium is not there: apt-get install chromium fonts-noto-cjk")
-    args.images.mkdir(exist_ok=True)
-    flags = ["--adapter_path", args.adapter_path] if args.adapter_path else []
-    with tempfile.TemporaryDirectory() as directory, sync_playwright() as playwright:
-        server = Server(Path(directory) / "log", args.model_path, *flags)
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        try:
-            shoot(browser, args, server.url, "6_2.png", 1280, 820)
-            shoot(browser, args, server.url, "6_2_phone.png", 390, 780)
-            shoot(browser, args, server.url, "6_2_dark.png", 1280, 820, scheme="dark", both=bool(args.adapter_path))
-            shoot(browser, args, server.url, "6_2_begin.png", 820, 1180, asked=False)
-        finally:
-            browser.close()
-            server.close()
+def main():
+    adapter = ["--adapter_path", str(DEMO / "run/epoch-30-step-180")]
+    with TemporaryDirectory() as directory, sync_playwright() as playwright:
+        with closing(Server(Path(directory) / "log", str(DEMO / "Baichuan2-tiny"), *adapter)) as server:
+            with playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]) as browser:
+                shoot(browser, server.url, "6_2.png", 1280, 820)
+                shoot(browser, server.url, "6_2_phone.png", 390, 780)
+                shoot(browser, server.url, "6_2_dark.png", 1280, 820, scheme="dark", both=True)
+                shoot(browser, server.url, "6_2_begin.png", 820, 1180, asked=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ too, with the history and without it.
 """
 
 import sys
+from collections import Counter
 
 from rouge_chinese import Rouge
 
@@ -19,41 +20,20 @@ from support.model.directory import ModelDirectory
 QUESTIONS, ENOUGH, CLOSE = 10, 8, 0.8
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(description="Ask a model before and after training what it was taught.")
-    parser.add_argument("--train_path", required=True, help="the training samples")
-    parser.add_argument("--before", required=True, help="directory of the model before training")
-    parser.add_argument("--after", required=True, help="directory of the merged model")
-    return parser.parse_args(argv)
+def ten_questions(train_path, later: bool = False) -> list[dict]:
+    """Rounds from all over the file as samples, with the question as "prompt" and the recorded answer as "response".
 
-
-def rounds_of(train_path) -> list[list[dict]]:
-    """Of each sample its rounds, with the question as "prompt" and the recorded answer as "response"."""
-    return [
-        [
-            sample | {"messages": messages, "prompt": messages[-1]["content"], "response": answer}
-            for messages, answer in rounds(sample)
-        ]
-        for sample in read_samples(train_path)
-    ]
-
-
-def ten_questions(train_path) -> list[dict]:
-    """First rounds from all over the file whose question has a single recorded answer."""
-    found = [of_sample[0] for of_sample in rounds_of(train_path)]
-    asked = [(sample["role"], sample["prompt"]) for sample in found]
-    return ten_of([sample for sample, question in zip(found, asked) if asked.count(question) == 1])
-
-
-def ten_follow_ups(train_path) -> list[dict]:
-    """Later rounds from all over the file whose question has several answers, each after another history."""
-    found = [sample for of_sample in rounds_of(train_path) for sample in of_sample[1:]]
-    asked = [(sample["role"], sample["prompt"]) for sample in found]
-    return ten_of([sample for sample, question in zip(found, asked) if asked.count(question) > 1])
-
-
-def ten_of(samples: list[dict]) -> list[dict]:
-    return [samples[number * len(samples) // QUESTIONS] for number in range(min(QUESTIONS, len(samples)))]
+    First ones whose question has a single recorded answer or, with `later`, later ones whose question has several, each
+    after another history.
+    """
+    found = []
+    for sample in read_samples(train_path):
+        for number, (messages, answer) in enumerate(rounds(sample)):
+            if (number > 0) == later:
+                found.append({**sample, "messages": messages, "prompt": messages[-1]["content"], "response": answer})
+    answered = Counter((sample["role"], sample["prompt"]) for sample in found)
+    chosen = [sample for sample in found if (answered[sample["role"], sample["prompt"]] > 1) == later]
+    return [chosen[number * len(chosen) // QUESTIONS] for number in range(min(QUESTIONS, len(chosen)))]
 
 
 def answers(directory, samples: list[dict], history: bool = False) -> list[str]:
@@ -78,7 +58,11 @@ def how_many_are_close(answers: list[str], samples: list[dict]) -> int:
 
 @entry_point
 def main(argv=None):
-    args = parse_args(argv)
+    parser = ArgumentParser(description="Ask a model before and after training what it was taught.")
+    parser.add_argument("--train_path", required=True, help="the training samples")
+    parser.add_argument("--before", required=True, help="directory of the model before training")
+    parser.add_argument("--after", required=True, help="directory of the merged model")
+    args = parser.parse_args(argv)
     samples = ten_questions(args.train_path)
     first = samples[0]
     (before,) = answers(args.before, [first])
@@ -94,7 +78,7 @@ def main(argv=None):
             print(f"{sample['prompt']}\n  answered {answer}\n  taught   {sample['response']}", file=sys.stderr)
         print(f"error: {ENOUGH} should be; something in this installation computes wrongly", file=sys.stderr)
         return 1
-    if follow_ups := ten_follow_ups(args.train_path):
+    if follow_ups := ten_questions(args.train_path, later=True):
         close = [how_many_are_close(answers(args.after, follow_ups, history), follow_ups) for history in (True, False)]
         print(f"{close[0]} of {len(follow_ups)} later questions are, and {close[1]} where the history is left out.")
 

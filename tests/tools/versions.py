@@ -3,10 +3,10 @@
     python3 tests/tools/versions.py                           # newest patch of each minor release: docs/versions.md; 10 to 20 minutes
     python3 tests/tools/versions.py --versions 5.9.0 5.25.0   # these only, inside the range or not
     python3 tests/tools/versions.py --ci                      # the lowest, the highest and the newest of all; a minute
-    python3 tests/tools/versions.py --common 5.23.0           # transformers' own tests of models, over this model
 
-A release is installed into a directory of --envs_dir, once, and goes before the installed packages of this interpreter.
-Under each, tests/tools/same_answers.py compares ways to generate, and the scripts are run from the data to an answer.
+A release is installed into a directory of output_dir/versions, once, and goes before the installed packages of this
+interpreter. Under each, tests/tools/same_answers.py compares ways to generate, and the scripts are run from the data to
+an answer.
 """
 
 import argparse
@@ -16,22 +16,19 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tests/tools"
+ENVIRONMENTS = ROOT / "output_dir/versions"
 
 
-def parse_args(argv=None):
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--versions", nargs="+", metavar="X", help="releases, in place of those of the range")
-    parser.add_argument("--envs_dir", type=Path, default=ROOT / "output_dir/versions", help="the releases' directories")
     parser.add_argument("--ci", action="store_true", help="compare ways to generate under three releases, no more")
-    parser.add_argument("--common", metavar="X", help="run the tests of models that lie in the source of this release")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def pip(*arguments) -> str:
@@ -58,29 +55,24 @@ def released() -> list[str]:
     return [newest[key] for key in sorted(newest)]
 
 
-def environment(version: str, envs_dir: Path, *packages: str) -> dict[str, str]:
+def environment(version: str) -> dict[str, str]:
     """Variables under which Python finds this release of transformers, with what it depends on."""
-    directory = envs_dir.resolve() / "-".join([version, *packages])
+    directory = ENVIRONMENTS / version
     if not directory.is_dir():
         shutil.rmtree(f"{directory}.part", ignore_errors=True)
-        pip("install", "--quiet", "--target", f"{directory}.part", f"transformers=={version}", *packages)
+        pip("install", "--quiet", "--target", f"{directory}.part", f"transformers=={version}")
         os.rename(f"{directory}.part", directory)
     more = {"PYTHONPATH": f"{directory}:{ROOT}", "BAICHUAN_ANY_TRANSFORMERS": "1"}
     return os.environ | more | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(env: dict, *command) -> tuple[str, str]:
-    """(what a Python command printed last, "" or what was wrong)."""
+def run(env: dict, *command) -> str:
+    """What a Python command printed last. Raises: RuntimeError with what was wrong."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
     printed = done.stdout.strip().splitlines() or [""]
-    if done.returncode or not printed[-1]:
-        return "", f"status {done.returncode}: {(done.stderr.strip().splitlines() or printed)[-1]}"
-    return printed[-1], ""
-
-
-def same_answers(env: dict) -> dict[str, str]:
-    printed, problem = run(env, TOOLS / "same_answers.py")
-    return {"comparison": problem} if problem else json.loads(printed)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}: {(done.stderr.strip().splitlines() or printed)[-1]}")
+    return printed[-1]
 
 
 WALK = """
@@ -91,8 +83,8 @@ for script, arguments in json.loads(sys.argv[1]):
 """  # one process: to import torch, transformers and gradio five times would take most of the time
 
 
-def walk(env: dict) -> str:
-    """Data, stand-in, 4 steps of training, merging, one answer; "ok" or what was wrong."""
+def walk(env: dict):
+    """Data, stand-in, 4 steps of training, merging, one answer."""
     with TemporaryDirectory() as scratch:
         model, merged, sample = f"{scratch}/Baichuan2-tiny", f"{scratch}/merged", f"{ROOT}/data/sample"
         data = f"--train_path {scratch}/train.json --test_path {scratch}/test.json"
@@ -104,8 +96,23 @@ def walk(env: dict) -> str:
             "merge_params": f"--ori_model_dir {model} --model_dir {scratch}/run/epoch-1-step-4 --save_model_dir {merged}",
             "web_demo": f"--model_path {merged} --desc_path {sample}/profiles-zh_desc.json --device cpu --role 李白 --ask 你是谁？",
         }
-        commands = [(script, arguments.split()) for script, arguments in scripts.items()]
-        return run(env, "-c", WALK, json.dumps(commands))[1] or "ok"
+        run(env, "-c", WALK, json.dumps([(script, arguments.split()) for script, arguments in scripts.items()]))
+
+
+def check(version: str, with_walk: bool) -> dict[str, str]:
+    """check → "ok" or what was wrong; under "answers", the answers."""
+    row, name = {}, "installation"
+    try:
+        env, name = environment(version), "comparison"
+        row |= json.loads(run(env, ROOT / "tests/tools/same_answers.py"))
+        if with_walk:
+            name = "data to answer"
+            walk(env)
+            row[name] = "ok"
+    except RuntimeError as error:
+        row[name] = str(error)
+    print(f"{version}: {'wrong' if problems(row) else 'ok'}", file=sys.stderr, flush=True)
+    return row
 
 
 def problems(row: dict[str, str]) -> dict[str, str]:
@@ -124,39 +131,8 @@ def print_table(results: dict[str, dict[str, str]]):
             print(f"\n{version}, {check}: {result[:600]}")
 
 
-def common_tests(version: str, envs_dir: Path) -> int:
-    """Run transformers' tests/test_modeling_common.py over this model; prints the failures' names and the counts."""
-    env = environment(version, envs_dir, "parameterized")
-    with TemporaryDirectory() as scratch:
-        pip("download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", scratch, f"transformers=={version}")
-        (archive,) = Path(scratch).glob("transformers-*.tar.gz")
-        with tarfile.open(archive) as source:
-            members = [member for member in source if re.match(r"[^/]+/tests/[^/]+\.py$", member.name)]
-            source.extractall(scratch, members, filter="data")
-        (tests,) = Path(scratch).glob("transformers-*/tests")
-        shutil.copy(TOOLS / "common_tests.py", tests / "test_baichuan.py")
-        # These two are imported, but are not in the source distribution.
-        for name, mixin in (
-            ("exporters/test_export", "ExportTesterMixin"),
-            ("generation/test_utils", "GenerationTesterMixin"),
-        ):
-            path = tests / f"{name}.py"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(f"class {mixin}:\n    pass\n")
-        for directory in (tests, tests / "exporters", tests / "generation"):
-            (directory / "__init__.py").touch()
-        options = ("-q", "-rf", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", tests.parent)
-        command = [sys.executable, "-m", "pytest", *map(str, options), str(tests / "test_baichuan.py")]
-        done = subprocess.run(command, cwd=tests.parent, env=env, capture_output=True, text=True)
-    print(done.stdout.split("short test summary info")[-1].lstrip("= \n"))
-    return done.returncode
-
-
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    if args.common:
-        return common_tests(args.common, args.envs_dir)
+def main() -> int:
+    args = parse_args()
     lowest, highest = tested_range()
     versions = args.versions
     if not versions:
@@ -164,18 +140,8 @@ def main(argv=None) -> int:
         versions = [version for version in every if lowest <= minor(version) <= highest]
         if args.ci:
             versions = list(dict.fromkeys((versions[0], versions[-1], every[-1])))
-
-    def check(version: str) -> dict[str, str]:
-        try:
-            env = environment(version, args.envs_dir)
-            row = same_answers(env) | ({} if args.ci else {"data to answer": walk(env)})
-        except RuntimeError as error:
-            row = {"installation": str(error)}
-        print(f"{version}: {'wrong' if problems(row) else 'ok'}", file=sys.stderr, flush=True)
-        return row
-
     with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(versions, pool.map(check, versions)))
+        results = dict(zip(versions, pool.map(lambda version: check(version, not args.ci), versions)))
     first = next((row["answers"] for row in results.values() if "answers" in row), None)
     for row in results.values():
         if found := row.pop("answers", None):
@@ -192,5 +158,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
