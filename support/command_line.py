@@ -74,12 +74,3 @@ def number(least: float = 0, below: float = math.inf, positive: bool = False):
         return value
 
     return parse
-
-
-def number_problems(args, least: dict[str, int]) -> list[str]:
-    """Which of the integer flags are below their least value, or beyond what 32 bits hold."""
-    return [
-        f"--{name} {value}: must be from {low} to 2³²−1"
-        for name, low in least.items()
-        if (value := getattr(args, name)) is not None and not low <= value < 2**32
-    ]
