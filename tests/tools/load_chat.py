@@ -53,7 +53,8 @@ class Visitor:
                 if message["msg"] == "process_completed":
                     assert message["success"], message
                     for name, new in zip(map(self.names.get, step["outputs"]), message["output"]["data"]):
-                        self.values[name] = new.get("value", self.values[name]) if isinstance(new, dict) else new
+                        update = isinstance(new, dict) and "__type__" in new
+                        self.values[name] = new.get("value", self.values[name]) if update else new
         return moments[0]
 
     def ask(self, question: str) -> float:
@@ -68,7 +69,7 @@ def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[floa
     def converse(number: int):
         visitor = Visitor(url, seed=number, temperature=2, top_p=1, top_k=0, max_new_tokens=tokens)
         asked = [f"我是{number}号，这是第{round + 1}问。" for round in range(questions)]
-        waits, kept = [visitor.ask(question) for question in asked], json.loads(visitor.values["role-play-chats"])
+        waits, kept = [visitor.ask(question) for question in asked], visitor.values["role-play-2-chats"]
         visitor.heart.close()
         turns = kept["chats"][kept["role"]][0]["turns"]
         assert [turn["question"] for turn in turns] == asked, kept
