@@ -42,12 +42,6 @@ def confirm(key: str) -> str:
     return f"() => {{ if (!confirm(navigator.language.startsWith('zh') ? {chinese} : {english})) throw 'no' }}"
 
 
-def say(request: gr.Request, key: str, **values) -> str:
-    """A text of the page, in the browser's language where there is one."""
-    language = request.headers.get("accept-language", "")[:2]
-    return TEXTS.get(language, TEXTS["en"])[key].format(**values)
-
-
 def exactly(text: str) -> list[dict]:
     """A message's content, of which nothing is HTML. Where it is copied or edited, <b> shows as &lt;b>."""
     if html.unescape(text) != text:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from support.errors import UserError, first_line
 from support.page import chats
-from support.page.look import card, exactly, mark, portrait, say
+from support.page.look import TEXTS, card, exactly, mark, portrait
 
 SETTINGS = {  # lowest, highest, step, and what transformers takes where a model says nothing (the longest answer is ours)
     "max_new_tokens": (1, 2048, 1, 512),
@@ -61,7 +61,9 @@ class Visit:
         return list(dict.fromkeys([*self.page.characters, *self.personas, *self.kept["chats"]]))
 
     def say(self, key: str, **values) -> str:
-        return say(self.request, key, **values)
+        """A text of the page, in the browser's language where there is one."""
+        language = self.request.headers.get("accept-language", "")[:2]
+        return TEXTS.get(language, TEXTS["en"])[key].format(**values)
 
     def refuse_blank(self, what: str, text: str):
         if not text.strip():
@@ -203,14 +205,14 @@ class Visit:
 
     def coloured(self) -> dict:
         """The last answer, each word by how much likelier fine-tuning made it."""
-        words, answer = self.page.words, chats.answer_of(self.chat["turns"][-1]) if self.chat["turns"] else None
-        if answer and self.values[self.page.colour]:
+        gains = []
+        if self.chat["turns"] and self.values[self.page.colour]:
+            answer = chats.answer_of(self.chat["turns"][-1])["text"]
             with self.failures():
-                gains = self.page.speaker.words(self.prompt(), answer["text"], self.values[self.page.strength])
-                label = self.say("words", sum=sum(gain for _, gain in gains))
-                marks = [(word, mark(gain)) for word, gain in gains]
-                return {words: gr.HighlightedText(marks, label=label, visible=True)}
-        return {words: gr.HighlightedText(visible=False)}
+                gains = self.page.speaker.words(self.prompt(), answer, self.values[self.page.strength])
+        label = self.say("words", sum=sum(gain for _, gain in gains))
+        marks = [(word, mark(gain)) for word, gain in gains]
+        return {self.page.words: gr.HighlightedText(marks, label=label, visible=bool(gains))}
 
     def face(self, role: str) -> str:
         return self.character(role)["portrait"] or portrait(role)
