@@ -153,7 +153,7 @@ class Page:
                                            autofocus=True, elem_id="question")  # fmt: skip
             self.lines = gr.Textbox(visible="hidden")  # what is downloaded
             self.switches = [self.compare, self.colour, self.strength, *self.settings.values()]
-            given = {self.chats, self.growing, self.personas, self.chosen, self.cards, self.description, self.number}
+            given = {self.chats, self.growing, self.personas, self.cards, self.description, self.number}
             given |= {self.question, self.name, self.about, *self.switches}
             shown = {*given, self.todo, self.who, self.log, self.base, self.words, self.lines}
             hidden = {"show_progress": "hidden", "api_visibility": "private"}
@@ -190,6 +190,7 @@ class Page:
             blocks.load(None, None, roles, js=JS["sidebar"])
             self.description.blur(None, [self.description, self.chats, self.personas], self.personas, js=JS["describe"])
             self.compare.change(lambda on: gr.Chatbot(visible=on), self.compare, self.base, **hidden)
+            blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
             gr.on([switch.change for switch in self.switches], None, self.switches, self.chosen, js="(...all) => [all]")
             written = download.click(self.listener(Visit.download), given, shown, **hidden)
             written.then(None, self.lines, js=JS["download"])
@@ -228,7 +229,6 @@ class Page:
         """Have the last question answered, from where its answer has begun. Raises: Refusal."""
         turn = visit.chat["turns"][-1]
         visit.refuse_blank("question", turn["question"])
-        visit.refuse_blank("description", visit.description)
         try:
             longest = visit.settings()["max_new_tokens"]
             _, _, forgotten = self.speaker.fit(visit.prompt(), longest, begun)

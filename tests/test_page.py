@@ -406,6 +406,8 @@ def test_before_after_colours_and_strength(tab, speaker):
     gains = speaker.words(messages, tab.bubbles.last.inner_text())
     expect(words).to_contain_text(f"sum {sum(gain for _, gain in gains):+.1f} nats")
     assert squeezed(words.locator(".textfield").inner_text()) == answer
+    tab.reload()
+    expect(base).to_be_visible()
     tab.page.set_viewport_size(PHONE)
     above, below = (tab.page.locator(name).bounding_box() for name in ("#log", "#base"))
     assert above["y"] + above["height"] <= below["y"]

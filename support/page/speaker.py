@@ -55,10 +55,10 @@ class PrefixCaches:
 
 
 class Speaker:
-    """Answers one question at a time; others wait their turn.
+    """Answers one question at a time; others wait their turn. adapter: the PeftModel around `model`, if there is one.
 
-    Args:
-        adapter: the PeftModel around `model`, for answers with and without it.
+    Everywhere `messages` are first the persona, last the question, and `begun` is the beginning of a reply to go on
+    from. Raised are TooLong, where they do not fit, and MemoryError, where the device's memory does not suffice.
     """
 
     def __init__(self, model, tokenizer, adapter: PeftModel | None = None):
@@ -84,14 +84,8 @@ class Speaker:
     def fit(self, messages: list[dict], wanted: int, begun: str = "") -> tuple[list[int], int, bool]:
         """Share the context out: persona and question come first, then the reply, then the earlier rounds.
 
-        Args:
-            messages: first the persona, last the question.
-            wanted: tokens of the reply, at most.
-            begun: the reply's beginning, when there is one to go on from.
-        Returns:
-            the prompt's ids, the tokens that its reply may have, and whether the oldest rounds were left out.
-        Raises:
-            TooLong: the question does not fit.
+        Returns: the prompt's ids, the tokens that its reply may have (`wanted` at most), and whether the oldest rounds
+        were left out.
         """
         context = self.model.config.model_max_length
         begun = self.tokenizer.text_to_ids(begun)
@@ -106,15 +100,11 @@ class Speaker:
     def answer(self, messages: list[dict], settings: dict, begun="", strength=1.0) -> Iterator[tuple[str, str]]:
         """Yield the answer so far and its state: "stopped", and at last "done", or "cut" at its longest.
 
-        Closing the iterator stops the model, and frees it.
+        Closing the iterator stops the model, and frees it. What is yielded begins with `begun`.
 
         Args:
-            messages: first the persona, last the question.
             settings: fields of GenerationConfig, and `seed`, -1 for a random one.
-            begun: the answer's beginning, which the model goes on from, and which what is yielded begins with.
             strength: what the adapter's update is multiplied by; with 0 the base model answers.
-        Raises:
-            TooLong: the question does not fit. MemoryError: the device's memory does not suffice.
         """
         ids, room, _ = self.fit(messages, settings["max_new_tokens"], begun)
         fields = {name: value for name, value in settings.items() if name != "seed"} | {"max_new_tokens": room}
@@ -125,11 +115,10 @@ class Speaker:
         prompt = torch.tensor([ids], device=self.model.device)
         with self.alone(strength):
             torch.seed() if settings["seed"] == -1 else torch.manual_seed(settings["seed"])
+            cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), strength)
+            text = begun
             try:
-                cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), strength)
-                stream = self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})
-                text = begun
-                with closing(stream):
+                with closing(self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})) as stream:
                     while True:
                         text = begun + next(stream)
                         yield text, "stopped"
@@ -139,10 +128,7 @@ class Speaker:
 
     @torch.no_grad()
     def words(self, messages: list[dict], answer: str, strength: float = 1.0) -> list[tuple[str, float]]:
-        """The pieces of an answer, each with log p(tuned) − log p(base), in nats, of its tokens.
-
-        messages: first the persona, last the question. Raises: TooLong, MemoryError.
-        """
+        """The pieces of an answer, each with log p(tuned) − log p(base), in nats, of its tokens."""
         answer_ids = self.tokenizer.text_to_ids(answer)
         prompt, _, _ = self.fit(messages, len(answer_ids))
         ids = torch.tensor([prompt + answer_ids], device=self.model.device)
@@ -162,10 +148,7 @@ class Speaker:
 
     @contextmanager
     def alone(self, strength: float):
-        """The model for one caller, its adapter's update multiplied by `strength`: 0 is the base model.
-
-        Raises: MemoryError, where what it computes needs more than there is.
-        """
+        """The model for one caller, its adapter's update multiplied by `strength`."""
         scaled = nullcontext()
         if self.adapter is not None and strength != 1:
             scaled = rescale_adapter_scale(self.adapter, strength) if strength else self.adapter.disable_adapter()

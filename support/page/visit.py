@@ -97,14 +97,11 @@ class Visit:
 
     # ---------------------------------------------------------------- what one does with a conversation
 
-    def load(self) -> dict:
+    def load(self):
         """The page as it was left."""
         if not self.chat["turns"]:
             self.chat["greeting"] = self.character(self.role)["greeting"]  # of the profile as it is today
         self.turn_to(self.role)
-        chosen = dict(zip(self.page.switches, self.values[self.page.chosen]))
-        self.values |= chosen
-        return chosen
 
     def option(self) -> dict | None:
         """What is offered below the last message."""
@@ -188,7 +185,7 @@ class Visit:
             page.who: card(self.role, self.description, face),
             page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number, visible=len(titles) > 1),
             page.log: gr.Chatbot(self.bubbles("text"), avatar_images=avatars, examples=examples),
-            page.base: gr.Chatbot(self.bubbles("base"), visible=self.values[page.compare]),
+            page.base: self.bubbles("base"),
             page.words: gr.HighlightedText(visible=False),
             page.question: gr.Textbox(
                 placeholder=self.say("ask", role=self.role), submit_btn=self.say("send"), stop_btn=False
