@@ -40,7 +40,7 @@ def test_the_cache_of_a_persona_is_computed_once(speaker, monkeypatch):
     lengths, forward = [], speaker.model.model.forward
     spy = lambda **kwargs: lengths.append(kwargs["input_ids"].shape[1]) or forward(**kwargs)  # noqa: E731
     monkeypatch.setattr(speaker.model.model, "forward", spy)
-    speaker.personas.clear()
+    speaker.personas.caches.clear()
     for question in ("你是谁？", "你好。"):
         whole(speaker.answer(conversation(question), greedy(2)))
     system = len(speaker.tokenizer.text_to_ids(ASKED[0]["content"]))
