@@ -67,7 +67,7 @@ def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[floa
     """Seconds to the first text of each answer, and the conversation of each visitor. Visitor n asks with seed n."""
 
     def converse(number: int):
-        visitor = Visitor(url, seed=number, temperature=2, top_p=1, top_k=0, max_new_tokens=tokens)
+        visitor = Visitor(url, do_sample=True, seed=number, temperature=2, top_p=1, top_k=0, max_new_tokens=tokens)
         asked = [f"我是{number}号，这是第{round + 1}问。" for round in range(questions)]
         waits, kept = [visitor.ask(question) for question in asked], visitor.values["role-play-2-chats"]
         visitor.heart.close()
