@@ -18,11 +18,11 @@ from pathlib import Path
 
 from data_helper import example_questions, persona
 from support.command_line import ArgumentParser
-from support.dialogues.json_files import composed, text_problem
+from support.dialogues.json_files import composed
 from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
 from support.dialogues.samples import conversation
 from support.errors import Problems, UserError, entry_point, slow_imports
-from support.files import followed, read_object
+from support.files import followed
 
 
 def parse_args(argv=None):
@@ -54,14 +54,14 @@ with slow_imports(parse_args, __name__):
     from support.model.directory import ModelDirectory
     from support.model.server import Server
     from support.page import chats
-    from support.page.hosts import account_of, doorkeeper, guards, is_loopback, port_problems
-    from support.page.look import COLOURS, CSS, I18N, JS, THEME, portrait
+    from support.page.hosts import LOCAL, account_of, guards
+    from support.page.look import COLOURS, CSS, I18N, JS, THEME, confirm, portrait
     from support.page.speaker import Speaker, TooLong
-    from support.page.visit import MAX_KEPT, SETTINGS, Refusal, Visit, warn
+    from support.page.visit import SETTINGS, Refusal, Visit, warn
 
 
 def read_inputs(args) -> tuple:
-    """The device, the characters, and USER:PASSWORD if there is one. Raises: UserError with all that is wrong."""
+    """The device, the characters, and user and password if there are any. Raises: UserError with all that is wrong."""
     model, device = None, None
     with Problems() as problems:
         if not args.engine:
@@ -73,20 +73,13 @@ def read_inputs(args) -> tuple:
         for role, character in characters.items():
             image = character["portrait"] and args.desc_path.parent / character["portrait"]
             character["portrait"] = problems.of(portrait, role, image)
-        if args.adapter_path:
-            problems.of(read_object, args.adapter_path / "adapter_config.json")
-        if model:
-            if args.adapter_path:
-                problems.of(refuse_other_base, model, args.adapter_path)
-            for told in long_profiles(characters, model.tokenizer, model.config.model_max_length):
-                print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
+        if model and args.adapter_path:
+            problems.of(refuse_other_base, model, args.adapter_path)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         account = problems.of(account_of, args.auth_file)
-        if args.ask is None:
-            problems += port_problems(args.server_name, args.port)
-        elif problem := text_problem(args.ask):
-            problems.append(f"--ask {problem}")
+    for told in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
+        print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
     return device, characters, account
 
 
@@ -108,11 +101,10 @@ class Page:
         with gr.Blocks(title="Baichuan2", fill_height=True, fill_width=True) as blocks:
             # What the browser keeps. The secret hides nothing: it is fixed, so that all can be read after a restart.
             self.chats, self.growing, self.personas, self.chosen = (
-                gr.BrowserState([] if name == "settings" else "{}", storage_key=f"role-play-{name}", secret="role-play")
-                for name in ("chats", "growing", "personas", "settings")
+                gr.BrowserState(unset, storage_key=f"role-play-2-{name}", secret="role-play")
+                for name, unset in {"chats": chats.NOTHING, "growing": {}, "personas": {}, "settings": []}.items()
             )
-            # The same, while the page is open: a slow connection may send what has changed since. And the answer that is due.
-            self.latest, self.todo = gr.State(), gr.State()
+            self.todo = gr.State()  # changes when an answer is due
 
             with gr.Sidebar(width=300, open=False, elem_id="roles") as roles:
                 gr.HTML(I18N("roles"), elem_classes="title")
@@ -136,12 +128,9 @@ class Page:
                     own = self.speaker.own_settings
                     self.settings = {"do_sample": gr.Checkbox(bool(own.do_sample), label=I18N("do_sample"))}
                     for name, (low, high, step, unset) in SETTINGS.items():
-                        value = unset if getattr(own, name) is None else getattr(own, name)
-                        value = min(max(value, low), high)
+                        value = unset if getattr(own, name) is None else min(max(getattr(own, name), low), high)
                         self.settings[name] = gr.Slider(low, high, value, step=step, label=I18N(name))
-                    self.settings["seed"] = gr.Number(
-                        -1, label=I18N("seed"), precision=0, minimum=-1, maximum=2**32 - 1
-                    )
+                    self.settings["seed"] = gr.Number(-1, label=I18N("seed"), precision=0, minimum=-1)
                 with gr.Accordion(I18N("data"), open=False):
                     gr.HTML(I18N("kept"))
                     download, delete, clear = (gr.Button(I18N(name)) for name in ("download", "delete", "clear"))
@@ -162,17 +151,11 @@ class Page:
                 gr.HTML(I18N("stand_in"), visible=self.speaker.stand_in, elem_id="stand_in")
                 self.question = gr.Textbox(label=I18N("ask_label"), show_label=False, max_lines=8, submit_btn="→",
                                            autofocus=True, elem_id="question")  # fmt: skip
-            # Between the server and the scripts of listeners: what is asked before something goes, and that it was answered.
-            hidden = [gr.Textbox(visible="hidden") for _ in range(7)]
-            self.role, self.original, self.lines, delete_sure, clear_sure, delete_now, clear_now = hidden
-            self.asked = {delete_sure: "delete_sure", clear_sure: "clear_sure"}
-            delete.click(None, [delete_sure, delete_now], delete_now, js=JS["confirm"])
-            clear.click(None, [clear_sure, clear_now], clear_now, js=JS["confirm"])
+            self.lines = gr.Textbox(visible="hidden")  # what is downloaded
             self.switches = [self.compare, self.colour, self.strength, *self.settings.values()]
-            given = {self.chats, self.latest, self.growing, self.personas, self.chosen, self.cards, self.description}
-            given |= {self.number, self.question, self.name, self.about, *self.switches}
-            shown = {*given, self.todo, self.who, self.log, self.base, self.words, self.role, self.original, self.lines}
-            shown |= set(self.asked)
+            given = {self.chats, self.growing, self.personas, self.cards, self.description, self.number}
+            given |= {self.question, self.name, self.about, *self.switches}
+            shown = {*given, self.todo, self.who, self.log, self.base, self.words, self.lines}
             hidden = {"show_progress": "hidden", "api_visibility": "private"}
             # One model answers one question at a time; an engine as many as come.
             limit = 1 if isinstance(self.speaker, Speaker) else None
@@ -192,10 +175,12 @@ class Page:
             self.question.stop(None, cancels=[answered])
 
             # Whoever turns to another conversation stops the answer, and waits until no word of it comes any more.
+            delete_sure = delete.click(None, js=confirm("delete_sure"))
+            clear_sure = clear.click(None, js=confirm("clear_sure"))
             for trigger, step in {
                 self.cards.click: Visit.choose_role, add.click: Visit.add_role, fresh.click: Visit.fresh,
                 self.number.input: Visit.choose_chat,
-                delete_now.change: Visit.delete, clear_now.change: Visit.clear,
+                delete_sure.success: Visit.delete, clear_sure.success: Visit.clear,
             }.items():  # fmt: skip
                 stopped = trigger(None, cancels=[answered]).then(self.wait, **hidden)
                 chosen = stopped.then(self.listener(step), given, shown, **hidden)
@@ -203,9 +188,9 @@ class Page:
 
             # What needs no server, or nothing of what is kept.
             blocks.load(None, None, roles, js=JS["sidebar"])
-            described = [self.description, self.personas, self.role, self.original]
-            self.description.blur(None, described, self.personas, js=JS["describe"])
+            self.description.blur(None, [self.description, self.chats, self.personas], self.personas, js=JS["describe"])
             self.compare.change(lambda on: gr.Chatbot(visible=on), self.compare, self.base, **hidden)
+            blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
             gr.on([switch.change for switch in self.switches], None, self.switches, self.chosen, js="(...all) => [all]")
             written = download.click(self.listener(Visit.download), given, shown, **hidden)
             written.then(None, self.lines, js=JS["download"])
@@ -220,7 +205,7 @@ class Page:
             visit = Visit(self, values, request, event)
             if request.session_hash in self.busy:  # the view is what the answer is being written into
                 warn(visit.say("busy"))
-                return {self.lines: gr.skip()}
+                return gr.skip()
             try:
                 more = step(visit) or {}
             except Refusal as refusal:
@@ -242,11 +227,8 @@ class Page:
 
     def begin(self, visit: Visit, begun: str = "") -> dict:
         """Have the last question answered, from where its answer has begun. Raises: Refusal."""
-        if len(visit.values[self.chats].encode("utf-8", "ignore")) > MAX_KEPT:
-            raise Refusal(visit.say("full"))
         turn = visit.chat["turns"][-1]
-        turn["question"] = visit.proper("question", turn["question"])
-        visit.proper("description", visit.description)
+        visit.refuse_blank("question", turn["question"])
         try:
             longest = visit.settings()["max_new_tokens"]
             _, _, forgotten = self.speaker.fit(visit.prompt(), longest, begun)
@@ -257,11 +239,8 @@ class Page:
         if not begun:
             chats.add_version(turn)
         self.busy.add(visit.request.session_hash)
-        return {
-            self.growing: chats.write({"id": visit.chat["id"], "text": begun}),
-            self.todo: time.time(),
-            self.question: gr.Textbox(submit_btn=False, stop_btn=visit.say("stop")),
-        }
+        button = gr.Textbox(submit_btn=False, stop_btn=visit.say("stop"))
+        return {self.growing: chats.answer_of(turn), self.todo: time.time(), self.question: button}
 
     def colour_words(self, values: dict, request: gr.Request) -> dict:
         return Visit(self, values, request).coloured()
@@ -274,17 +253,16 @@ class Page:
         visit = Visit(self, values, request, writing=True)
         version = chats.answer_of(visit.chat["turns"][-1])
         settings, begun, due = visit.settings(), version["text"], 0.0
-        yield chats.write({"id": visit.chat["id"], **version}), visit.bubbles("text"), visit.bubbles("base")
+        yield dict(version), visit.bubbles("text"), visit.bubbles("base")
         with visit.failures():
             for whose in ["text", "base"] if values[self.compare] else ["text"]:
-                how = {"begun": begun} if whose == "text" else {"base": True}
-                answer = self.speaker.answer(visit.prompt(whose), settings, strength=values[self.strength], **how)
+                how = {"begun": begun, "strength": values[self.strength]} if whose == "text" else {"strength": 0.0}
+                answer = self.speaker.answer(visit.prompt(whose), settings, **how)
                 with closing(answer):  # also where the visitor stops it or leaves: that frees the model
                     for version[whose], state in answer:
                         version["state"] = state if whose == "text" else version["state"]
                         if time.monotonic() >= due or state != "stopped":
-                            grown = chats.write({"id": visit.chat["id"], **version})
-                            yield grown, visit.bubbles("text"), visit.bubbles("base")
+                            yield dict(version), visit.bubbles("text"), visit.bubbles("base")
                             due = time.monotonic() + 0.05  # seconds between two updates
             if not version["text"].strip():
                 warn(visit.say("silent", role=visit.role))
@@ -292,7 +270,7 @@ class Page:
     def end(self, values: dict, request: gr.Request) -> dict:
         """Keep what was written; a question without a word of an answer goes back beside what was typed meanwhile."""
         if request.session_hash not in self.busy:
-            return {self.lines: gr.skip()}
+            return gr.skip()
         self.busy.discard(request.session_hash)
         visit = Visit(self, values, request)
         shown = visit.view()
@@ -310,15 +288,6 @@ class Page:
 # ---------------------------------------------------------------- how it is served
 
 
-def answer_once(speaker, role: str, description: str, question: str) -> str:
-    messages = conversation(persona(role, description), question)
-    longest = speaker.own_settings.max_new_tokens or SETTINGS["max_new_tokens"][-1]
-    try:
-        return [*speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})][-1][0]
-    except (TooLong, MemoryError) as error:
-        raise UserError(f"--ask: {error}") from error
-
-
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
@@ -327,21 +296,24 @@ def main(argv=None):
     speaker = Server(args.engine).check() if args.engine else Speaker.load(*model)
     if args.ask is not None:
         role = args.role or next(iter(characters))
-        return print(answer_once(speaker, role, characters[role]["description"], args.ask))
+        messages = conversation(persona(role, characters[role]["description"]), args.ask)
+        longest = speaker.own_settings.max_new_tokens or SETTINGS["max_new_tokens"][-1]
+        *_, (answer, _) = speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})
+        return print(answer)
     for role, questions in example_questions(args.desc_path, characters).items():
         characters[role]["questions"] = characters[role]["questions"] or questions
-    if account is None and not is_loopback(args.server_name):
+    if account is None and args.server_name not in LOCAL:
         print(f"warning: whoever reaches {args.server_name} can use the page; --auth_file lets only some in")
     blocks = Page(speaker, characters).blocks()
     try:
         _, url, _ = blocks.launch(
-            server_name=args.server_name, server_port=args.port, root_path=args.root_path, quiet=True,
-            auth=doorkeeper(account) if account else None, max_threads=200, prevent_thread_lock=True, i18n=I18N,
-            theme=THEME, css_paths=CSS, js=JS["page"], app_kwargs={"middleware": guards(args.server_name, args.allowed_hosts)},
-            footer_links=[], ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
+            server_name=args.server_name, server_port=args.port, root_path=args.root_path, quiet=True, auth=account,
+            max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS, footer_links=[],
+            app_kwargs={"middleware": guards(args.server_name, args.allowed_hosts)}, max_file_size=0,
+            ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
         )  # fmt: skip
-    except OSError as error:  # the port was taken while the model was loaded
-        raise UserError(f"{args.server_name}:{args.port}: cannot listen there ({error})") from None
+    except (OSError, OverflowError) as error:  # a port that is taken, or none
+        raise UserError(f"{args.server_name}:{args.port}: cannot listen there: give another --port") from error
     print(f"{args.engine or args.model_path} answers on {url.rstrip('/')}", flush=True)
     blocks.block_thread()
 

@@ -1,4 +1,4 @@
-"""The chat page in Chromium, as people use it, on a small random model with an adapter."""
+"""The chat page as people use it, in Chromium and beside it, on a small random model with an adapter."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -23,21 +22,27 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from web_client import DESC_PATH, Server, conversation, free_port, greedy, squeezed, whole
 
-import train
 from data_helper import persona
 from support.dialogues.profiles import read_characters
+from support.dialogues.samples import read_samples
 from support.page.speaker import Speaker
+from tests.tools import load_chat
 
 CHARACTERS = read_characters(DESC_PATH)
 FIRST = next(iter(CHARACTERS))
 expect.set_options(timeout=60_000)  # a slow machine is no fault of the page; waits end as soon as they can
 DESKTOP, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 780}
-SIZES = [(1280, 820), (820, 1180), (390, 780), (360, 640)]
-EXACT = '  <a&b> *x* $y$ &lt; "q" <img src=/file onerror=alert(1)>\n\n 🎵 ![](http://192.0.2.1/a.png) **c**'
+SIZES = [(820, 1180), (360, 640), (390, 780), (1280, 820)]
+EXACT = '  <a&b> *x* $y$ &lt; "q" <img src=x onerror=alert(1)></b>\n\n 🎵 ![](http://192.0.2.1/a.png) **c** &amp a<b & 1 < 2'
 
-# Greedy answers of 16 tokens unless set otherwise; a token takes 10 ms at least, so that an answer has a middle.
+# Greedy answers of 16 tokens unless set otherwise; a token takes 10 ms at least, and 100 of a long answer, so that it
+# has a middle on slow machines, too. All addresses that the process connects to or looks up are written down.
 PROGRAM = """
 import os, sys, time
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        print(repr(args[event == "socket.connect"]), file=open(os.environ["WATCH"], "a"))
+sys.addaudithook(watch)
 sys.path.insert(0, os.getcwd())
 sys.argv[0] = "web_demo.py"
 import web_demo
@@ -49,7 +54,7 @@ def loaded(*args):
 def answering(*args, **more):
     with web_demo.closing(answer(*args, **more)) as stream:
         for step in stream:
-            time.sleep(0.01)
+            time.sleep(0.1 if args[2]["max_new_tokens"] > 1000 else 0.01)
             yield step
 web_demo.Speaker.load, web_demo.Speaker.answer = loaded, answering
 web_demo.main()
@@ -57,13 +62,20 @@ web_demo.main()
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, page_adapter, tmp_path_factory):
-    server = Server(
-        tmp_path_factory.mktemp("server") / "log", checkpoint, "--adapter_path", page_adapter, program=("-c", PROGRAM)
-    )
-    yield server
+def serve(checkpoint, page_adapter, tmp_path_factory):
+    def serve(*flags, **kwargs) -> Server:
+        directory = tmp_path_factory.mktemp("server")
+        environment = dict(os.environ, WATCH=str(directory / "connections"))
+        flags = ["--adapter_path", page_adapter, *flags]
+        return Server(directory / "log", checkpoint, *flags, program=("-c", PROGRAM), env=environment, **kwargs)
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    yield (server := serve())
     server.close()
-    assert "Traceback" not in server.log, server.log
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +92,7 @@ def browser():
 
 
 def launch(chromium):
-    """The machine's Chromium, or else the one that Playwright's installer gets; without either the test is skipped.
-
-    With the environment variable CI set it fails instead, as nobody reads what was skipped there.
-    """
+    """The machine's Chromium, or else the one that Playwright's installer gets; without either: skipped, in CI failed."""
     path = shutil.which("chromium") or chromium.executable_path
     if not Path(path).exists():
         install = [sys.executable, "-m", "playwright", "install", "--no-shell", "chromium"]
@@ -101,26 +110,23 @@ def launch(chromium):
 class Tab:
     """One browser on the page."""
 
-    def __init__(self, browser, url, language="en-US", viewport=DESKTOP, **kwargs):
+    def __init__(self, browser, url=None, language="en-US", viewport=DESKTOP, **kwargs):
         self.context = browser.new_context(locale=language, viewport=viewport, accept_downloads=True, **kwargs)
-        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        self.elsewhere, self.dialogs, self.errors = [], [], []
+        self.elsewhere, self.dialogs, self.errors, self.sure = [], [], [], True
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
-        home = (url, "data:", "blob:")
+        home = ("http://127.0.0.1:", "http://roles.localhost:", "data:", "blob:")
         self.page.on("request", lambda r: r.url.startswith(home) or self.elsewhere.append(r.url))
-        self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.accept()))
+        self.page.on("dialog", self.answer_dialog)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         find = self.page.locator
         self.question, self.who, self.toast = find("#question textarea"), find("#who"), find(".toast-body")
         self.questions, self.bubbles = find("#log .user .md"), find("#log .bot .md")
         self.options, self.chats = find("#log .option"), find("#number input")
         self.send, self.stop = find("#question .submit-button"), find("#question .stop-button")
-        self.open(url)
-
-    def open(self, url):
-        self.page.goto(url)
-        self.ready()
+        if url:
+            self.page.goto(url)
+            self.ready()
 
     def reload(self):
         self.page.reload()
@@ -129,6 +135,10 @@ class Tab:
     def ready(self):
         expect(self.send).to_have_text(re.compile("Send|发送"))
         expect(self.page.locator("#log .message-row, #log [role=complementary]").first).to_be_attached()
+
+    def answer_dialog(self, dialog):
+        self.dialogs.append(dialog.message)
+        dialog.accept() if self.sure else dialog.dismiss()
 
     def button(self, name: str, last: int = -1):
         return self.page.get_by_role("button", name=name).nth(last)
@@ -174,12 +184,13 @@ class Tab:
     def answer(self) -> str:
         return squeezed(self.bubbles.last.inner_text())
 
-    def edit(self, bubble: str, text: str):
-        """Edit the last question (user) or answer (bot)."""
+    def edit(self, bubble: str, text: str | None):
+        """Edit the last question (user) or answer (bot); None: leave it as it is."""
         side = {"user": "right", "bot": "left"}[bubble]
         buttons = self.page.locator(f"#log .message-buttons-{side}").last
         buttons.get_by_role("button", name="Edit").click()
-        self.page.locator(".edit-textarea").fill(text)
+        if text is not None:
+            self.page.locator(".edit-textarea").fill(text)
         buttons.get_by_role("button", name="Submit").click()
         expect(self.page.locator(".edit-textarea")).to_have_count(0)
 
@@ -211,16 +222,22 @@ def expected(speaker, *turns, role=FIRST, description=None, tokens=16, **kwargs)
     return squeezed(whole(speaker.answer(messages, greedy(tokens), **kwargs)))
 
 
-def test_each_role_greets_and_its_conversation_is_kept(tab, speaker):
+def test_roles_and_their_conversations(tab, speaker):
+    question, another = CHARACTERS[FIRST]["questions"][0], "再说一遍。"
     expect(tab.page.locator("#cards button").first).to_contain_text(CHARACTERS[FIRST]["greeting"][:10])
     assert tab.page.locator("#cards img").count() == len(CHARACTERS)
     expect(tab.bubbles).to_have_text([CHARACTERS[FIRST]["greeting"]])
     expect(tab.options).to_have_text(CHARACTERS[FIRST]["questions"])
+    tab.question.fill("字" * 7000)
+    tab.question.press("Enter")
+    expect(tab.toast).to_contain_text("leaves no room for a reply")
+    expect(tab.question).to_have_value("字" * 7000)
+    expect(tab.questions).to_have_count(0)
     tab.question.fill("再说")
     tab.options.first.click()
-    expect(tab.questions).to_have_text(CHARACTERS[FIRST]["questions"][:1])
+    expect(tab.questions).to_have_text([question])
     first = tab.finished()
-    assert first == expected(speaker, CHARACTERS[FIRST]["questions"][0])
+    assert first == expected(speaker, question)
     expect(tab.question).to_have_value("再说")  # a question to begin with leaves the draft alone
     tab.role("李白")
     expect(tab.questions).to_have_count(0)
@@ -229,9 +246,34 @@ def test_each_role_greets_and_its_conversation_is_kept(tab, speaker):
     expect(tab.questions).to_have_count(1)
     tab.reload()
     expect(tab.bubbles).to_have_count(2)
-    second = tab.ask("再说一遍。")
-    assert second == expected(speaker, CHARACTERS[FIRST]["questions"][0], first, "再说一遍。")
-    assert second != expected(speaker, "再说一遍。")
+    second = tab.ask(another)
+    assert second == expected(speaker, question, first, another) != expected(speaker, another)
+
+    tab.page.locator("#fresh").click()
+    expect(tab.questions).to_have_count(0)
+    tab.ask("二？")
+    expect(tab.chats).to_have_value("二？")
+    tab.chats.click()
+    tab.page.get_by_role("option", name=question[:24]).click()
+    expect(tab.questions).to_have_text([question, another])
+    tab.settings("What was said")
+    tab.sure = False
+    for name in ("Delete this chat", "Delete all"):
+        tab.button(name).click()
+    tab.sure = True
+    tab.reload()
+    expect(tab.questions).to_have_text([question, another])
+    tab.settings("What was said")
+    tab.button("Delete this chat").click()
+    expect(tab.questions).to_have_text(["二？"])
+    expect(tab.chats).to_have_count(0)
+    tab.role("李白")
+    expect(tab.questions).to_have_text(["你好。"])
+    tab.button("Delete all").click()
+    expect(tab.who).to_contain_text(FIRST)
+    tab.reload()
+    expect(tab.questions).to_have_count(0)
+    assert tab.dialogs == ["Delete this chat for good?", "Delete all conversations with all characters for good?"] * 2
 
 
 def test_an_answer_is_stopped_continued_and_left(tab, speaker):
@@ -267,30 +309,8 @@ def test_an_answer_is_stopped_continued_and_left(tab, speaker):
     expect(tab.questions).to_have_count(0)
 
 
-def test_a_restart_of_the_server_in_mid_answer_loses_nothing(browser, checkpoint, tmp_path):
-    server = Server(tmp_path / "log", checkpoint, program=("-c", PROGRAM))
-    tab = Tab(browser, server.url)
-    try:
-        first = tab.ask("你是谁？")
-        tab.longest(1500)
-        tab.begin("你好。")
-    finally:
-        server.close()
-    tab.question.fill("再说一遍。")
-    server = Server(tmp_path / "log", checkpoint, program=("-c", PROGRAM), port=server.port)
-    try:
-        tab.open(server.url)
-        expect(tab.questions).to_have_text(["你是谁？", "你好。"])
-        assert squeezed(tab.bubbles.nth(1).inner_text()) == first and tab.answer()
-        tab.finished()
-        expect(tab.options.last).to_have_text("Stopped. Continue")
-        tab.ask("再说一遍。")
-    finally:
-        server.close()
-        tab.context.close()
-
-
-def test_answers_are_paged_edited_and_read(tab, speaker):
+def test_answers_are_paged_edited_read_and_shown_exactly(tab, speaker):
+    """Nothing in a text is HTML, Markdown or LaTeX, is run, or is fetched."""
     tab.settings("Sampling")
     tab.page.get_by_label("Sampling (off").check()
     for name, value in {"Temperature": 2, "Top-k": 0, "Top-p": 1}.items():
@@ -311,53 +331,27 @@ def test_answers_are_paged_edited_and_read(tab, speaker):
     expect(tab.page.get_by_label("number input for Temperature")).to_have_value("2")  # kept over the reload
     tab.page.get_by_label("Sampling (off").uncheck()
     tab.settings()
-    tab.edit("bot", "我是石头。")
-    expect(tab.bubbles.last).to_have_text("我是石头。")
+    tab.edit("bot", text := EXACT.replace("&lt;", "").replace("&amp", ""))
     expect(tab.options).to_have_text(["‹ Previous answer 2/3"])
-    assert tab.ask("再说一遍。") == expected(speaker, "你是谁？", "我是石头。", "再说一遍。")
+    assert tab.bubbles.last.inner_text() == text
+    tab.edit("bot", None)
+    expect(tab.options).to_have_text(["‹ Previous answer 3/4"])
+    assert tab.ask(EXACT) == expected(speaker, "你是谁？", text, EXACT)
+    for _ in range(2):
+        assert tab.bubbles.nth(-2).inner_text() == text and tab.questions.last.inner_text() == EXACT
+        assert tab.page.locator("#log .message :is(img, script, a, b, strong, em, code, .katex)").count() == 0
+        tab.reload()
     tab.edit("user", "你好。")  # goes on in a conversation of its own
     expect(tab.chats).to_have_value("你是谁？")
     expect(tab.questions).to_have_text(["你是谁？", "你好。"])
-    assert tab.finished() == expected(speaker, "你是谁？", "我是石头。", "你好。")
+    assert tab.finished() == expected(speaker, "你是谁？", text, "你好。")
     tab.edit("bot", "   ")
     expect(tab.toast).to_contain_text("please write something")
     expect(tab.bubbles.last).to_have_text(re.compile(r"\S"))
+    assert tab.dialogs == []
 
 
-def test_several_conversations_with_a_role(tab):
-    tab.ask("一？")
-    tab.page.locator("#fresh").click()
-    expect(tab.questions).to_have_count(0)
-    tab.ask("二？")
-    expect(tab.chats).to_have_value("二？")
-    tab.chats.click()
-    tab.page.get_by_role("option", name="一？").click()
-    expect(tab.questions).to_have_text(["一？"])
-    tab.settings("What was said")
-    tab.button("Delete this chat").click()
-    expect(tab.questions).to_have_text(["二？"])
-    expect(tab.chats).to_have_count(0)
-    tab.role("李白")
-    tab.ask("三？")
-    tab.button("Delete all").click()
-    expect(tab.who).to_contain_text(FIRST)
-    tab.reload()
-    expect(tab.questions).to_have_count(0)
-    assert tab.dialogs == ["Delete this chat for good?", "Delete all conversations with all characters for good?"]
-
-
-def test_nothing_is_deleted_without_a_yes(tab):
-    tab.ask("一？")
-    tab.page.evaluate("window.confirm = () => false")
-    tab.settings("What was said")
-    for name in ("Delete this chat", "Delete all"):
-        tab.button(name).click()
-    tab.ask("二？")
-    tab.reload()
-    expect(tab.questions).to_have_text(["一？", "二？"])
-
-
-def test_a_persona_is_edited_and_restored(tab, speaker):
+def test_a_persona_is_edited_and_restored_and_a_character_invented(tab, speaker):
     tab.settings()
     field = tab.page.locator("#description textarea")
     field.fill("一块石头")
@@ -371,9 +365,8 @@ def test_a_persona_is_edited_and_restored(tab, speaker):
     tab.button("Retry").click()
     expect(tab.options.first).to_contain_text("1/2")
     assert tab.finished() == expected(speaker, "你是谁？")
+    tab.settings()
 
-
-def test_a_new_character(tab, speaker):
     tab.button("New character").click()
     name, about = (tab.page.locator("#roles").get_by_label(label) for label in ("Name", "Who the role is"))
     for given, words in (("", "please write something"), (FIRST, "of this name already")):
@@ -396,13 +389,15 @@ def test_before_after_colours_and_strength(tab, speaker):
     answer = tab.ask("你是谁？")
     base, words = tab.page.locator("#base .bot .md").last, tab.page.locator("#words")
     assert answer == expected(speaker, "你是谁？")
-    assert squeezed(base.inner_text()) == expected(speaker, "你是谁？", base=True) != answer
+    assert squeezed(base.inner_text()) == expected(speaker, "你是谁？", strength=0.0) != answer
     left, right = (tab.page.locator(name).bounding_box() for name in ("#log", "#base"))
     assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]
     messages = conversation("你是谁？", role=FIRST, description=CHARACTERS[FIRST]["description"])
     gains = speaker.words(messages, tab.bubbles.last.inner_text())
     expect(words).to_contain_text(f"sum {sum(gain for _, gain in gains):+.1f} nats")
     assert squeezed(words.locator(".textfield").inner_text()) == answer
+    tab.reload()
+    expect(base).to_be_visible()
     tab.page.set_viewport_size(PHONE)
     above, below = (tab.page.locator(name).bounding_box() for name in ("#log", "#base"))
     assert above["y"] + above["height"] <= below["y"]
@@ -414,11 +409,11 @@ def test_before_after_colours_and_strength(tab, speaker):
     tab.page.get_by_label("number input for Strength").press("Enter")
     tab.page.locator("#fresh").click()
     expect(tab.questions).to_have_count(0)
-    assert tab.ask("你是谁？") == expected(speaker, "你是谁？", base=True)
+    assert tab.ask("你是谁？") == expected(speaker, "你是谁？", strength=0.0)
 
 
-def test_talk_download_train_ask(tab, checkpoint, train_arguments, tmp_path):
-    """A character is talked to and corrected; what the page then gives is trained on as it is, and it answers so."""
+def test_what_was_said_is_downloaded_as_training_data(tab, tmp_path):
+    """A character is talked to and corrected; what the page then gives is read by train.py as it is."""
     turns = ["你从哪里来？", "花果山，水帘洞。", "那里有什么？", "桃子，还有猴儿们。"]
     tab.settings("What was said")
     tab.button("Download").click()
@@ -433,67 +428,11 @@ def test_talk_download_train_ask(tab, checkpoint, train_arguments, tmp_path):
     with tab.page.expect_download() as download:
         tab.button("Download").click()
     assert download.value.suggested_filename == "conversation.jsonl"
-    path, often, run = download.value.path(), tmp_path / "train.jsonl", tmp_path / "run"
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    common = {"role": FIRST, "system": persona(FIRST, CHARACTERS[FIRST]["description"])}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [common | {"messages": messages}]
-    often.write_text(60 * path.read_text(encoding="utf-8"), encoding="utf-8")  # one epoch saves and evaluates once
-    step = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-2]
-    rest = ["--train_path", often, "--test_path", path, "--weight_decay", 0, "--sample_answers", 0]
-    train.main(train_arguments(run, *step, *rest, "--save_total_limit", 1))
-    speaker = Speaker.load(checkpoint, run / "epoch-1-step-60", torch.device("cpu"))
-    for known in (1, 3):  # turns that are said before the answer
-        assert expected(speaker, *turns[:known], tokens=32) == turns[known]
-
-
-def test_bubbles_and_clipboard_are_exact(tab):
-    """Nothing in a text is HTML, Markdown or LaTeX, is run, or is fetched; and an edit begins with the text itself."""
-    tab.ask(EXACT)
-    tab.edit("bot", EXACT)
-    expect(tab.options).to_have_text(["‹ Previous answer 1/2"])
-    for side, text in (("right", tab.questions.last), ("left", tab.bubbles.last)):
-        assert text.inner_text() == EXACT
-        buttons = tab.page.locator(f"#log .message-buttons-{side}").last
-        buttons.get_by_role("button", name="Copy").click()
-        expect(buttons.get_by_role("button", name="Copied")).to_be_visible()
-        assert tab.page.evaluate("navigator.clipboard.readText()") == EXACT
-        buttons.get_by_role("button", name="Edit").click()
-        tab.page.locator(".edit-textarea").click()  # to place the cursor
-        expect(tab.page.locator(".edit-textarea")).to_have_value(EXACT)
-        buttons.get_by_role("button", name="Cancel").click()
-        expect(text).to_have_text(EXACT)
-    assert tab.page.locator("#log .message :is(img, script, a, b, strong, em, code, .katex)").count() == 0
-    tab.reload()
-    assert tab.bubbles.last.inner_text() == EXACT and tab.dialogs == []
-
-
-def test_refusals_and_failures_are_told_and_the_draft_is_kept(browser, checkpoint, tmp_path):
-    server = Server(tmp_path / "log", checkpoint, program=("-c", PROGRAM))
-    tab = Tab(browser, server.url)
-    try:
-        for text, words in (
-            (" ", "Question: please write something."),
-            ("字" * 7000, "leaves no room for a reply"),
-            ("字" * 8001, "at most 8,000"),
-        ):
-            tab.question.fill(text)
-            told = tab.toast.filter(has_text=words).first
-            for _ in range(30):  # gradio drops an Enter as long as the listener of the last one has not ended
-                tab.question.press("Enter")
-                with suppress(AssertionError):
-                    expect(told).to_be_visible(timeout=2000)
-                    break
-            expect(told).to_be_visible()
-            expect(tab.question).to_have_value(text)
-            expect(tab.questions).to_have_count(0)
-    finally:
-        server.close()
-    tab.question.fill("再说一遍。")
-    tab.question.press("Enter")
-    expect(tab.toast.last).to_contain_text(re.compile("onnection|reach"))
-    expect(tab.question).to_have_value("再说一遍。")
-    tab.context.close()
+    expected = {"role": FIRST, "system": persona(FIRST, CHARACTERS[FIRST]["description"]), "messages": messages}
+    lines = download.value.path().read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [expected]
+    assert list(read_samples(download.value.path())) == [expected]
 
 
 def test_who_waits_sees_it_and_is_answered(open_tab, speaker):
@@ -508,8 +447,12 @@ def test_who_waits_sees_it_and_is_answered(open_tab, speaker):
     assert other.finished() == expected(speaker, "再说一遍。")
 
 
-def test_one_can_scroll_up_while_an_answer_is_written(open_tab):
+def test_a_phone_shows_the_roles_when_asked_and_one_can_scroll_up_while_an_answer_is_written(open_tab):
     tab = open_tab(viewport={"width": 390, "height": 420})
+    expect(tab.page.locator("#cards")).not_to_be_visible()
+    tab.page.locator("#roles .toggle-button").click()
+    tab.role("李白")
+    expect(tab.page.locator("#cards")).not_to_be_visible()
     tab.longest(2000)
     tab.begin("长\n" * 30)
     log = tab.page.locator("#log .bubble-wrap")
@@ -526,9 +469,11 @@ def test_one_can_scroll_up_while_an_answer_is_written(open_tab):
     tab.finished()
 
 
-@pytest.mark.parametrize("language", ["en-US", "zh-CN"])
-def test_the_composer_is_there_at_every_size(open_tab, language):
-    tab = open_tab(language)
+@pytest.mark.parametrize("scheme, language", [("light", "zh-CN"), ("dark", "en-US")])
+def test_sizes_names_and_contrast(open_tab, scheme, language):
+    """The composer is there at every size, axe-core finds nothing serious; the Chinese page has no English of ours."""
+    chinese, seen = language == "zh-CN", []
+    tab = open_tab(language, color_scheme=scheme)
     for lines in (1, 30):
         tab.question.fill("字\n" * lines)
         for width, height in SIZES:
@@ -538,26 +483,13 @@ def test_the_composer_is_there_at_every_size(open_tab, language):
             page = "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
             assert tab.page.evaluate(page) == [width, height]
             assert tab.page.locator("#log").bounding_box()["height"] >= 100
-
-
-def test_a_phone_shows_the_roles_when_asked(open_tab):
-    tab = open_tab(viewport=PHONE)
-    expect(tab.page.locator("#cards")).not_to_be_visible()
-    tab.page.locator("#roles .toggle-button").click()
-    tab.role("李白")
-    expect(tab.page.locator("#cards")).not_to_be_visible()
-
-
-@pytest.mark.parametrize("scheme, language", [("light", "zh-CN"), ("dark", "en-US")])
-def test_names_and_contrast(open_tab, scheme, language):
-    """axe-core finds nothing serious; the Chinese page has no English of ours."""
-    chinese = language == "zh-CN"
     for viewport in (DESKTOP, PHONE):
-        tab = open_tab(language, viewport=viewport, color_scheme=scheme)
+        tab.page.set_viewport_size(viewport)
+        tab.reload()
         tab.settings("采样" if chinese else "Sampling", "说过的话" if chinese else "What was said")
         for number in (0, 1):
             tab.page.locator("#settings input[type=checkbox]").nth(number).check()
-        seen = [tab.page.locator("#settings").inner_text()]
+        seen.append(tab.page.locator("#settings").inner_text())
         check(tab)
         tab.settings()
         tab.ask("你是谁？")
@@ -568,7 +500,7 @@ def test_names_and_contrast(open_tab, scheme, language):
         tab.button("新角色" if chinese else "New character").click()
         seen += [tab.page.locator("#roles").inner_text(), tab.page.locator("#top").inner_text(), tab.send.inner_text()]
         check(tab)
-        assert not chinese or not re.findall(r"\b(?!token|Top|nat)[A-Za-z]{3,}", " ".join(seen))
+    assert not chinese or not re.findall(r"\b(?!token|Top|nat)[A-Za-z]{3,}", " ".join(seen))
 
 
 def check(tab):
@@ -577,11 +509,15 @@ def check(tab):
     assert not serious, [(found["id"], [node["html"][:150] for node in found["nodes"]]) for found in serious]
 
 
-def test_behind_a_proxy_with_a_path_of_its_own(browser, checkpoint, tmp_path):
-    """As nginx's `location /chat/ { proxy_pass http://…/; proxy_set_header Host $http_host; }`."""
+def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_path):
+    """As nginx's `location /chat/ { proxy_pass http://…/; proxy_set_header Host $http_host; }`.
+
+    The server is restarted in mid-answer, and nothing is lost.
+    """
+    (tmp_path / "auth").write_bytes(b"\xef\xbb\xbfanna:sec:ret\r\n")  # a file of Windows
     port = free_port()
-    flags = ["--root_path", "/chat", "--allowed_hosts", "roles.localhost"]
-    server = Server(tmp_path / "log", checkpoint, *flags, program=("-c", PROGRAM))
+    flags = ["--root_path", "/chat", "--allowed_hosts", "roles.localhost", "--auth_file", str(tmp_path / "auth")]
+    server = serve(*flags)
 
     async def forward(request):
         path = request.url.path.removeprefix("/chat") or "/"
@@ -598,29 +534,63 @@ def test_behind_a_proxy_with_a_path_of_its_own(browser, checkpoint, tmp_path):
     thread.start()
     while not proxy.started:
         time.sleep(0.05)
-    tab = Tab(browser, f"http://roles.localhost:{port}/chat/")
+
+    def sign_in(*passwords):
+        for password in passwords:
+            tab.page.get_by_label("username").fill("anna")
+            tab.page.get_by_label("password").fill(password)
+            tab.page.get_by_role("button", name="Login").click()
+            if password == "wrong":
+                expect(tab.page.get_by_text("Incorrect")).to_be_visible()
+        tab.ready()
+
+    tab = Tab(browser)
     try:
-        assert tab.ask("你是谁？") == expected(Speaker.load(checkpoint, None, torch.device("cpu")), "你是谁？")
+        assert httpx.get(f"{server.url}/config").status_code == 401 and "warning" not in server.log
+        tab.page.goto(f"http://roles.localhost:{port}/chat/")
+        sign_in("wrong", "sec:ret")
+        first = tab.ask("你是谁？")
+        assert first == expected(speaker, "你是谁？")
+        tab.longest(1500)
+        tab.begin("你好。")
+        server.close()
+        tab.question.fill("再说一遍。")
+        server = serve(*flags, port=server.port)
+        tab.page.goto(f"http://roles.localhost:{port}/chat/")
+        sign_in("sec:ret")
+        expect(tab.questions).to_have_text(["你是谁？", "你好。"])
+        assert squeezed(tab.bubbles.nth(1).inner_text()) == first and tab.answer()
+        expect(tab.options.last).to_have_text("Stopped. Continue")
+        tab.ask("再说一遍。")
     finally:
-        tab.close()
+        tab.context.close()
         proxy.should_exit = True
         server.close()
         thread.join(30)
+    assert tab.elsewhere == [] and "Traceback" not in server.log
 
 
-def test_signing_in(browser, checkpoint, tmp_path):
-    (tmp_path / "auth").write_bytes(b"\xef\xbb\xbfanna:secret\r\n")
-    server = Server(tmp_path / "log", checkpoint, "--auth_file", str(tmp_path / "auth"), program=("-c", PROGRAM))
-    page = browser.new_context(locale="zh-CN").new_page()
-    try:
-        page.goto(server.url)
-        for password in ("wrong", "secret"):
-            page.get_by_label("用户名").fill("anna")
-            page.get_by_label("密码").fill(password)
-            page.get_by_role("button", name="登录").click()
-            if password == "wrong":
-                expect(page.get_by_text("凭据")).to_be_visible()
-        expect(page.locator("#who")).to_contain_text(FIRST)
-    finally:
-        server.close()
-        page.context.close()
+# ---------------------------------------------------------------- without a browser
+
+
+def test_many_visitors_at_once_get_their_own_answers(server, speaker):
+    """tests/tools/load_chat.py is the larger one, with times and memory."""
+    waits, conversations = load_chat.run(server.url, visitors=8, questions=2, tokens=8)
+    assert len(waits) == 16
+    for seed, kept in enumerate(conversations):
+        asked = []
+        for turn in kept["chats"][FIRST][0]["turns"]:
+            messages = conversation(*asked, turn["question"], role=FIRST, description=CHARACTERS[FIRST]["description"])
+            settings = greedy(8, do_sample=True, seed=seed, temperature=2.0, top_p=1.0, top_k=0)
+            assert [version["text"] for version in turn["versions"]] == [whole(speaker.answer(messages, settings))]
+            asked += [turn["question"], turn["versions"][0]["text"]]
+
+
+def test_nothing_phones_home_and_strange_names_are_refused(server):
+    """Runs last in this file: whatever was sent above and is here leaves the log clean."""
+    for host, status in {"localhost": 200, "LOCALHOST": 200, "evil.example": 400, "192.0.2.1": 400}.items():
+        assert httpx.get(server.url, headers={"host": f"{host}:{server.port}"}).status_code == status, host
+    assert httpx.post(f"{server.url}/gradio_api/upload", files={"files": b"x"}).status_code == 413
+    assert "Traceback" not in server.log, server.log
+    addresses = server.log_path.with_name("connections").read_text().splitlines()
+    assert addresses and all("127.0.0.1" in address or address in ("'localhost'", "None") for address in addresses)

@@ -41,14 +41,14 @@ def test_the_cache_of_a_persona_is_computed_once(speaker, monkeypatch):
     lengths, forward = [], speaker.model.model.forward
     spy = lambda **kwargs: lengths.append(kwargs["input_ids"].shape[1]) or forward(**kwargs)  # noqa: E731
     monkeypatch.setattr(speaker.model.model, "forward", spy)
-    speaker.personas.clear()
+    speaker.personas.caches.clear()
     for question in ("你是谁？", "你好。"):
         whole(speaker.answer(conversation(question), greedy(2)))
     system = len(speaker.tokenizer.text_to_ids(ASKED[0]["content"]))
     assert sorted(lengths)[-1] == system > sorted(lengths)[-2]  # once for two questions; what follows goes by itself
     caches = PrefixCaches(max_tokens=100)
     for ids, count in ([[1] * 30, 1], [[2] * 30, 2], [[3] * 30, 3], [[4] * 30, 3], [[5] * 300, 1]):
-        assert caches.get(speaker.model, ids).get_seq_length() == len(ids) and len(caches._caches) == count
+        assert caches.get(speaker.model, ids).get_seq_length() == len(ids) and len(caches.caches) == count
 
 
 def test_a_seed_repeats_an_answer(speaker):
@@ -82,18 +82,14 @@ def test_a_closed_answer_frees_the_model(speaker, monkeypatch):
     assert not speaker.turn.locked() and 0 < len(tokens) <= 5 and [thread.is_alive() for thread in threads] == [False]
 
 
-@pytest.mark.parametrize("kind, words, told", [
-    (torch.OutOfMemoryError, "CUDA out of memory", MemoryError), (RuntimeError, "a defect", RuntimeError),
-    (RuntimeError, "can't allocate memory: 1 bytes", MemoryError),
-])  # fmt: skip
-def test_out_of_memory_is_told_apart_and_survived(speaker, monkeypatch, kind, words, told):
-    def fail(*args, **kwargs):
-        raise kind(words)
-
-    with monkeypatch.context() as patch, pytest.raises(told, match=words):
-        patch.setattr(speaker.model, "generate", fail)
-        whole(speaker.answer(ASKED, greedy(5)))
-    assert whole(speaker.answer(ASKED, greedy(5)))
+def test_out_of_memory_is_told_apart_and_survived(speaker, monkeypatch):
+    words = "can't allocate memory: 1 bytes"
+    for error, told in ((torch.OutOfMemoryError("CUDA"), MemoryError), (RuntimeError(words), MemoryError),
+                        (RuntimeError("a defect"), RuntimeError)):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(told, match=str(error)):
+            patch.setattr(speaker.model, "generate", lambda *args, error=error, **kwargs: (_ for _ in ()).throw(error))
+            whole(speaker.answer(ASKED, greedy(5)))
+        assert whole(speaker.answer(ASKED, greedy(5)))
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
@@ -108,16 +104,10 @@ def test_half_precision_checkpoints(checkpoint, tmp_path, dtype, held):
 @torch.no_grad()
 def test_the_base_model_and_all_between_answer_beside_the_adapter(checkpoint, page_adapter, speaker):
     """As models do that have the adapter's update, times its strength, in their weights; words are coloured so."""
-    both, answer = (
-        Speaker.load(checkpoint, page_adapter, torch.device("cpu")),
-        "我是李白🎵。\ufffd",
-    )  # the note: a token a byte
-    prompt, answer_ids, texts, gains = (
-        messages_to_ids(both.tokenizer, ASKED),
-        both.tokenizer.text_to_ids(answer),
-        [],
-        [],
-    )
+    both = Speaker.load(checkpoint, page_adapter, torch.device("cpu"))
+    answer = "我是李白🎵。\ufffd"  # the note: a token a byte
+    prompt, answer_ids = messages_to_ids(both.tokenizer, ASKED), both.tokenizer.text_to_ids(answer)
+    texts, gains = [], []
     for strength in (0.0, 0.5, 1.0):
         wrapped = PeftModel.from_pretrained(ModelDirectory(checkpoint).load(torch.float32), page_adapter)
         for module in (module for module in wrapped.modules() if hasattr(module, "scaling")):
@@ -126,7 +116,7 @@ def test_the_base_model_and_all_between_answer_beside_the_adapter(checkpoint, pa
         texts.append(whole(merged.answer(ASKED, greedy(20))))
         for _ in range(2):  # the second time from the caches, which must not be taken for one another
             assert whole(both.answer(ASKED, greedy(20), strength=strength)) == texts[-1]
-            assert whole(both.answer(ASKED, greedy(20), base=True, strength=strength)) == texts[0]
+            assert whole(both.answer(ASKED, greedy(20), strength=0.0)) == texts[0]
         logits = merged.model(input_ids=torch.tensor([prompt + answer_ids])).logits[0].log_softmax(-1)
         gains.append(sum(logits[len(prompt) + n - 1, id].item() for n, id in enumerate(answer_ids)))
         words = both.words(ASKED, answer, strength)

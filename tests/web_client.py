@@ -27,27 +27,27 @@ def free_port() -> int:
 
 
 class Server:
-    """`python3 web_demo.py …` in a process of its own; `log` is what it has printed. Without a model: for --engine."""
+    """`python3 web_demo.py …` in a process of its own; `log` is what it has printed."""
 
-    def __init__(self, log: Path, model_path: str | None, *flags: str, program=("web_demo.py",), env=None, port=None):
-        self.log_path = log
-        command = [sys.executable, *program, "--desc_path", str(DESC_PATH), *flags]
-        command += ["--model_path", model_path, "--device", "cpu"] if model_path else []
-        for _ in range(5):  # a free port may be taken by another program before the page listens there
-            self.port = port or free_port()
-            self.url = f"http://127.0.0.1:{self.port}"
-            with open(log, "w") as output:
-                streams = {"stdout": output, "stderr": subprocess.STDOUT}
-                self.process = subprocess.Popen([*command, "--port", str(self.port)], cwd=ROOT, env=env, **streams)
-            deadline = time.monotonic() + 300  # of a page that neither answers nor ends
-            while "answers on" not in self.log and self.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if "cannot listen there" not in self.log:
-                break
-        if "answers on" not in self.log:
-            self.process.kill()
-            self.process.wait()
-            raise AssertionError(self.log)
+    def __init__(self, log: Path, model_path: str, *flags: str, program=("web_demo.py",), env=None, port=None):
+        self.log_path, self.port = log, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [
+            sys.executable,
+            *program,
+            "--desc_path",
+            str(DESC_PATH),
+            "--model_path",
+            model_path,
+            "--device",
+            "cpu",
+        ]
+        with open(log, "w") as output:
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen([*command, "--port", str(self.port), *flags], cwd=ROOT, env=env, **streams)
+        while "answers on" not in self.log:
+            assert self.process.poll() is None, self.log
+            time.sleep(0.05)
 
     @property
     def log(self) -> str:

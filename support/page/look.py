@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -10,7 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image
 
-from support.errors import UserError, first_line
+from support.errors import blaming
 
 CSS = Path(__file__).with_name("page.css")
 PAIRS = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))  # key → English, Chinese
@@ -28,54 +29,33 @@ THEME = gr.themes.Base(
     font_mono=["ui-monospace", "monospace"],
 )
 JS = {
-    # What stands in a bubble is exact; what is copied and edited is made so.
-    "page": """() => {
-        const plain = (text) => text.replace(/&(amp|lt|quot);/g, (_, name) => ({amp: "&", lt: "<", quot: '"'})[name]);
-        const exact = (text) => text.replace(/[&<"]/g, (letter) => ({"&": "&amp;", "<": "&lt;", '"': "&quot;"})[letter]);
-        const turn = (field, to) => { field.value = to(field.value); field.dispatchEvent(new Event("input")); };
-        const copy = navigator.clipboard?.writeText.bind(navigator.clipboard);
-        if (copy) navigator.clipboard.writeText = (text) => copy(plain(text));
-        else addEventListener("copy", (e) => e.target.style?.left == "-999999px" && (e.preventDefault(),
-            e.clipboardData.setData("text/plain", plain(e.target.value))));  // how gradio copies without https
-        addEventListener("focusin", ({target}) => target.matches(".edit-textarea") && (target.seen ||= !turn(target, plain)));
-        addEventListener("click", ({target}) => target.closest(".message-buttons") && document.querySelectorAll(
-            ".edit-textarea").forEach((field) => field.seen &&= turn(field, exact)), true);
-    }""",
     "sidebar": "() => ({open: innerWidth >= 768, __type__: 'update'})",
-    "confirm": "(question, before) => confirm(question) ? String(Date.now()) : before",
-    "describe": "(text, kept, role, own) => JSON.stringify({...JSON.parse(kept), [role]: text == own ? undefined : text})",
+    "describe": "(text, kept, personas) => ({...personas, [kept.role]: text})",
     "download": """(lines) => lines && Object.assign(document.createElement("a"), {download: "conversation.jsonl",
         href: URL.createObjectURL(new Blob([lines]))}).click()""",
 }
 
 
-def say(request: gr.Request, key: str, **values) -> str:
-    """A text of the page, in the browser's language where there is one. `what` among the values names a field."""
-    language = request.headers.get("accept-language", "")[:2]
-    texts = TEXTS.get(language, TEXTS["en"])
-    if "what" in values:
-        values["what"] = texts[values["what"]]
-    return texts[key].format(**values)
+def confirm(key: str) -> str:
+    """A script that asks the visitor, and fails where the answer is no: gradio then runs no `success` after it."""
+    english, chinese = map(json.dumps, PAIRS[key])
+    return f"() => {{ if (!confirm(navigator.language.startsWith('zh') ? {chinese} : {english})) throw 'no' }}"
 
 
 def exactly(text: str) -> list[dict]:
-    """A message's content, of which nothing is HTML. The page's script takes it back where it is copied or edited."""
-    for letter, name in (("&", "&amp;"), ("<", "&lt;"), ('"', "&quot;")):
-        text = text.replace(letter, name)
-    return [{"type": "text", "text": text}]
+    """A message's content, of which nothing is HTML. Where it is copied or edited, <b> shows as &lt;b>."""
+    if html.unescape(text) != text:
+        text = text.replace("&", "&amp;")
+    return [{"type": "text", "text": re.sub("<(?=[a-zA-Z/!?])", "&lt;", text)}]
 
 
 def portrait(role: str, image: Path | None = None) -> str:
     """A picture as a data: address; the role's first letter, where it has none. Raises: UserError."""
     if image:
-        try:
-            with Image.open(image) as picture:
-                picture.thumbnail((128, 128))
-                picture.convert("RGBA").save(data := BytesIO(), "PNG")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{image}: the portrait of {role} cannot be read as a picture: {first_line(error)}"
-            ) from error
+        data = BytesIO()
+        with blaming(f"{image}: the portrait of {role} cannot be read as a picture"), Image.open(image) as picture:
+            picture.thumbnail((128, 128))
+            picture.convert("RGBA").save(data, "PNG")
         return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
     hue = sum(ord(letter) for letter in role) * 137 % 360
     return "data:image/svg+xml," + quote(

@@ -1,15 +1,14 @@
 """One event of the page: what the visitor's browser keeps, opened; and the conversation as it is shown afterwards."""
 
 import html
-import unicodedata
 from contextlib import contextmanager
+from copy import deepcopy
 
 import gradio as gr
 
-from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME
 from support.errors import UserError, first_line
 from support.page import chats
-from support.page.look import card, exactly, mark, portrait, say
+from support.page.look import TEXTS, card, exactly, mark, portrait
 
 SETTINGS = {  # lowest, highest, step, and what transformers takes where a model says nothing (the longest answer is ours)
     "max_new_tokens": (1, 2048, 1, 512),
@@ -18,8 +17,7 @@ SETTINGS = {  # lowest, highest, step, and what transformers takes where a model
     "top_k": (0, 100, 1, 50),
     "repetition_penalty": (1, 2, 0.05, 1.0),
 }
-LONGEST = {"question": 8000, "answer": 20_000, "description": MAX_DESCRIPTION, "role": MAX_NAME}  # characters
-MAX_KEPT = 3_500_000  # bytes of conversations; a browser has room for some 5 MB, and gradio writes them as base64
+NOBODY = {"description": "", "greeting": "", "questions": [], "portrait": ""}  # a role that the visitor has invented
 
 
 class Refusal(Exception):
@@ -37,12 +35,11 @@ class Visit:
     def __init__(self, page, values: dict, request: gr.Request, event: gr.EventData | None = None, writing=False):
         self.page, self.values, self.request, self.writing = page, values, request, writing
         self.data = (event and event._data) or {}
-        self.personas = chats.read_texts(values[page.personas])
-        self.kept = chats.read(values[page.latest] or values[page.chats])
-        self.lost = chats.settle(self.kept, chats.read_texts(values[page.growing]), ended=not writing)
-        self.description, self.turned = values[page.description].replace("\r\n", "\n"), False
-        role = self.kept["role"]
-        self.open(role if role in self.roles() else self.roles()[0])
+        self.kept = deepcopy(values[page.chats])
+        self.personas = {role: text for role, text in values[page.personas].items() if text != self.own(role)}
+        self.description, self.turned = values[page.description], False
+        self.open(self.kept["role"] or self.roles()[0])
+        self.lost = chats.settle(self.chat, values[page.growing], ended=not writing)
 
     def open(self, role: str):
         self.role = role
@@ -51,39 +48,33 @@ class Visit:
     def turn_to(self, role: str):
         """Another role, or the same one otherwise described."""
         self.open(role)
-        self.description, self.turned = self.described(role), True
-
-    def described(self, role: str) -> str:
-        return self.personas.get(role, self.character(role)["description"])
+        self.description, self.turned = self.personas.get(role, self.own(role)), True
 
     def character(self, role: str) -> dict:
-        return self.page.characters.get(role, {"description": "", "greeting": "", "questions": []})
+        return self.page.characters.get(role, NOBODY)
+
+    def own(self, role: str) -> str:
+        return self.character(role)["description"]
 
     def roles(self) -> list[str]:
         """Those of the profiles, and those that the visitor has invented."""
         return list(dict.fromkeys([*self.page.characters, *self.personas, *self.kept["chats"]]))
 
     def say(self, key: str, **values) -> str:
-        return say(self.request, key, **values)
+        """A text of the page, in the browser's language where there is one."""
+        language = self.request.headers.get("accept-language", "")[:2]
+        return TEXTS.get(language, TEXTS["en"])[key].format(**values)
 
-    def proper(self, what: str, text: str) -> str:
-        """A text of the visitor, without half characters. Raises: Refusal: it is none that the model can be asked."""
-        text = "".join(letter for letter in text.replace("\r\n", "\n") if unicodedata.category(letter) != "Cs")
+    def refuse_blank(self, what: str, text: str):
         if not text.strip():
-            raise Refusal(self.say("blank", what=what))
-        if len(text) > LONGEST[what]:
-            raise Refusal(self.say("too_many", what=what, count=len(text), most=LONGEST[what]))
-        return text
+            raise Refusal(self.say("blank", what=self.say(what)))
 
     def settings(self) -> dict:
         """What the next answer is drawn with, as a Speaker takes it."""
-        settings = {}
-        for name, switch in self.page.settings.items():
-            unset = {"do_sample": True, "seed": -1}.get(name)
-            if name in SETTINGS:
-                unset = SETTINGS[name][-1]
-            value = self.values[switch]
-            settings[name] = type(unset)(unset if value is None else value)  # the browser sends 1 for 1.0
+        settings = {"do_sample": True, "seed": -1} | {name: unset for name, (*_, unset) in SETTINGS.items()}
+        for name, unset in settings.items():
+            value = self.values[self.page.settings[name]]
+            settings[name] = unset if value is None else type(unset)(value)  # the browser sends 1 for 1.0
         if settings["seed"] >= 0:  # another attempt, another answer
             settings["seed"] = (settings["seed"] + self.chat["turns"][-1]["shown"]) % 2**32
         return settings
@@ -106,16 +97,11 @@ class Visit:
 
     # ---------------------------------------------------------------- what one does with a conversation
 
-    def load(self) -> dict:
+    def load(self):
         """The page as it was left."""
         if not self.chat["turns"]:
             self.chat["greeting"] = self.character(self.role)["greeting"]  # of the profile as it is today
         self.turn_to(self.role)
-        page, chosen = self.page, self.values[self.page.chosen]
-        whole = isinstance(chosen, list) and len(chosen) == len(page.switches) and None not in chosen
-        chosen = dict(zip(page.switches, chosen)) if whole else {}
-        self.values |= chosen
-        return {box: self.say(key) for box, key in page.asked.items()} | chosen
 
     def option(self) -> dict | None:
         """What is offered below the last message."""
@@ -133,14 +119,14 @@ class Visit:
 
     def edit(self) -> dict | None:
         """An edited answer is another answer; an edited question is asked in a conversation of its own."""
-        number, part = chats.turn_of_bubble(self.chat, self.data["index"])
-        text = html.unescape(self.data["value"])
-        if part == "question":
-            self.chat = chats.add(self.kept, chats.new_chat(self.chat["greeting"], self.chat["turns"][:number]))
+        text, greeting = html.unescape(self.data["value"]), self.chat["greeting"]
+        number, is_answer = divmod(self.data["index"] - bool(greeting), 2)
+        if number >= 0 and not is_answer:
+            self.chat = chats.add(self.kept, greeting, self.chat["turns"][:number])
             chats.add_turn(self.chat, text)
             return self.page.begin(self)
-        text = self.proper("answer", text)
-        if part == "greeting":
+        self.refuse_blank("answer", text)
+        if number < 0:
             self.chat["greeting"] = text
         else:
             turn = self.chat["turns"][number]
@@ -148,7 +134,7 @@ class Visit:
 
     def fresh(self):
         if self.chat["turns"]:
-            self.chat = chats.add(self.kept, chats.new_chat(self.character(self.role)["greeting"]))
+            self.chat = chats.add(self.kept, self.character(self.role)["greeting"])
 
     def choose_chat(self):
         self.kept["shown"][self.role] = self.values[self.page.number]
@@ -158,10 +144,12 @@ class Visit:
         self.turn_to(self.roles()[self.values[self.page.cards]])
 
     def add_role(self) -> dict:
-        name = self.proper("role", self.values[self.page.name]).strip()
+        name, about = self.values[self.page.name].strip(), self.values[self.page.about]
+        self.refuse_blank("role", name)
         if name in self.roles():
             raise Refusal(self.say("known"))
-        self.personas[name] = self.proper("description", self.values[self.page.about])
+        self.refuse_blank("description", about)
+        self.personas[name] = about
         self.turn_to(name)
         return {self.page.name: "", self.page.about: ""}
 
@@ -174,7 +162,7 @@ class Visit:
         self.turn_to(self.role if self.role in self.roles() else self.roles()[0])
 
     def clear(self):
-        self.kept, self.personas = chats.read("{}"), {}
+        self.kept, self.personas = deepcopy(chats.NOTHING), {}
         self.turn_to(self.roles()[0])
 
     def download(self) -> dict:
@@ -187,51 +175,44 @@ class Visit:
 
     def view(self) -> dict:
         """The conversation as it stands, while no answer is being written: new values of the page's components."""
-        page, roles = self.page, self.roles()
+        page, number, face = self.page, self.kept["shown"][self.role], self.face(self.role)
         titles = [chat["turns"][0]["question"][:24] if chat["turns"] else "…" for chat in self.kept["chats"][self.role]]
-        number, face = self.kept["shown"][self.role], self.face(self.role)
         examples = [{"text": question} for question in self.character(self.role)["questions"]]
-        kept = chats.write(self.kept)
+        avatars = None, {"url": face, "path": ""}
         shown = {
-            page.chats: kept,
-            page.latest: kept,
-            page.growing: "{}",
+            page.chats: self.kept,
+            page.growing: {},
             page.who: card(self.role, self.description, face),
             page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number, visible=len(titles) > 1),
-            page.log: gr.Chatbot(
-                self.bubbles("text"), avatar_images=(None, {"url": face, "path": ""}), examples=examples
-            ),
-            page.base: gr.Chatbot(self.bubbles("base"), visible=self.values[page.compare]),
+            page.log: gr.Chatbot(self.bubbles("text"), avatar_images=avatars, examples=examples),
+            page.base: self.bubbles("base"),
             page.words: gr.HighlightedText(visible=False),
             page.question: gr.Textbox(
                 placeholder=self.say("ask", role=self.role), submit_btn=self.say("send"), stop_btn=False
             ),
         }
         if self.turned:
-            lines = [self.character(role)["greeting"] or self.described(role) for role in roles]
-            cards = [[card(role, line, self.face(role), role == self.role)] for role, line in zip(roles, lines)]
-            shown |= {
-                page.cards: gr.Dataset(samples=cards),
-                page.personas: chats.write(self.personas),
-                page.role: self.role,
-            }
-            own = self.character(self.role)["description"]
-            shown |= {page.description: self.description, page.original: own}
+            cards = []
+            for role in self.roles():
+                line = self.character(role)["greeting"] or self.personas.get(role, self.own(role))
+                cards.append([card(role, line, self.face(role), role == self.role)])
+            shown[page.cards] = gr.Dataset(samples=cards)
+            shown |= {page.personas: self.personas, page.description: self.description}
         return shown
 
     def coloured(self) -> dict:
         """The last answer, each word by how much likelier fine-tuning made it."""
-        words, answer = self.page.words, chats.answer_of(self.chat["turns"][-1]) if self.chat["turns"] else None
-        if answer and self.values[self.page.colour]:
+        gains = []
+        if self.chat["turns"] and self.values[self.page.colour]:
+            answer = chats.answer_of(self.chat["turns"][-1])["text"]
             with self.failures():
-                gains = self.page.speaker.words(self.prompt(), answer["text"], self.values[self.page.strength])
-                label = self.say("words", sum=sum(gain for _, gain in gains))
-                marks = [(word, mark(gain)) for word, gain in gains]
-                return {words: gr.HighlightedText(marks, label=label, visible=True)}
-        return {words: gr.HighlightedText(visible=False)}
+                gains = self.page.speaker.words(self.prompt(), answer, self.values[self.page.strength])
+        label = self.say("words", sum=sum(gain for _, gain in gains))
+        marks = [(word, mark(gain)) for word, gain in gains]
+        return {self.page.words: gr.HighlightedText(marks, label=label, visible=bool(gains))}
 
     def face(self, role: str) -> str:
-        return self.character(role).get("portrait") or portrait(role)
+        return self.character(role)["portrait"] or portrait(role)
 
     def bubbles(self, whose: str) -> list[dict]:
         """The messages of a Chatbot. whose: text, or base for the base model's answers."""
@@ -255,10 +236,9 @@ class Visit:
             options.append({"value": "previous", "label": f"‹ {self.say('previous')} {number - 1}/{count}"})
         if number < count:
             options.append({"value": "next", "label": f"{self.say('next')} {number + 1}/{count} ›"})
-        if (answer := chats.answer_of(turn)) and answer["state"] in ("cut", "stopped"):
-            options.append(
-                {"value": "continue", "label": f"{self.say('was_' + answer['state'])} {self.say('continue')}"}
-            )
+        state = chats.answer_of(turn)["state"]
+        if state in ("cut", "stopped"):
+            options.append({"value": "continue", "label": f"{self.say('was_' + state)} {self.say('continue')}"})
         return options
 
 

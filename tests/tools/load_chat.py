@@ -37,7 +37,8 @@ class Visitor:
                 if message["msg"] == "process_completed":
                     assert message["success"], message
                     for name, new in zip(map(self.names.get, step["outputs"]), message["output"]["data"]):
-                        self.values[name] = new.get("value", self.values[name]) if isinstance(new, dict) else new
+                        update = isinstance(new, dict) and "__type__" in new
+                        self.values[name] = new.get("value", self.values[name]) if update else new
         return moments[0]
 
     def ask(self, question: str) -> float:
@@ -50,9 +51,9 @@ def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[floa
     """Seconds to the first text of each answer, and the conversation of each visitor. Visitor n asks with seed n."""
 
     def converse(number: int):
-        visitor = Visitor(url, seed=number, temperature=2, top_p=1, top_k=0, max_new_tokens=tokens)
+        visitor = Visitor(url, do_sample=True, seed=number, temperature=2, top_p=1, top_k=0, max_new_tokens=tokens)
         asked = [f"我是{number}号，这是第{round + 1}问。" for round in range(questions)]
-        waits, kept = [visitor.ask(question) for question in asked], json.loads(visitor.values["role-play-chats"])
+        waits, kept = [visitor.ask(question) for question in asked], visitor.values["role-play-2-chats"]
         visitor.heart.close()
         turns = kept["chats"][kept["role"]][0]["turns"]
         assert [turn["question"] for turn in turns] == asked, kept
