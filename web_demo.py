@@ -21,7 +21,7 @@ from support.command_line import ArgumentParser
 from support.dialogues.json_files import composed
 from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
 from support.dialogues.samples import conversation
-from support.errors import Problems, UserError, entry_point, slow_imports
+from support.errors import Problems, entry_point, slow_imports
 from support.files import followed
 
 
@@ -54,7 +54,7 @@ with slow_imports(parse_args, __name__):
     from support.model.directory import ModelDirectory
     from support.model.server import Server
     from support.page import chats
-    from support.page.hosts import LOCAL, account_of, guards
+    from support.page.hosts import LOCAL, account_of, guards, refuse_taken_port
     from support.page.look import COLOURS, CSS, I18N, JS, THEME, confirm, portrait
     from support.page.speaker import Speaker, TooLong
     from support.page.visit import SETTINGS, Refusal, Visit, warn
@@ -77,6 +77,8 @@ def read_inputs(args) -> tuple:
             problems.of(refuse_other_base, model, args.adapter_path)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
+        if args.ask is None:
+            problems.of(refuse_taken_port, args.server_name, args.port)
         account = problems.of(account_of, args.auth_file)
     for told in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
         print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
@@ -305,15 +307,12 @@ def main(argv=None):
     if account is None and args.server_name not in LOCAL:
         print(f"warning: whoever reaches {args.server_name} can use the page; --auth_file lets only some in")
     blocks = Page(speaker, characters).blocks()
-    try:
-        _, url, _ = blocks.launch(
-            server_name=args.server_name, server_port=args.port, root_path=args.root_path, quiet=True, auth=account,
-            max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS, footer_links=[],
-            app_kwargs={"middleware": guards(args.server_name, args.allowed_hosts)}, max_file_size=0,
-            ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
-        )  # fmt: skip
-    except (OSError, OverflowError) as error:  # a port that is taken, or none
-        raise UserError(f"{args.server_name}:{args.port}: cannot listen there: give another --port") from error
+    _, url, _ = blocks.launch(
+        server_name=args.server_name, server_port=args.port, root_path=args.root_path, quiet=True, auth=account,
+        max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS, footer_links=[],
+        app_kwargs={"middleware": guards(args.server_name, args.allowed_hosts)}, max_file_size=0,
+        ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
+    )  # fmt: skip
     print(f"{args.engine or args.model_path} answers on {url.rstrip('/')}", flush=True)
     blocks.block_thread()
 

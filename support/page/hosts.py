@@ -1,6 +1,7 @@
 """Who may call the page: under which names, and with which password."""
 
 import os
+import socket
 from pathlib import Path
 
 from starlette.middleware import Middleware
@@ -13,7 +14,17 @@ LOCAL = ["localhost", "127.0.0.1", "::1"]
 
 def guards(server_name: str, allowed_hosts: list[str]) -> list[Middleware]:
     """For gradio's app_kwargs: a name of others that points here (DNS rebinding) is refused, and so is an unknown one."""
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, server_name, *allowed_hosts], www_redirect=False)]
+    names = [name.lower() for name in (*LOCAL, server_name, *allowed_hosts)]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
+
+
+def refuse_taken_port(server_name: str, port: int):
+    """Raises: UserError where the page could not listen, before a model is loaded in vain."""
+    try:
+        family = socket.AF_INET6 if ":" in server_name else socket.AF_INET
+        socket.create_server((server_name, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"{server_name}:{port}: cannot listen there ({error}): give another --port") from error
 
 
 def account_of(auth_file: Path | None) -> tuple[str, str] | None:
