@@ -30,7 +30,7 @@ def test_all_problems_are_told_at_once(run, tmp_path):
         (tmp_path / file).write_text("nobody")
     flags = ["--model_path", tmp_path, "--desc_path", tmp_path / "roles.json", "--auth_file", tmp_path / "auth"]
     lines = run(*flags, "--device", 7, "--role", "c").splitlines()
-    expected = ["no weights", "--device 7", "auth: must hold USER:PASSWORD", "--role c"]
+    expected = ["config.json: is missing", "--device 7", "auth: must hold USER:PASSWORD", "--role c"]
     expected += [f"{role}.png: the portrait of {role} cannot be read as a picture" for role in "ab"]
     for words in expected:
         assert sum(words in line for line in lines) == 1, (words, lines)
