@@ -9,6 +9,7 @@ import pytest
 from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES, greedy, whole
 
 import web_demo
+from support.errors import UserError
 from support.page.hosts import account_of
 
 
@@ -50,7 +51,7 @@ def test_an_account_that_is_none(tmp_path, account):
     """A BOM before it: test_page.py."""
     if account:
         (tmp_path / "auth").write_text(account)
-    with pytest.raises(web_demo.UserError, match="--auth_file .*auth: (cannot be read|must hold USER:PASSWORD)"):
+    with pytest.raises(UserError, match="--auth_file .*auth: (cannot be read|must hold USER:PASSWORD)"):
         account_of(tmp_path / "auth")
 
 
