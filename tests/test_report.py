@@ -60,8 +60,8 @@ def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None,
     rows = compare(scores, 20, 1)
     by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
     sentences = in_a_sentence(rows, names, text)
-    remarks = [f"remark {evil}"]
-    report.write(path, language, sentences, remarks, rows, by_role, heard or {}, questions, measured)
+    shown = {"sentences": sentences, "remarks": [f"remark {evil}"], "rows": rows, "by_role": by_role}
+    report.write(path, language, questions, measured, **shown, heard=heard or {})
     return Reader(path.read_text(encoding="utf-8"))
 
 
@@ -95,7 +95,7 @@ def test_the_picture_points_right_where_it_is_better(tmp_path):
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
     measured = {name: Answers([Answer("答", True)] * 6, own, None, None) for name, own in models.items()}
     path = tmp_path / "report.html"
-    report.write(path, "en", [], [], compare(models, 20, 1), {}, {}, [question("甲", "问", ["答"])] * 6, measured)
+    report.write(path, "en", [question("甲", "问", ["答"])] * 6, measured, rows=compare(models, 20, 1), by_role={})
     page = Reader(path.read_text(encoding="utf-8"))
     circles = [float(attributes["cx"]) for tag, attributes in page.tags if tag == "circle"]
     classes = [attributes["class"] for tag, attributes in page.tags if tag == "g"]
@@ -124,7 +124,7 @@ def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     answers = {"base": [Answer(f"原{n}。", False) for n in range(20)], "tuned": tuned}
     measured = {name: measure_answers(questions, own, None, None, {}) for name, own in answers.items()}
     rows = compare({name: own.scores for name, own in measured.items()}, 5, 1)
-    report.write(tmp_path / "report.html", "en", [], [], rows, {}, {}, questions, measured)
+    report.write(tmp_path / "report.html", "en", questions, measured, rows=rows, by_role={})
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     best, worst = page.text.split("The worst answers of tuned")
     worst, rest = worst.split("All other answers: 4")
