@@ -240,7 +240,11 @@ def test_questions_are_distinct_and_keep_their_references_and_kinds(tmp_path):
         {"role": "李白", "question": "你怕谁？", "generated": ["怕酒杯空。"]},
     ]
     general = [{"role": "张飞", "question": "1 + 1 = ?", "generated": ["二"]}]
-    for name, lines in (("role_specific_test", rows), ("general_test", general), ("general_train", rows[:1])):
+    for name, lines in (
+        ("role_specific_test", rows),
+        ("general_test", general),
+        ("general_train", [general[0] | {"generated": ["两个"]}]),
+    ):
         write_lines(tmp_path / f"rolebench-zh_{name}.jsonl", *lines)
     (tmp_path / "profiles-zh_desc.json").write_text(json.dumps(profiles))
     train, test = tmp_path / "train.json", tmp_path / "test.json"
