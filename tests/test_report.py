@@ -49,16 +49,15 @@ def question(role: str, prompt: str, references: list[str], kind=None) -> Questi
 def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None, kind="general") -> Reader:
     """Two roles in turn; of each question the recorded answers are 甲n乙 and something evil."""
     count, text = len(next(iter(own.values()))), texts(language)
-    questions = [
-        question(f"角色{n % 2}{evil}", f"问{n}{evil}", [f"甲{n}乙", evil or "无"], kind=kind) for n in range(count)
-    ]
+    roles = [f"角色{n % 2}{evil}" for n in range(count)]
+    questions = [question(role, f"问{n}{evil}", [f"甲{n}乙", evil or "无"], kind) for n, role in enumerate(roles)]
     recall = Recall({f"角色0{evil}": ["甲0乙"]})
     limits = recorded_limits(questions, None, recall)
     answers = {name: [Answer(said, n % 2 == 0) for n, said in enumerate(texts)] for name, texts in own.items()}
     measured = {name: measure_answers(questions, texts, None, recall, limits) for name, texts in answers.items()}
     scores, names = {name: one.scores for name, one in measured.items()}, list(own)
     rows = compare(scores, 20, 1)
-    by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
+    by_role = {role: compare(scores, 20, 1, "role", role) for role in roles[:2]}
     sentences = in_a_sentence(rows, names, text)
     shown = {"sentences": sentences, "remarks": [f"remark {evil}"], "rows": rows, "by_role": by_role}
     report.write(path, language, questions, measured, **shown, heard=heard or {})
@@ -68,7 +67,7 @@ def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None,
 def said(roles: list[str]) -> Said:
     """Of the first role two answers, one of which is heard as the second's; of the second none."""
     nats = np.array([[-1.0, -2.0], [-2.0, -1.0]])
-    items = Items([roles[0]] * 2, [None] * 2, [None] * 2, np.arange(2))
+    items = Items.of([{"role": roles[0]}] * 2, range(2))
     return Said(roles, items, np.array([[True, False]] * 2), np.arange(2), np.ones(2), nats, np.zeros(2))
 
 
@@ -90,7 +89,7 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
 
 def test_the_picture_points_right_where_it_is_better(tmp_path):
     """ROUGE-L rises, and so do copies: one is better, the other worse."""
-    items = Items(["甲"] * 6, [None] * 6, [None] * 6, np.arange(6))
+    items = Items.of([{}] * 6, range(6))
     rise = {name: [Score(items, np.full(6, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
     measured = {name: Answers([Answer("答", True)] * 6, own, None, None) for name, own in models.items()}
