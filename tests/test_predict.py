@@ -67,6 +67,9 @@ def test_whole_script_prints_all_measures_and_a_second_run_the_same(
     for name, count in (("", 5), ("-baseline", 5), ("-attacks", 8), ("-baseline-attacks", 8)):
         assert len(answers_of(tmp_path / f"answers{name}.jsonl")) == count
 
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("sounds like ") == 2 * 5 and "Who is heard as whom" in page
+
     answered = output.stat().st_mtime_ns
     run(tuned, few_samples, output, *flags, "--batch_size", 3, only=())
     assert capsys.readouterr().out == out and output.stat().st_mtime_ns == answered
