@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PERSONAS, ROLE_SAMPLES, adapter_weights, one_by_one, said, scalars
+from conftest import PERSONAS, ROLE_SAMPLES, adapter_weights, conversation, one_by_one, said, scalars
 from peft import LoraConfig, get_peft_model
 
 import train
@@ -110,6 +110,12 @@ def test_who_always_hears_the_same_role_is_at_chance_among_those_who_answer():
     row = compare({"model": {"who_said_it": accuracy_of(said)}}, 5, 1)[0]
     assert row.models[0].value == row.beside["chance"] == 50
     assert said.confusion()[0].tolist() == [0, 0, 1, 0, 0]
+
+
+def test_rounds_of_one_conversation_are_drawn_together():
+    samples = [{**conversation("诗", *texts), "role": "李白"} for texts in ("甲乙", "甲乙丙丁", "丙丁")]
+    found = read_personas(lambda read: [np.array([-1.0]) for _ in read], samples)
+    assert found.question.tolist() == [0, 1, 2] and found.items.cluster.tolist() == [0, 0, 1]
 
 
 def test_by_hand_what_the_persona_is_worth():
