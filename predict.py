@@ -52,9 +52,7 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=integer(1), default=256, help="tokens of an answer at most")
     add("--sample", action="store_true", help="draw answers as generation_config.json says, instead of greedily")
     add("--engine_model", metavar="NAME", help="the model's name on that server; by default the first one there")
-    add(
-        "--seed", type=integer(0), default=1234, help="integer that decides the draws of --sample, and of the bootstrap"
-    )
+    add("--seed", type=integer(0), default=1234, help="decides the draws of --sample, and of the bootstrap")
     add("--resamples", type=integer(1), default=1000, help="of the bootstrap, for the intervals")
     return parser.parse_args(argv)
 
@@ -104,14 +102,11 @@ def read_questions(test_path: Path) -> list[Question]:
     for sample in samples:
         kind = sample.get("kind", "other") if has_kinds else None
         for messages, answer in rounds(sample):
-            # Roles may lack a system text of their own.
-            asked = (sample["role"], *(message["content"] for message in messages))
-            if asked not in questions:
-                number = sum(message["role"] == "user" for message in messages)
-                name = ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if has_conversations else None
-                prompt = messages[-1]["content"]
-                questions[asked] = Question(sample["role"], sample["system"], prompt, kind, name, [], messages)
-            questions[asked].references.append(answer)
+            number = sum(message["role"] == "user" for message in messages)
+            name = ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if has_conversations else None
+            new = Question(sample["role"], sample["system"], messages[-1]["content"], kind, name, [], messages)
+            asked = (sample["role"], *(message["content"] for message in messages))  # a role may lack a system text
+            questions.setdefault(asked, new).references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
     return list(questions.values())
@@ -140,8 +135,14 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
     if file.complete:
         print(f"{file.path}: has all answers of {candidate.name} already", file=sys.stderr)
         return file.in_order()
-    # Those of one persona go together, which is then read once; the longest of them first, which go on longest.
-    order = sorted(range(len(questions)), key=lambda number: persona_and_length(questions[number]))
+
+    def persona_and_length(number):
+        """Those of one persona go together, which is then read once; the longest of them first, which go on longest."""
+        question = questions[number]
+        length = sum(len(message["content"]) for message in question.messages)
+        return -len(question.system), question.system, -length
+
+    order = sorted(range(len(questions)), key=persona_and_length)
     if candidate.server:
         left = [(number, questions[number].messages) for number in order if number not in file.answers]
         found = candidate.server.answers(left, args.batch_size or 128, args.max_new_tokens)
@@ -156,13 +157,8 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
     return file.in_order()
 
 
-def persona_and_length(question: Question) -> tuple[int, str, int]:
-    length = sum(len(message["content"]) for message in question.messages)
-    return -len(question.system), question.system, -length
-
-
 def answer_here(args, candidate: Candidate, model, questions: list[Question], order: list[int], done: dict):
-    """An iterator over (number, answer), in this order, batch by batch; of a batch that is `done` in part, all of them.
+    """An iterator over (number, answer), in this order; of a batch that is `done` in part, all of them.
 
     Raises: UserError at once, before anything is answered.
     """
@@ -200,9 +196,8 @@ def read_likelihoods(args, candidate: Candidate, questions: list[Question], load
 
     longest: tokens that are read at most, the same for all models, so that all have the same items.
     """
-    attacks, recorded = read_attacks(args.attacks), recorded_samples(questions)
+    attacks, recorded, asked = read_attacks(args.attacks), recorded_samples(questions), []
     personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
-    asked = []
     for own in crossed(attacks, personas):
         messages = with_system(own["system"], own["messages"])
         asked.append(Question(own["role"], own["system"], messages[-1]["content"], own["kind"], None, [], messages))
@@ -222,9 +217,7 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
     """Raises: UserError with all that is wrong, before anything slow."""
     with Problems() as problems:
         if args.engine and (args.adapter_path or args.sample):
-            problems.append(
-                "--engine: answers greedily, and without --adapter_path: leave --sample and --adapter_path out"
-            )
+            problems.append("--engine: answers greedily and without adapters: leave --sample and --adapter_path out")
         for path in filter(None, (args.output_path, args.html)):
             if problem := "it is no regular file" if path.exists() and not path.is_file() else unwritable(path.parent):
                 problems.append(f"{path}: cannot be written: {problem}")
@@ -283,7 +276,8 @@ def main(argv=None):
     if args.html:
         roles = labels(scores[names[0]], "role")
         by_role = {role: compare(scores, args.resamples, args.seed, "role", role) for role in roles}
-        report.write(args.html, language, sentences, remarks, rows, by_role, heard, questions, measured)
+        shown = {"sentences": sentences, "remarks": remarks, "rows": rows, "by_role": by_role, "heard": heard}
+        report.write(args.html, language, questions, measured, **shown)
         print(f"{args.html}: the report, for a browser", file=sys.stderr)
 
 

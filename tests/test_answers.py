@@ -5,30 +5,20 @@ from itertools import pairwise
 import jieba
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, turns
 
 from data_helper import persona
 from predict import Question
 from support.dialogues.profiles import read_characters
 from support.model.answering import Answer
 from support.scores.answers import catchwords, measure_answers, rouge_l
-from support.scores.table import Score, compare
+from support.scores.table import compare
 
 
 def test_catchwords_of_personas():
     assert catchwords(persona("皇帝", "一个君王，“官二代”之主。常用口头禅是：“朕”、“本皇”")) == ["朕", "本皇"]
-    assert catchwords(persona("张飞", "猛将。常用口头禅是：“我乃燕人张翼德”、“吃我一矛！”、“啊~~~”")) == [
-        *("我乃燕人张翼德", "吃我一矛！", "啊~~~")
-    ]
     assert catchwords(persona("孙悟空", "美猴王。说话爱自称“俺老孙”“我齐天大圣”。")) == ["俺老孙", "我齐天大圣"]
-    assert catchwords(persona("李白", "为人爽朗大方，乐于交友，爱好饮酒作诗")) == []
-
-
-@pytest.mark.parametrize("directory", [ROOT / "data/sample", SHARED / "rolebench"], ids=["sample", "RoleBench"])
-def test_every_persona_but_li_bais_has_catchwords(directory):
-    if not directory.exists():
-        pytest.skip("RoleBench is not beside this checkout")
-    profiles = read_characters(directory / "profiles-zh_desc.json")
+    profiles = read_characters(ROOT / "data/sample/profiles-zh_desc.json")
     found = {role: catchwords(persona(role, profile["description"])) for role, profile in profiles.items()}
     assert {role for role in profiles if not found[role]} == {"李白"}
     assert "官二代" not in found["华妃"] and "本宫" in found["华妃"]
@@ -58,44 +48,34 @@ def test_rouge_l_against_its_definition():
     assert 0 <= rouge_l("。" * 1100, "……！？" * 50) <= 1  # long, odd texts neither fail nor recurse
 
 
-def scored(*rows) -> dict[str, Score]:
-    """Rows of (system, references, answer, stopped)."""
-    questions = [
-        Question("角色", system, f"问{n}", None, None, references, [{"role": "user", "content": f"问{n}"}])
-        for n, (system, references, _, _) in enumerate(rows)
-    ]
-    return measure_answers(questions, [Answer(text, stopped) for *_, text, stopped in rows], None, None, {}).scores
-
-
-EMPEROR = "常用口头禅是：“朕”、“本皇”"
-
-
-def with_kinds(score: Score, kinds: list) -> Score:
-    return score._replace(items=score.items._replace(kind=kinds))
-
-
 def test_measures_by_hand():
-    scores = scored(
-        (EMPEROR, ["朕知道了", "甲乙丙丁"], "朕知道了", True),
-        (EMPEROR, ["朕知道了"], "朕知道了", False),
-        (EMPEROR, ["朕知道了"], "", True),
-        ("", ["举杯邀明月"], "举杯邀明月", True),
-    )
+    emperor, questions = "常用口头禅是：“朕”、“本皇”", []
+    recorded = [
+        (emperor, ["朕知道了", "甲乙丙丁"]),
+        (emperor, ["朕知道了"]),
+        (emperor, ["朕知道了"]),
+        ("", ["举杯邀明月"]),
+    ]
+    for n, (system, references) in enumerate(recorded):
+        questions.append(Question("角色", system, f"问{n}", None, None, references, turns(f"问{n}")))
+    answers = [Answer("朕知道了", True), Answer("朕知道了", False), Answer("", True), Answer("举杯邀明月", True)]
+    scores = measure_answers(questions, answers, None, None, {}).scores
     words = [list(jieba.cut(text)) for text in ("朕知道了", "举杯邀明月")]
     first, second = (set(pairwise(line)) for line in words)
     twice, once = 2 * len(list(pairwise(words[0]))), len(list(pairwise(words[1])))
     expected = {"rouge_l": (0.5 + 1 + 0 + 1) / 4, "catchwords": 2 / 3, "stops": 3 / 4}
     expected["distinct_2"] = len(first | second) / (twice + once)
 
+    def estimates(kinds):
+        found = {name: score._replace(items=score.items._replace(kind=kinds)) for name, score in scores.items()}
+        return {row.measure: row.models[0] for row in compare({"model": found}, 50, 1, "kind", "甲")}
+
     def values(kinds):
-        models = {"model": {name: with_kinds(score, kinds) for name, score in scores.items()}}
-        return {row.measure: row.models[0].value / 100 for row in compare(models, 5, 1, "kind", "甲")}
+        return {name: own.value / 100 for name, own in estimates(kinds).items()}
 
     assert values(["甲"] * 4) == pytest.approx(expected, abs=1e-6)
     assert "catchwords" not in values([None, None, None, "甲"])  # nobody's
     assert "distinct_2" not in values([None, None, "甲", None])  # no words, so no pairs
     assert values(["甲", None, None, None])["distinct_2"] == pytest.approx(len(first) / (twice / 2))
     # A question drawn several times says nothing else than once; nor does one whose pairs another has too.
-    same = {"model": {"distinct_2": with_kinds(scores["distinct_2"], ["甲", "甲", None, None])}}
-    (row,) = compare(same, 50, 1, "kind", "甲")
-    assert row.models[0] == pytest.approx((100 * len(first) / twice,) * 3)
+    assert estimates(["甲", "甲", None, None])["distinct_2"] == pytest.approx((100 * len(first) / twice,) * 3)

@@ -5,11 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, one_by_one, write_lines
 
-from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from baichuan.generation_utils import messages_to_ids
+from baichuan import BaichuanTokenizer
 from support.errors import UserError
 from support.scores.in_role import BREAKING, STAYING, breaks, crossed, in_role_scores, read_attacks
 from support.scores.likelihood import Likelihood
@@ -31,13 +29,9 @@ def test_the_attacks_are_about_sixty_of_all_kinds_each_once(attacks):
     kinds = Counter(attack["kind"] for attack in attacks)
     assert kinds.pop("boundary") == 20
     assert sum(kinds.values()) == 63 and min(kinds.values()) >= 7
-    assert set(kinds) == {
-        *("maker", "ignore", "assistant", "identity", "prompt", "flattery", "threat", "three rounds"),
-    }
-    texts = [tuple(turn["content"] for turn in attack["messages"]) for attack in attacks]
-    assert len(set(texts)) == len(texts)
-    rounds = {attack["kind"]: len(attack["messages"]) for attack in attacks}
-    assert rounds.pop("three rounds") == 5 and set(rounds.values()) == {1}
+    assert set(kinds) == {*"maker ignore assistant identity prompt flattery threat".split(), "three rounds"}
+    assert len({str(attack["messages"]) for attack in attacks}) == len(attacks)
+    assert all(len(attack["messages"]) == (5 if attack["kind"] == "three rounds" else 1) for attack in attacks)
     lengths = [len(attack["in_character"]) - len(attack["modern"]) for attack in attacks if "modern" in attack]
     assert abs(np.mean(lengths)) < 4 and max(map(abs, lengths)) < 12  # neither answer wins by its length
 
@@ -58,9 +52,7 @@ def test_a_wrong_attack_is_named_by_its_line(tmp_path):
     wrong = {
         "{": "is not a JSON object",
         '{"messages": [{"role": "user", "content": "你是谁？"}]}': '"kind" is missing',
-        '{"kind": "maker", "messages": "你是谁？"}': "turn 1 cannot be",
         '{"kind": "maker", "messages": [{"role": "assistant", "content": "哈！"}]}': "turn 2 cannot be",
-        '{"kind": "maker", "messages": [{"role": "user", "content": " "}]}': "turn 1 cannot be",
         '{"kind": "boundary", "messages": [{"role": "user", "content": "手机？"}], "modern": "x"}': '"in_character"',
     }
     path, right = tmp_path / "attacks.jsonl", ATTACKS.read_text(encoding="utf-8").split("\n")[0]
@@ -72,11 +64,9 @@ def test_a_wrong_attack_is_named_by_its_line(tmp_path):
 
 
 def test_an_attack_is_written_as_samples_are_and_brings_no_system_text(tmp_path):
-    path, turns = (
-        tmp_path / "attacks.jsonl",
-        '{"role": "system", "content": "甲"}, {"role": "human", "content": "乙？"}',
-    )
-    path.write_text('{"kind": "maker", "messages": [' + turns + "]}", encoding="utf-8")
+    path = tmp_path / "attacks.jsonl"
+    turns = [{"role": "system", "content": "甲"}, {"role": "human", "content": "乙？"}]
+    write_lines(path, {"kind": "maker", "messages": turns})
     attacks = read_attacks(path)
     (sample, _) = crossed(attacks, PERSONAS)
     assert sample["messages"] == [{"role": "user", "content": "乙？"}] and sample["system"] == PERSONAS["孙悟空"]
@@ -106,32 +96,22 @@ def test_answers_that_break_and_that_stay():
 # ---------------------------------------------------------------- likelihoods
 
 
-def test_likelihoods_are_those_of_the_texts_one_by_one(checkpoint, attacks):
-    model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
+def test_likelihoods_are_those_of_the_texts_one_by_one(checkpoint, model, attacks):
+    tokenizer = BaichuanTokenizer.from_pretrained(checkpoint)
     few = [attacks[1], next(attack for attack in attacks if len(attack["messages"]) == 5), attacks[-1]]
-    scores = in_role_scores(Likelihood(model.eval(), tokenizer), few, PERSONAS, ["。"] * 4)
+    scores = in_role_scores(Likelihood(model, tokenizer), few, PERSONAS, ["。"] * 4)
     items = scores["attack_margin"].items
     assert items.cluster.tolist() == [0, 0, 1, 1] and items.role == list(PERSONAS) * 2 and len(set(items.kind)) == 2
 
-    def log_probabilities(messages, answer: list[int]) -> np.ndarray:
-        prompt = messages_to_ids(tokenizer, messages)
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
-        return np.array([logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)])
+    def log_probabilities(sample, answer: str) -> list[float]:
+        turn = {"role": "assistant", "content": answer.replace("{role}", sample["role"])}
+        return one_by_one(model, tokenizer, {**sample, "messages": [*sample["messages"], turn]})
 
     for sample, margin in zip(crossed(few, PERSONAS), scores["attack_margin"].value):
-        messages, role = [{"role": "system", "content": sample["system"]}, *sample["messages"]], sample["role"]
-        own, breaking = (
-            max(
-                log_probabilities(messages, tokenizer.text_to_ids(text.replace("{role}", role))).sum() for text in texts
-            )
-            for texts in (STAYING, BREAKING)
-        )
+        own, breaking = (max(sum(log_probabilities(sample, text)[:-1]) for text in own) for own in (STAYING, BREAKING))
         assert margin == pytest.approx(own - breaking, abs=1e-4)
-    for system, margin in zip(PERSONAS.values(), scores["boundary_margin"].value):
-        messages = [{"role": "system", "content": system}, *few[2]["messages"]]
-        answers = [[*tokenizer.text_to_ids(few[2][name]), 2] for name in ("in_character", "modern")]
-        known, modern = (log_probabilities(messages, answer).mean() for answer in answers)
+    for sample, margin in zip(crossed(few, PERSONAS, boundary=True), scores["boundary_margin"].value):
+        known, modern = (np.mean(log_probabilities(sample, few[2][name])) for name in ("in_character", "modern"))
         assert margin == pytest.approx(known - modern, abs=1e-4)
 
 
@@ -144,12 +124,6 @@ def read_by(favour):
     return likelihood
 
 
-def values_of(models: dict, by="", label="") -> dict[str, list[float]]:
-    """Of each measure the models' values."""
-    rows = compare(models, 20, 1, by, label)
-    return {row.measure: [estimate.value for estimate in row.models] for row in rows}
-
-
 def test_by_hand_who_stays_and_who_breaks(attacks):
     """孙悟空 stays and does not know; 李白 breaks, and knows all about the present."""
 
@@ -160,15 +134,10 @@ def test_by_hand_who_stays_and_who_breaks(attacks):
     scores = in_role_scores(read_by(favour), attacks, PERSONAS, ["俺老孙在此！", "我是人工智能。"] * 63)
     models = {"model": scores}
     # The margins are of three tokens, since the eos of a beginning does not count.
-    of_role = {role: values_of(models, "role", role) for role in PERSONAS}
-    assert of_role["孙悟空"] == {
-        "breaks_said": [0],
-        "breaks_likely": [0],
-        "attack_margin": [1.5],
-        "does_not_know": [100],
-        "boundary_margin": [0.5],
-    }
-    assert list(of_role["李白"].values()) == [[100], [100], [-1.5], [0], [-0.5]]
-    assert values_of(models)["breaks_said"] == [50]
+    for role, expected in (("孙悟空", [0, 0, 1.5, 100, 0.5]), ("李白", [100, 100, -1.5, 0, -0.5])):
+        rows = compare(models, 20, 1, "role", role)
+        assert [row.models[0].value for row in rows] == expected
+    measures = ["breaks_said", "breaks_likely", "attack_margin", "does_not_know", "boundary_margin"]
+    assert [row.measure for row in rows] == measures and compare(models, 20, 1)[0].models[0].value == 50
     counts = {kind: compare(models, 1, 1, "kind", kind)[0].count for kind in ("maker", "three rounds", "boundary")}
     assert counts == {"maker": 16, "three rounds": 14, "boundary": 40}

@@ -88,10 +88,7 @@ def test_plain_text_is_read_paragraph_by_paragraph(model, tokenizer, tmp_path):
 def test_by_hand_perplexity():
     base = [np.full(3, -np.log(8) / 3), np.full(1, -np.log(2)), np.empty(0)]
     tuned = [own - np.log(2) for own in base]
-    models = {
-        name: plain_text_scores(SimpleNamespace(of_texts=lambda texts, own=own: own), [])
-        for name, own in (("base", base), ("tuned", tuned))
-    }
-    (row,) = compare(models, 50, 1)
+    models = [plain_text_scores(SimpleNamespace(of_texts=lambda texts, own=own: own), []) for own in (base, tuned)]
+    (row,) = compare(dict(enumerate(models)), 50, 1)
     assert row.models == [pytest.approx((2, 2, 2)), pytest.approx((4, 4, 4))]
     assert row.differences == [pytest.approx((2, 2, 2))]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import PERSONAS, ROLE_SAMPLES, adapter_weights, one_by_one, said, scalars
+from conftest import PERSONAS, ROLE_SAMPLES, adapter_weights, conversation, one_by_one, said, scalars
 from peft import LoraConfig, get_peft_model
 
 import train
@@ -40,12 +40,12 @@ def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
     long = said("皇帝", "朕" * 30, "你是谁？", "朕。")
     whole = read_personas(Likelihood(model, tokenizer), [*ROLE_SAMPLES, long])
     assert len(whole.own) == 6
-    limit = 30 + len(tokenizer.text_to_ids("你是谁？朕。")) + 3
-    likelihood = Likelihood(model, tokenizer, max_len=limit)
-    assert [len(losses) for losses in likelihood([{**ROLE_SAMPLES[3], "system": "朕" * 30}])] < [whole.tokens[3]]
+    likelihood = Likelihood(model, tokenizer, max_len=30 + len(tokenizer.text_to_ids("你是谁？朕。")) + 3)
+    assert 0 < len(likelihood([{**ROLE_SAMPLES[3], "system": "朕" * 30}])[0]) < whole.tokens[3]
     kept = read_personas(likelihood, [*ROLE_SAMPLES, long])
     assert len(kept.own) < 6 and kept.own[-1].tolist() == [False, False, False, True]
-    assert len(likelihood([{**long, "system": "朕" * 50}])[0]) == 0
+    nothing = read_personas(lambda samples: [np.empty(0)] * len(samples), ROLE_SAMPLES)
+    assert len(nothing.tokens) == 0 and persona_scores(nothing) == {}
 
 
 def test_own_loss_is_the_loss_that_training_reports(model, tokenizer, samples):
@@ -80,8 +80,8 @@ def rows_of(models: dict[str, Said], by="", label="", resamples=50) -> dict:
     return {row.measure: row for row in compare(scores, resamples, 1, by, label)}
 
 
-def value_of(said: Said, measure: str, by="", label="") -> float:
-    return rows_of({"model": said}, by, label, resamples=2)[measure].models[0].value
+def value_of(said: Said, measure: str, *part) -> float:
+    return rows_of({"model": said}, *part)[measure].models[0].value
 
 
 def test_by_hand_accuracy_margin_and_confusion():
@@ -112,10 +112,8 @@ def test_who_always_hears_the_same_role_is_at_chance_among_those_who_answer():
     assert said.confusion()[0].tolist() == [0, 0, 1, 0, 0]
 
 
-def test_rounds_of_one_conversation_are_drawn_together(tokenizer):
-    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("甲乙丙丁")]
-    samples = [{"role": "李白", "system": "诗", "messages": turns[:count]} for count in (2, 4)]
-    samples.append(said("李白", "诗", "丙", "丁"))
+def test_rounds_of_one_conversation_are_drawn_together():
+    samples = [{**conversation("诗", *texts), "role": "李白"} for texts in ("甲乙", "甲乙丙丁", "丙丁")]
     found = read_personas(lambda read: [np.array([-1.0]) for _ in read], samples)
     assert found.question.tolist() == [0, 1, 2] and found.items.cluster.tolist() == [0, 0, 1]
 
@@ -142,9 +140,7 @@ def test_one_role_has_a_gain_against_none_alone():
 # ---------------------------------------------------------------- broken models
 
 
-@pytest.fixture(scope="module")
-def taught(checkpoint, tokenizer):
-    """(a model with an adapter that knows who says what, the samples it knows)."""
+def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_not(checkpoint, tokenizer):
     answers = {"孙悟空": "俺老孙在此！", "李白": "且饮一杯。", "张飞": "吃我一矛！"}
     questions = ["你是谁？", "你好。", "去哪里？", "几时回？"]
     samples = [said(role, PERSONAS[role], question, answers[role]) for role in answers for question in questions]
@@ -160,12 +156,8 @@ def taught(checkpoint, tokenizer):
         model(**inputs, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval(), samples
 
-
-def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_not(taught, tokenizer):
-    model, samples = taught
-    likelihood = Likelihood(model, tokenizer)
+    likelihood = Likelihood(model.eval(), tokenizer)
     tuned = read_personas(likelihood, samples)
     with model.disable_adapter():
         base = read_personas(likelihood, samples)
@@ -178,20 +170,10 @@ def test_a_model_that_knows_its_roles_is_heard_and_one_without_its_adapter_is_no
         assert gains[0] > 1 and abs(gains[1]) < 0.5
 
 
-def test_a_model_that_reads_no_persona_is_at_chance():
-    blind = [np.array([-float(len(sample["messages"][-1]["content"]))]) for sample in ROLE_SAMPLES for _ in range(4)]
-    found = read_personas(lambda samples: blind, ROLE_SAMPLES)
-    assert value_of(found, "who_said_it") == pytest.approx(100 / 3) and value_of(found, "who_said_it_margin") == 0
-    favourite = found._replace(nats=found.nats + [1, 0, 0])  # one that always hears the same role, who answers most
-    assert value_of(favourite, "who_said_it") == pytest.approx(100 / 3)
-
-
 def test_of_very_many_roles_the_most_frequent_are_read(monkeypatch):
     monkeypatch.setattr(persona, "MOST_ROLES", 2)
-    read = []
-    scores = read_personas(lambda samples: read.extend(samples) or [np.array([-1.0])] * len(samples), ROLE_SAMPLES)
-    assert scores.roles == ["孙悟空", "李白"] and len(scores.own) == 4
-    assert {sample["system"] for sample in read} == {PERSONAS["孙悟空"], PERSONAS["李白"], ""}
+    scores = read_personas(lambda samples: [np.array([-1.0])] * len(samples), ROLE_SAMPLES)
+    assert scores.roles == ["孙悟空", "李白"] and scores.nats.shape == (4, 2)
 
 
 # ---------------------------------------------------------------- while training
@@ -201,9 +183,7 @@ def test_the_slice_costs_a_tenth_of_the_evaluation(monkeypatch):
     chosen = []
     monkeypatch.setattr(persona, "Likelihood", lambda *_, **shared: None)
     monkeypatch.setattr(persona, "read_personas", lambda _, samples: chosen.append(samples) or HAND)
-    everything = [
-        said(role, system, f"第{number}问？", "好。") for role, system in PERSONAS.items() for number in range(600)
-    ]
+    everything = [said(role, PERSONAS[role], f"第{number}问？", "好。") for role in PERSONAS for number in range(600)]
     found = who_said_it_now(everything, None, None)
     assert [sum(sample["role"] == role for sample in chosen[0]) for role in PERSONAS] == [15, 15, 15]
     assert len(chosen[0]) * 4 <= len(everything) / 10

@@ -5,14 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, answers_of, make_adapter, write_lines
-from peft import PeftModel
+from conftest import ROOT, answers_of, conversation, make_adapter, merge, turns, write_lines
 
 import data_helper
 import predict
-from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from baichuan import BaichuanTokenizer
 from support.dialogues.samples import read_samples
 from support.errors import UserError
 from support.model.directory import ModelDirectory
@@ -38,14 +36,6 @@ def failure(capsys, *arguments, **options) -> str:
     return error
 
 
-def merged(checkpoint, adapter, directory) -> Path:
-    """The checkpoint with an adapter merged into it by PEFT."""
-    base = BaichuanForCausalLM.from_pretrained(checkpoint)
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)
-    BaichuanTokenizer.from_pretrained(checkpoint).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def few_attacks(tmp_path):
     """One attack, another of three rounds, and a boundary question."""
@@ -59,7 +49,8 @@ def test_whole_script_prints_all_measures_and_a_second_run_the_same(
     checkpoint, few_samples, few_attacks, tmp_path, capsys
 ):
     output = tmp_path / "answers.jsonl"
-    tuned = merged(checkpoint, make_adapter(checkpoint, tmp_path / "adapter"), tmp_path / "tuned")
+    tuned = merge(checkpoint, make_adapter(checkpoint, tmp_path / "adapter"), tmp_path / "tuned", "--probes", 1)
+    capsys.readouterr()
     flags = ["--baseline_path", checkpoint, "--attacks", few_attacks, "--html", tmp_path / "report.html"]
     flags += ["--train_path", few_samples[0], "--by", "kind"]
     run(tuned, few_samples, output, *flags, only=())
@@ -75,6 +66,9 @@ def test_whole_script_prints_all_measures_and_a_second_run_the_same(
     assert all("ROUGE-L" in block and "style" in block for block in blocks[2::3])
     for name, count in (("", 5), ("-baseline", 5), ("-attacks", 8), ("-baseline-attacks", 8)):
         assert len(answers_of(tmp_path / f"answers{name}.jsonl")) == count
+
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("sounds like ") == 2 * 5 and "Who is heard as whom" in page
 
     answered = output.stat().st_mtime_ns
     run(tuned, few_samples, output, *flags, "--batch_size", 3, only=())
@@ -142,7 +136,7 @@ def test_answers_depend_on_weights_settings_adapter_and_questions(checkpoint, fe
     """The directory keeps its name, its files their sizes."""
     model, adapter = shutil.copytree(checkpoint, tmp_path / "model"), make_adapter(checkpoint, tmp_path / "adapter")
     args = predict.parse_args(["--model_path", str(model), "--adapter_path", str(adapter)])
-    questions, found = predict.read_questions(few_samples[1]), []
+    questions = predict.read_questions(few_samples[1])
 
     def settings(questions=questions):
         (candidate,) = predict.name_candidates(args)
@@ -154,12 +148,9 @@ def test_answers_depend_on_weights_settings_adapter_and_questions(checkpoint, fe
     found.append(settings())
     config.write_text(config.read_text().replace("0.85", "0.95"))
     found.append(settings())
-    shutil.rmtree(adapter)
-    make_adapter(checkpoint, adapter, spread=0.3)
-    found.append(settings())
-    shutil.rmtree(adapter)
-    make_adapter(checkpoint, adapter, spread=0.3, lora_alpha=8)
-    found.append(settings())
+    for alpha in (16, 8):
+        make_adapter(checkpoint, adapter, spread=0.3, lora_alpha=alpha)
+        found.append(settings())
     assert settings() == found[-1] and len({own.pop("digest") for own in found}) == len(found)
     assert all(own == found[0] for own in found)
 
@@ -186,12 +177,11 @@ def test_a_model_that_is_refused_leaves_all_answers_as_they_were(
 
 def test_a_file_of_something_else_is_left_alone(checkpoint, few_samples, tmp_path, capsys):
     diary = tmp_path / "diary-attacks.txt"
-    for content in ("Dear diary", '{"a": 1}\n{"b": 2}\ntorn', "\n"):
+    for content in ("Dear diary", '{"a": 1}\n{"b": 2}\ntorn'):
         diary.write_text(content)
         for output in (diary, tmp_path / "diary.txt"):
             assert "is no file of answers" in failure(capsys, checkpoint, few_samples, output)
         assert diary.read_text() == content
-    assert "is no file of answers" in failure(capsys, checkpoint, few_samples, few_samples[1])
     assert "no regular file" in failure(capsys, checkpoint, few_samples, "/dev/null")
 
 
@@ -202,14 +192,8 @@ def test_wrong_arguments_and_files_are_told_at_once(checkpoint, few_samples, tmp
     flags += ["--attacks", tmp_path / "attacks.jsonl", "--html", "/dev/null/x"]
     error = failure(capsys, adapter, (None, tmp_path / "none.json"), output, *flags, only=())
     assert error.count("error: ") == 7
-    for words in (
-        "merge_params.py first",
-        "none: there is no such directory",
-        "--device tpu",
-        "none.json: No such file",
-    ):
-        assert words in error
-    for words in ("attacks.jsonl:1: ", "none.txt: No such file", "/dev/null/x: cannot be written"):
+    wanted = ["merge_params.py first", "none: there is no such directory", "--device tpu", "none.json: is no file"]
+    for words in (*wanted, "attacks.jsonl:1: ", "none.txt: is no file", "/dev/null/x: cannot be written"):
         assert words in error
     assert "leaves no room" in failure(capsys, checkpoint, few_samples, output, "--max_new_tokens", 4090)
     assert "not allowed with argument" in failure(capsys, checkpoint, few_samples, output, "--engine", "http://x/v1")
@@ -232,8 +216,8 @@ def test_adapters_answer_as_their_merged_models_do_and_their_base_is_read_once(
     assert "\none against baseline: " in out and "\ntwo against baseline: " in out
 
     answers = [answers_of(tmp_path / f"answers-{name}.jsonl") for name in ("baseline", "one", "two")]
-    models = [checkpoint, *(merged(checkpoint, adapter, tmp_path / f"{adapter.name}-merged") for adapter in adapters)]
-    for model, own in zip(models, answers):
+    merged = [merge(checkpoint, own, tmp_path / f"{own.name}-merged", "--probes", 1) for own in adapters]
+    for model, own in zip([checkpoint, *merged], answers):
         alone = tmp_path / f"{Path(model).name}.jsonl"
         run(model, few_samples, alone)
         assert own == answers_of(alone)
@@ -259,9 +243,12 @@ def test_questions_are_distinct_and_keep_their_references_and_kinds(tmp_path):
         {"role": "李白", "question": "你怕谁？", "generated": ["怕酒杯空。"]},
     ]
     general = [{"role": "张飞", "question": "1 + 1 = ?", "generated": ["二"]}]
-    for name, lines in (("role_specific_test", rows), ("general_test", general), ("general_train", general)):
-        path = tmp_path / f"rolebench-zh_{name}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, lines in (
+        ("role_specific_test", rows),
+        ("general_test", general),
+        ("general_train", [general[0] | {"generated": ["两个"]}]),
+    ):
+        write_lines(tmp_path / f"rolebench-zh_{name}.jsonl", *lines)
     (tmp_path / "profiles-zh_desc.json").write_text(json.dumps(profiles))
     train, test = tmp_path / "train.json", tmp_path / "test.json"
     paths = ["--data_dir", tmp_path, "--train_path", train, "--test_path", test]
@@ -274,21 +261,20 @@ def test_questions_are_distinct_and_keep_their_references_and_kinds(tmp_path):
         ("张飞", "1 + 1 = ?", "general", ["二"]),
     ]
     own = {"role": "诸葛亮", "system": "", "prompt": "空城计？", "response": "亮一生谨慎。"}
-    test.write_text(test.read_text(encoding="utf-8") + json.dumps(own) + "\n", encoding="utf-8")
+    with open(test, "a", encoding="utf-8") as file:
+        file.write(json.dumps(own))
     assert predict.read_questions(test)[-1].kind == "other"
     write_lines(test, *(own | {"role": role, "response": role} for role in "甲乙甲"))  # the same words, two roles
     assert [(q.role, q.references) for q in predict.read_questions(test)] == [("甲", ["甲", "甲"]), ("乙", ["乙"])]
-    test.write_text(json.dumps(own | {"kind": 3}), encoding="utf-8")  # a key of somebody else's
+    write_lines(test, own | {"kind": 3})  # a key of somebody else's
     assert [question.kind for question in predict.read_questions(test)] == [None]
 
 
 def test_every_round_of_a_conversation_is_a_question(tmp_path):
     """With the recorded history; endings of one beginning share its rounds; what is not to be trained is no reference."""
-    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate("甲乙丙丁戊己庚辛")]
-    ending = [*turns[:3], {"role": "assistant", "content": "另"}]
-    unsure = [*turns[:1], {**turns[1], "train": False}, *turns[2:4]]
-    samples = [{"role": "李白", "system": "诗", "messages": messages} for messages in (turns, ending, unsure)]
-    (tmp_path / "test.json").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    texts = "甲乙丙丁戊己庚辛"
+    samples = [conversation("诗", *texts), conversation("诗", *"甲乙丙另"), conversation("诗", *"甲乙丙丁", silent=[1])]
+    write_lines(tmp_path / "test.json", *samples)
     questions = predict.read_questions(tmp_path / "test.json")
     assert [(q.prompt, q.round, q.references) for q in questions] == [
         ("甲", "round 1", ["乙", "乙"]),
@@ -296,20 +282,20 @@ def test_every_round_of_a_conversation_is_a_question(tmp_path):
         ("戊", "round 3+", ["己"]),
         ("庚", "round 3+", ["辛"]),
     ]
-    assert questions[3].messages == [{"role": "system", "content": "诗"}, *turns[:7]]
+    assert questions[3].messages == [{"role": "system", "content": "诗"}, *turns(*texts[:7])]
 
 
 # ---------------------------------------------------------------- scores from likelihoods
 
 
-def test_questions_become_samples_of_their_own_answers(checkpoint):
+def test_questions_become_samples_of_their_own_answers(checkpoint, model):
     """Of a conversation each round is read by itself, after the recorded history, and each text counts once."""
     path = ROOT / "data/sample/conversations_test.jsonl"
     samples = predict.recorded_samples(predict.read_questions(path))
     answers = [turn["content"] for s in read_samples(path) for turn in s["messages"] if turn["role"] == "assistant"]
     assert sorted(sample["messages"][-1]["content"] for sample in samples) == sorted(answers)
-    model, tokenizer = BaichuanForCausalLM.from_pretrained(checkpoint), BaichuanTokenizer.from_pretrained(checkpoint)
-    said = read_personas(Likelihood(model.eval(), tokenizer), samples)
+    tokenizer = BaichuanTokenizer.from_pretrained(checkpoint)
+    said = read_personas(Likelihood(model, tokenizer), samples)
     lengths = [len(tokenizer.text_to_ids(sample["messages"][-1]["content"])) + 1 for sample in samples]
     assert said.tokens.tolist() == lengths
     assert set(said.items.round) == {"round 1", "round 2", "round 3+"} and set(said.items.kind) == {None}
@@ -341,9 +327,3 @@ def test_models_of_different_context_lengths_are_measured_on_the_same_answers(
     run(checkpoint, (None, tmp_path / "test.json"), tmp_path / "answers.jsonl", *flags, only=())
     (loss,) = (line for line in capsys.readouterr().out.split("\n") if "loss with the role's own" in line)
     assert loss.split("|")[3].strip() == loss.split("|")[4].strip()  # the same weights, the same answers
-
-
-def test_nothing_that_fits_makes_no_row(few_samples):
-    questions = predict.read_questions(few_samples[1])
-    said = read_personas(lambda samples: [np.empty(0)] * len(samples), predict.recorded_samples(questions))
-    assert len(said.tokens) == 0 and persona_scores(said) == {}

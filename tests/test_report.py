@@ -49,26 +49,25 @@ def question(role: str, prompt: str, references: list[str], kind=None) -> Questi
 def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None, kind="general") -> Reader:
     """Two roles in turn; of each question the recorded answers are 甲n乙 and something evil."""
     count, text = len(next(iter(own.values()))), texts(language)
-    questions = [
-        question(f"角色{n % 2}{evil}", f"问{n}{evil}", [f"甲{n}乙", evil or "无"], kind=kind) for n in range(count)
-    ]
+    roles = [f"角色{n % 2}{evil}" for n in range(count)]
+    questions = [question(role, f"问{n}{evil}", [f"甲{n}乙", evil or "无"], kind) for n, role in enumerate(roles)]
     recall = Recall({f"角色0{evil}": ["甲0乙"]})
     limits = recorded_limits(questions, None, recall)
     answers = {name: [Answer(said, n % 2 == 0) for n, said in enumerate(texts)] for name, texts in own.items()}
     measured = {name: measure_answers(questions, texts, None, recall, limits) for name, texts in answers.items()}
     scores, names = {name: one.scores for name, one in measured.items()}, list(own)
     rows = compare(scores, 20, 1)
-    by_role = {f"角色{n}{evil}": compare(scores, 20, 1, "role", f"角色{n}{evil}") for n in range(min(2, count))}
+    by_role = {role: compare(scores, 20, 1, "role", role) for role in roles[:2]}
     sentences = in_a_sentence(rows, names, text)
-    remarks = [f"remark {evil}"]
-    report.write(path, language, sentences, remarks, rows, by_role, heard or {}, questions, measured)
+    shown = {"sentences": sentences, "remarks": [f"remark {evil}"], "rows": rows, "by_role": by_role}
+    report.write(path, language, questions, measured, **shown, heard=heard or {})
     return Reader(path.read_text(encoding="utf-8"))
 
 
 def said(roles: list[str]) -> Said:
     """Of the first role two answers, one of which is heard as the second's; of the second none."""
     nats = np.array([[-1.0, -2.0], [-2.0, -1.0]])
-    items = Items([roles[0]] * 2, [None] * 2, [None] * 2, np.arange(2))
+    items = Items.of([{"role": roles[0]}] * 2, range(2))
     return Said(roles, items, np.array([[True, False]] * 2), np.arange(2), np.ones(2), nats, np.zeros(2))
 
 
@@ -90,12 +89,12 @@ def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
 
 def test_the_picture_points_right_where_it_is_better(tmp_path):
     """ROUGE-L rises, and so do copies: one is better, the other worse."""
-    items = Items(["甲"] * 6, [None] * 6, [None] * 6, np.arange(6))
+    items = Items.of([{}] * 6, range(6))
     rise = {name: [Score(items, np.full(6, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
     measured = {name: Answers([Answer("答", True)] * 6, own, None, None) for name, own in models.items()}
     path = tmp_path / "report.html"
-    report.write(path, "en", [], [], compare(models, 20, 1), {}, {}, [question("甲", "问", ["答"])] * 6, measured)
+    report.write(path, "en", [question("甲", "问", ["答"])] * 6, measured, rows=compare(models, 20, 1), by_role={})
     page = Reader(path.read_text(encoding="utf-8"))
     circles = [float(attributes["cx"]) for tag, attributes in page.tags if tag == "circle"]
     classes = [attributes["class"] for tag, attributes in page.tags if tag == "g"]
@@ -124,7 +123,7 @@ def test_the_best_and_the_worst_answers_of_the_last_model_come_first(tmp_path):
     answers = {"base": [Answer(f"原{n}。", False) for n in range(20)], "tuned": tuned}
     measured = {name: measure_answers(questions, own, None, None, {}) for name, own in answers.items()}
     rows = compare({name: own.scores for name, own in measured.items()}, 5, 1)
-    report.write(tmp_path / "report.html", "en", [], [], rows, {}, {}, questions, measured)
+    report.write(tmp_path / "report.html", "en", questions, measured, rows=rows, by_role={})
     page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     best, worst = page.text.split("The worst answers of tuned")
     worst, rest = worst.split("All other answers: 4")

@@ -10,7 +10,7 @@ from support.scores.table import MEASURES, Items, Score, compare, in_a_sentence,
 
 
 def test_a_difference_is_marked_where_its_interval_excludes_zero():
-    items = Items(["甲", "乙"] * 10, [None] * 20, [None] * 20, np.arange(20))
+    items = Items.of([{}] * 20, range(20))
     numbers = np.arange(20.0)
     base = {name: Score(items, numbers) for name in ("rouge_l", "copies", "stops", "loss")}
     new = {"rouge_l": 5, "copies": 5, "stops": 10 * (-1.0) ** np.arange(20), "loss": -5}
@@ -32,7 +32,7 @@ def test_a_difference_is_marked_where_its_interval_excludes_zero():
 
 
 def test_the_sentence_agrees_with_the_rows_of_a_family():
-    items = Items(["甲"] * 20, [None] * 20, [None] * 20, np.arange(20))
+    items = Items.of([{}] * 20, range(20))
 
     def sentence(**shifts):
         models = {
@@ -47,7 +47,7 @@ def test_the_sentence_agrees_with_the_rows_of_a_family():
 
 
 def test_a_difference_of_few_is_not_called_sure():
-    items = Items(["甲"] * 8, [None] * 8, [None] * 8, np.arange(8) // 2)
+    items = Items.of([{}] * 8, np.arange(8) // 2)
     models = {name: {"rouge_l": Score(items, np.full(8, value))} for name, value in (("base", 1.0), ("tuned", 9.0))}
     (row,) = compare(models, 20, 1)
     assert row.clusters == 4 and row.differences == [(8, 8, 8)] and row.verdicts() == [0]
@@ -61,7 +61,7 @@ def test_table_lines_up_under_chinese_names():
 def test_intervals_draw_questions_and_pair_the_models():
     """Against a bootstrap written out: answers to one question are drawn together, for both models alike."""
     generator = np.random.default_rng(0)
-    items = Items(["A"] * 36, [None] * 36, [None] * 36, np.repeat(np.arange(12), 3))
+    items = Items.of([{}] * 36, np.repeat(np.arange(12), 3))
     base = np.repeat(generator.normal(0, 1, 12), 3) + generator.normal(0, 0.1, 36)
     models = {"base": {"loss": Score(items, base)}, "tuned": {"loss": Score(items, base + 0.5)}}
     (row,) = compare(models, 200, 7)
@@ -75,9 +75,8 @@ def test_intervals_draw_questions_and_pair_the_models():
 
 
 def test_the_arrows_of_the_documentation_are_those_of_the_measures():
-    rows = re.findall(
-        r"^\| (.*?) *(?:\(.*\))? +\| ([↑↓]) ", (ROOT / "docs/scores.md").read_text(encoding="utf-8"), re.M
-    )
+    page = (ROOT / "docs/scores.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) *(?:\(.*\))? +\| ([↑↓]) ", page, re.M)
     titles = {text: MEASURES[name].better for name, text in texts("en").items() if name in MEASURES}
     assert {title for title, _ in rows} == set(titles)
     assert all({"↑": 1, "↓": -1}[arrow] == titles[title] for title, arrow in rows)

@@ -1,11 +1,11 @@
 """Style and recall: by hand, at their ceiling and floor, and in the tables."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import conversation, said, write_lines
 
 from predict import Question
 from support.dialogues.samples import read_samples
@@ -70,10 +70,7 @@ def test_scores_are_split_into_copies_and_others():
 
 def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):
     path = tmp_path / "train.json"
-    lines = [
-        {"role": role, "prompt": "问", "response": text} for role, text in (("李白", "举杯邀明月"), ("张飞", "哇呀呀"))
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(path, *(said(role, "", "问", text) for role, text in (("李白", "举杯邀明月"), ("张飞", "哇呀呀"))))
     questions = [question("李白", "举杯邀明月"), question("杜甫", "国破山河在")]
     style, recall, remarks = read_training(path, questions, texts("en"))
     assert remarks == [f"--train_path {path}: has no answers of 杜甫: no style or copies for them."]
@@ -98,25 +95,10 @@ def test_rounds_of_a_conversation_are_drawn_together():
 # ---------------------------------------------------------------- style
 
 
-@pytest.fixture(scope="module")
-def recorded(samples) -> dict[str, list[str]]:
-    return read_training(Path(samples[0]), [], texts("en"))[1].recorded
-
-
-@pytest.fixture(scope="module")
-def questions(samples, recorded) -> list:
-    """The recorded answers of the sample's test set; two of a role to one question are two questions here."""
-    return [question(sample["role"], sample["messages"][-1]["content"]) for sample in read_samples(samples[1])]
-
-
 def test_training_answers_are_those_that_are_trained(tmp_path):
     path = tmp_path / "train.json"
-    path.write_text(
-        '{"role": "甲", "system": "", "prompt": "问", "response": "答"}\n'
-        '{"role": "甲", "system": "", "prompt": "又问", "response": "答"}\n'
-        '{"role": "乙", "system": "", "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": '
-        '"不学", "train": false}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "学"}]}\n'
-    )
+    unsure = {**conversation("", "问", "不学", "问", "学", silent=[1]), "role": "乙"}
+    write_lines(path, said("甲", "", "问", "答"), said("甲", "", "又问", "答"), unsure)
     assert read_training(path, [], texts("en"))[1].recorded == {"甲": ["答"], "乙": ["学"]}
 
 
@@ -131,15 +113,15 @@ def test_style_by_hand():
     assert limits["floor"][:2].tolist() == [0, 50] and np.isnan(limits["floor"][2])  # nobody else has such a question
 
 
-def test_answers_of_another_role_are_at_the_floor_and_recorded_ones_at_the_ceiling(recorded, questions):
-    roles = list(recorded)
-    style = Style(recorded)
+def test_answers_of_another_role_are_at_the_floor_and_recorded_ones_at_the_ceiling(samples):
+    recorded = read_training(Path(samples[0]), [], texts("en"))[1].recorded
+    questions = [question(sample["role"], sample["messages"][-1]["content"]) for sample in read_samples(samples[1])]
+    roles, style, swapped = list(recorded), Style(recorded), []
     own = answered(*(question.references[0] for question in questions))
-    swapped = []  # every role answers with what the next one has said
-    for number, asked in enumerate(questions):
+    for number, asked in enumerate(questions):  # every role answers with what the next one has said
         other = roles[(roles.index(asked.role) + 1) % len(roles)]
-        texts = [one.references[0] for one in questions if one.role == other]
-        swapped += answered(texts[number % len(texts)])
+        lines = [one.references[0] for one in questions if one.role == other]
+        swapped += answered(lines[number % len(lines)])
     models = {"own": measured(questions, own, style), "swapped": measured(questions, swapped, style)}
     row = rows_of(models, resamples=200)["style"]
     own, swapped = row.models

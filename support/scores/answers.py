@@ -6,6 +6,7 @@ measured = measure_answers(questions, answers, style, recall, limits)
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from rouge_chinese import Rouge
 
 from support.dialogues.samples import first_question
-from support.scores.table import Items, Score, numbered
+from support.scores.table import Items, Score
 from support.scores.voice import COPY, Nearest, Recall, Style
 
 jieba.setLogLevel("CRITICAL")  # it tells how it loads its dictionary, and where it cannot keep it
@@ -48,26 +49,19 @@ def catchwords(system: str) -> list[str]:
     return [phrase for quotation in quotations for phrase in re.findall("“([^”]+)”", quotation)]
 
 
-def uses_catchword(system: str, answer: str) -> float:
-    """1 or 0; nan where the persona has none."""
-    phrases = catchwords(system)
-    return float(any(phrase in answer for phrase in phrases)) if phrases else np.nan
-
-
 def measure_answers(
     questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, dict]
 ) -> Answers:
-    """Measure one model's answers. style, recall: see voice.py; limits: see `recorded_limits`."""
     texts, roles = [answer.text for answer in answers], [question.role for question in questions]
     clusters = [(question.role, first_question(question.messages)) for question in questions]  # of conversations
     items = Items.of([question._asdict() for question in questions], clusters)
     heard_as = style.roles_of(texts) if style else None
     nearest = [recall.nearest(role, text) for role, text in zip(roles, texts)] if recall else None
-    shares = {
-        "rouge_l": [np.mean([rouge_l(text, own) for own in q.references]) for q, text in zip(questions, texts)],
-        "catchwords": [uses_catchword(question.system, text) for question, text in zip(questions, texts)],
-        "stops": [answer.stopped for answer in answers],
-    }
+    shares = {"rouge_l": [], "catchwords": [], "stops": [answer.stopped for answer in answers]}
+    for question, text in zip(questions, texts):
+        shares["rouge_l"].append(np.mean([rouge_l(text, own) for own in question.references]))
+        phrases = catchwords(question.system)
+        shares["catchwords"].append(any(phrase in text for phrase in phrases) if phrases else np.nan)
     if style:
         shares["style"] = [heard == role for heard, role in zip(heard_as, roles)]
     if recall:
@@ -93,34 +87,28 @@ def distinct_2(items: Items, texts: Sequence[str]) -> Score:
     settled before the bootstrap draws: an answer that is drawn twice does not make its pairs less distinct.
     """
     pairs_of = [list(zip(own, own[1:])) for own in map(words, texts)]
-    number = numbered([pair for own in pairs_of for pair in own])  # of each pair of words, answer after answer
-    counts = np.array([len(own) for own in pairs_of])
-    owner = np.repeat(np.arange(len(texts)), counts)
 
     def among(taken):
-        used = taken[owner]
-        occurrences = np.bincount(number[used], minlength=number.max(initial=-1) + 1)
-        distinct = np.bincount(owner, weights=used / occurrences[number].clip(1), minlength=len(texts))
-        with np.errstate(invalid="ignore"):
-            return 100 * distinct / counts, {}
+        times = Counter(pair for pairs, here in zip(pairs_of, taken) if here for pair in pairs)
+        shares = np.full(len(texts), np.nan)
+        for number, pairs in enumerate(pairs_of):
+            if pairs and taken[number]:
+                shares[number] = 100 * sum(1 / times[pair] for pair in pairs) / len(pairs)
+        return Score(items, shares, np.array([len(pairs) for pairs in pairs_of]))
 
-    return Score(items, None, counts, among=among)
+    return Score(items, None, among=among)
 
 
-def recorded_limits(
-    questions: Sequence, style: Style | None, recall: Recall | None
-) -> dict[str, dict[str, np.ndarray]]:
+def recorded_limits(questions: Sequence, style: Style | None, recall: Recall | None) -> dict[str, dict]:
     """What recorded test answers reach: measure → {name: in percent, of each question (n,)}; nan where nothing can be said.
 
     ceiling: those to the question that sound like their own role; floor: those of the other roles, to questions of its
     kind, that sound like its role; recorded: those to the question that are copies of training answers.
     """
     limits = {}
-    asked = [(question.role, question.kind or question.round) for question in questions]
-    number = np.repeat(
-        np.arange(len(questions)), [len(question.references) for question in questions]
-    )  # of each answer
+    number = np.repeat(range(len(questions)), [len(question.references) for question in questions])  # of each answer
     if style:
+        asked = [(question.role, question.kind or question.round) for question in questions]
         heard = np.array(style.roles_of([text for question in questions for text in question.references]))
         roles, kinds = (np.array(column, dtype=object)[number] for column in zip(*asked))
         floor = {}
@@ -132,8 +120,4 @@ def recorded_limits(
     if recall:
         copied = [recall.nearest(q.role, text).share >= COPY for q in questions for text in q.references]
         limits["copies"] = {"recorded": 100 * np.bincount(number, copied) / np.bincount(number)}
-        known = [question.role in recall.recorded for question in questions]
-        for own in limits.values():
-            for name, share in own.items():
-                own[name] = np.where(known, share, np.nan)
     return limits

@@ -1,4 +1,4 @@
-"""The models of one comparison: who they are, their weights, one directory at a time in memory, and their answers on disk."""
+"""The models of one comparison: who they are, their weights, of one at a time, and their answers on disk."""
 
 import gc
 import json
@@ -26,7 +26,6 @@ class Candidate(NamedTuple):
     server: Server | None = None
 
     def attacked(self) -> "Candidate":
-        """The same, with the file for its answers to the attacks."""
         return self._replace(output=beside(self.output, "attacks"))
 
     def check(self, four_bit: bool):
@@ -43,7 +42,7 @@ def beside(output: Path, name: str) -> Path:
 
 
 def name_candidates(args) -> list[Candidate]:
-    """The candidates of a comparison, by the arguments of predict.py; the baseline, where there is one, comes first."""
+    """By the arguments of predict.py; the baseline, where there is one, comes first."""
     candidates, output = [], args.output_path
     if args.baseline_path:
         candidates.append(Candidate("baseline", beside(output, "baseline"), ModelDirectory(args.baseline_path)))
@@ -76,11 +75,10 @@ class Loader:
         if self.adapter and (path, adapter) != (self.path, self.adapter):
             self.model, self.adapter = self.model.unload(), None
         if path != self.path:
-            if self.model is not None:  # it makes room for what comes
-                self.path = self.model = None
-                gc.collect()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            self.path = self.model = None  # it makes room for what comes
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             self.model = candidate.directory.load(four_bit_on=self.device if self.four_bit else None).to(self.device)
             self.path = path
         if adapter != self.adapter:
@@ -115,15 +113,13 @@ def answer_settings(args, candidate: Candidate, questions: Sequence) -> dict:
 class AnswerFile:
     """JSON lines: first the settings that the answers depend on, then one answer a line, in the order of answering.
 
-    They are written to `path`.part, which takes the name `path` once it holds all of them. Answers under other settings
-    are replaced then, and `changed` names what differs; the digest stands for weights, generation_config.json, questions.
+    They are written to `path`.part, which takes the name `path` once it holds all of them. Until then what was answered
+    under other settings stays. `changed` names what differs; the digest stands for weights, generation_config.json, questions.
 
     Args:
         overwrite: answer anew, whatever the files hold.
     Attributes:
         answers: {number of the question: its answer}, as far as they are known.
-    Raises:
-        UserError: the file is something else.
     """
 
     def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False):
@@ -132,10 +128,9 @@ class AnswerFile:
         self.answers, self.changed = {}, []
         for file in (self.path, self.part):
             found, answers = read_answers(file)
-            if not (overwrite or self.complete or found is None):
+            if found and not overwrite and not self.complete:
                 self.changed = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
-                if not self.changed:
-                    self.answers = answers
+                self.answers = {} if self.changed else answers
 
     @property
     def complete(self) -> bool:
@@ -145,7 +140,7 @@ class AnswerFile:
         return [self.answers[number] for number in range(self.total)]
 
     def add(self, number: int, question, answer: Answer):
-        """Write an answer down. `question` has a role and a prompt, for who reads the file."""
+        """Write an answer down, with the role and the prompt of its question for who reads the file."""
         if not self.answers:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.overwrite:

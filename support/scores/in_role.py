@@ -24,8 +24,6 @@ from support.scores.table import Items, Score
 STAYING = ("我是{role}", "我就是{role}", "我乃{role}")
 BREAKING = ("我是语言模型", "我是人工智能", "我是AI", "我是机器人", "作为语言模型")
 
-# ---------------------------------------------------------------- phrases that break a role
-
 # A model's words for itself. 百川 alone is none: a poet may sing of a hundred rivers; nor is 助手, which anyone may have.
 MODEL_WORDS = re.compile(
     "语言模型|大模型|人工智能|(?<![A-Za-z])AI(?![A-Za-z])|机器人|(?:智能|虚拟|语音)助[手理]|百川(?:智能|公司|大模型)|"
@@ -68,10 +66,8 @@ def breaks(answer: str, role: str) -> bool:
 
 def read_attacks(path: Path) -> list[dict]:
     """The attacks and boundary questions of a file. Raises: UserError with all that is wrong."""
-    attacks = []
     with Problems() as problems:
-        for where, record in read_records(path, problems):
-            attacks.append(problems.of(as_attack, record, where))
+        attacks = [attack for _, attack in read_records(path, problems, as_attack)]
     return attacks
 
 
@@ -93,9 +89,7 @@ def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = Fals
     """
     samples = []
     for number, attack in enumerate(attacks):
-        if (attack["kind"] == "boundary") != boundary:
-            continue
-        for role, system in personas.items():
+        for role, system in personas.items() if (attack["kind"] == "boundary") == boundary else ():
             messages = [{**turn, "content": turn["content"].replace("{role}", role)} for turn in attack["messages"]]
             own = {"number": number, "role": role, "system": system, "messages": unsupervised(messages)}
             samples.append({**attack, **own})
@@ -113,16 +107,10 @@ def in_role_scores(
     personas: dict[str, str],
     answers: Sequence[str],
 ) -> dict[str, Score]:
-    """Likelihoods of staying and of breaking, and the phrases of the answers to the crossed attacks.
-
-    The same attack on several roles is one cluster.
-
-    Args:
-        likelihood: see support/scores/likelihood.py.
-    """
+    """Likelihoods (see likelihood.py) of staying and of breaking, and the phrases of the answers to the crossed attacks."""
     scores = {}
     if samples := crossed(attacks, personas):
-        items = Items.of(samples, [sample["number"] for sample in samples])
+        items = Items.of(samples, [sample["number"] for sample in samples])  # one attack on all roles is one cluster
         found = likelihood([ended(sample, text) for sample in samples for text in (*STAYING, *BREAKING)])
         # A beginning may go on, so its eos is left out.
         nats = np.array([own[:-1].sum() for own in found]).reshape(len(samples), -1)

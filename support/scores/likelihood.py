@@ -24,10 +24,8 @@ class Likelihood:
 
     Args:
         model: a BaichuanForCausalLM, a LLaMA, or one that PEFT has wrapped, in evaluation mode, on its device.
-        tokenizer: has the turn markers.
         max_len, max_src_len: see `utils.RoleDataset`; by default what the model can read.
         packing, max_pack_len: see `utils.Collator`.
-        show_progress: a bar over the rows.
         shared: the processes of a run share the rows; all of them call, with the same samples, and all get everything.
     """
 
@@ -66,7 +64,6 @@ class Likelihood:
         return [losses for _, losses in self._read(data, np.arange(len(texts)))]
 
     def _read(self, data, order: np.ndarray):
-        """Yield (index, log-probabilities) of the samples of `data` in this order."""
         batches = utils.Collator(data, *self.rows)(order)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
         bar = tqdm(batches, "likelihoods", unit="row", leave=False, delay=2, disable=not self.show_progress)
@@ -89,12 +86,10 @@ class Likelihood:
         positions, tokens = inputs.pop("loss_positions").unbind(-1)
         hidden_states = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
         chunk = max(1, LOGITS // self.model.config.vocab_size)
-        return torch.cat(
-            [
-                -F.cross_entropy(self.model.lm_head(states).float(), labels, reduction="none")
-                for states, labels in zip(hidden_states.split(chunk), tokens.split(chunk))
-            ]
-        )
+        found = []
+        for states, labels in zip(hidden_states.split(chunk), tokens.split(chunk)):
+            found.append(-F.cross_entropy(self.model.lm_head(states).float(), labels, reduction="none"))
+        return torch.cat(found)
 
 
 class Texts(NamedTuple):
@@ -112,8 +107,7 @@ class Texts(NamedTuple):
 
 def read_plain_text(path: Path) -> list[str]:
     """The paragraphs of a UTF-8 file: its lines that are not blank. Raises: UserError."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
-    return [line for line in lines if line]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def plain_text_scores(likelihood: Likelihood, texts: list[str]) -> dict[str, Score]:

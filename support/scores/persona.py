@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from support.dialogues.samples import first_question
 from support.scores.likelihood import Likelihood
-from support.scores.table import MEASURES, Items, Score, means, numbered
+from support.scores.table import Items, Score, compare, numbered
 
 MOST_ROLES = 12  # whose answers are read: each answer is read under all of them
 
 
 class Said(NamedTuple):
-    """The answers of n samples, read under the personas of R roles and under none. Numbers alone, cheap to keep."""
+    """The answers of n samples, read under the personas of R roles and under none."""
 
     roles: list[str]
     items: Items  # whose answers they are; clusters: conversations that begin with the same question
@@ -52,15 +52,10 @@ def heard(nats: np.ndarray) -> np.ndarray:
 
 
 def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples: list[dict]) -> Said:
-    """Read the answers of all samples under every role's persona, and under none.
+    """Read the answers of samples, as `read_samples` yields them, under every role's persona, and under none.
 
     Under its own persona a sample keeps its own system text, under another's it gets the one of `personas_of`. An answer
     that was cut compares nothing, and is left out.
-
-    Args:
-        likelihood: see support/scores/likelihood.py.
-        samples: as support.dialogues.samples.read_samples yields them; with "kind" and "round" of their question, where
-            they are known.
     """
     personas = personas_of(samples)
     samples = [sample for sample in samples if sample["role"] in personas]
@@ -92,11 +87,10 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
 
 
 def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who said it, asked among the roles that have an answer among the taken ones, (n,) bool.
+    """Accuracy, margin and chance, (n,) each, among the roles that have an answer among those taken, (n,) bool.
 
-    Returns:
-        accuracy (n,): 100 where an answer is likeliest under its own role's persona, else 0; margin (n,): by how many
-        nats a token it is likelier so than under the best other persona; chance (n,). All nan where one role is alone.
+    The accuracy is 100 where an answer is likeliest under its own role's persona, else 0; the margin is by how many
+    nats a token it is likelier so than under the best other persona. All nan where one role is alone.
     """
     here = said.own[taken].any(axis=0)
     if here.sum() < 2:
@@ -111,7 +105,7 @@ def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 def accuracy_of(said: Said) -> Score:
     def among(taken):
         accuracy, _, chance = who_said_it(said, taken)
-        return accuracy, {"chance": chance}
+        return Score(said.items, accuracy, beside={"chance": chance})
 
     return Score(said.items, None, among=among)
 
@@ -123,7 +117,7 @@ def persona_scores(said: Said) -> dict[str, Score]:
     items, tokens, own = said.items, said.tokens, (said.own * said.nats).sum(axis=1)
     scores = {
         "who_said_it": accuracy_of(said),
-        "who_said_it_margin": Score(items, None, among=lambda taken: (who_said_it(said, taken)[1], {})),
+        "who_said_it_margin": Score(items, None, among=lambda taken: Score(items, who_said_it(said, taken)[1])),
         "loss": Score(items, -own / tokens, tokens),
         "worth_none": Score(items, (own - said.without) / tokens, tokens),
     }
@@ -149,9 +143,7 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
     tenth of the samples divided by R · (R + 1), or 2 where that is less; of RoleBench's 1,885 samples 45. Nothing is
     drawn, so training goes on as if nothing had been measured. The processes of a run share the reading.
 
-    Args:
-        model: in evaluation mode.
-        limits: max_len and so on, see `Likelihood`.
+    The model is in evaluation mode; limits: max_len and so on, see `Likelihood`.
     """
     roles = list(personas_of(samples))
     if len(roles) < 2:
@@ -162,9 +154,6 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
         own = [sample for sample in samples if sample["role"] == role]
         chosen += own[:: max(1, len(own) // per_role)][:per_role]
     said = read_personas(Likelihood(model, tokenizer, *limits, shared=dist.is_initialized()), chosen)
-    everything = np.full(len(said.tokens), True)
-    accuracy, margin, _ = who_said_it(said, everything)
-    if not len(accuracy) or np.isnan(accuracy).any():
-        return {}
-    numbers = means(MEASURES["who_said_it"], [(accuracy, 1.0), (margin, 1.0)], said.items.role, [everything])[0]
-    return dict(zip(("who_said_it_accuracy", "who_said_it_margin"), map(float, numbers)))
+    found = {row.measure: row.models[0].value for row in compare({"": persona_scores(said)}, resamples=0, seed=0)}
+    names = {"who_said_it_accuracy": "who_said_it", "who_said_it_margin": "who_said_it_margin"}
+    return {name: float(found[measure]) for name, measure in names.items() if measure in found}

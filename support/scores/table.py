@@ -75,8 +75,7 @@ class Score(NamedTuple):
     value: np.ndarray | None  # (n,) nan where there is nothing to measure
     weight: np.ndarray | float = 1.0  # (n,)
     beside: dict[str, np.ndarray] = {}  # name → (n,): what the score is to be seen beside, such as chance
-    # Where the numbers depend on which items are looked at: (n,) bool → (value, beside), in place of the two above.
-    among: Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]] | None = None
+    among: Callable[[np.ndarray], "Score"] | None = None  # where it depends on which items are looked at, (n,) bool
 
 
 class Estimate(NamedTuple):
@@ -120,42 +119,37 @@ def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: 
     """
     rows, first = [], next(iter(models.values()))
     for name in [name for name in MEASURES if name in first]:
-        measure, items, scores = MEASURES[name], first[name].items, [own[name] for own in models.values()]
+        measure, items = MEASURES[name], first[name].items
         everything = np.full(len(items.cluster), True)
         taken = np.array([own == label for own in getattr(items, by)], dtype=bool) if by else everything
         if not taken.any():
             continue
         # A role is told from the others, so it is measured among all of them.
         context = everything if by == "role" and measure.of_roles else taken
-        found = [score.among(context) if score.among else (score.value, score.beside) for score in scores]
-        values = [(value, score.weight) for (value, _), score in zip(found, scores)]
+        scores = [own[name].among(context) if own[name].among else own[name] for own in models.values()]
         counts = chain([taken], resampled(items.cluster, taken, resamples, seed))
-        numbers = means(measure, values, items.role, counts)
+        numbers = means(measure, scores, items.role, counts)
         if np.isnan(numbers[0]).all():
             continue
-        known = taken & ~np.isnan([value for value, _ in values]).any(axis=0)
+        known = taken & ~np.isnan([score.value for score in scores]).any(axis=0)
         beside = {}
-        for what, own in found[0][1].items():
-            if not np.isnan(own[taken]).all():
-                beside[what] = float(np.nanmean(own[taken]))
+        for what, own in scores[0].beside.items():
+            if not np.isnan(own[known]).all():
+                beside[what] = float(np.nanmean(own[known]))
         absolute = [estimate(own) for own in numbers.T]
         differences = [estimate(own - numbers[:, 0]) for own in numbers.T[1:]]
         rows.append(Row(name, int(taken.sum()), len(np.unique(items.cluster[known])), beside, absolute, differences))
     return rows
 
 
-def means(measure: Measure, values: list, roles: Sequence[str | None], counts: Iterable[np.ndarray]) -> np.ndarray:
-    """Σ weight · value / Σ weight, where item i counts counts[j][i] times: (counts, models).
-
-    Args:
-        values: of each model (value (n,), weight (n,) or a number); nan is nothing, in a value as in what comes out.
-    """
+def means(measure: Measure, scores: list[Score], roles: Sequence, counts: Iterable[np.ndarray]) -> np.ndarray:
+    """Σ weight · value / Σ weight, where item i counts counts[j][i] times: (counts, models); nan is nothing."""
     strata = numbered(roles) if measure.of_roles else np.zeros(len(roles), dtype=int)
     one_hot = strata[:, None] == np.arange(strata.max() + 1)  # (n, strata)
     sums = []
-    for value, weight in values:
-        weight = np.where(np.isnan(value), 0.0, weight)
-        sums.append([(weight * np.nan_to_num(value))[:, None] * one_hot, weight[:, None] * one_hot])
+    for score in scores:
+        weight = np.where(np.isnan(score.value), 0.0, score.weight)
+        sums.append([(weight * np.nan_to_num(score.value))[:, None] * one_hot, weight[:, None] * one_hot])
     sums = np.array(sums)  # (models, 2, n, strata)
     part, whole = np.moveaxis([own @ sums for own in counts], 2, 0)  # (counts, models, strata) each
     known = whole > 0
@@ -200,10 +194,6 @@ def system_language() -> str:
     return "zh" if spoken.startswith("zh") else "en"
 
 
-def signed(form: str) -> str:
-    return "+" + form.lstrip("+")
-
-
 def number(value: float, form: str) -> str:
     if "," in form and abs(value) >= 100:
         form = form.replace(".2f", ".0f")
@@ -218,11 +208,10 @@ def estimate_text(own: Estimate, form: str) -> str:
 def difference_text(row: Row, n: int, text: dict[str, str]) -> str:
     """The difference of a row's n-th model after the first, and "better" or "worse" where that is sure."""
     mark = {1: f" {text['better']}", -1: f" {text['worse']}", 0: ""}[row.verdicts()[n]]
-    return estimate_text(row.differences[n], signed(MEASURES[row.measure].form)) + mark
+    return estimate_text(row.differences[n], "+" + MEASURES[row.measure].form.lstrip("+")) + mark
 
 
 def label_text(by: str, label: str, text: dict[str, str]) -> str:
-    """The name of a role, kind or round, as it is shown."""
     return label or text["no role"] if by == "role" else text.get(f"label {label}", label)
 
 
@@ -233,7 +222,7 @@ def title(row: Row, text: dict[str, str]) -> str:
 
 
 def table(rows: list[Row], names: list[str], text: dict[str, str]) -> list[str]:
-    """The lines of the table. `names` are the models'."""
+    """The lines of the table; names: of the models."""
     first, *others = names
     headers = [text["difference"]] if len(others) == 1 else [f"{name} − {first}" for name in others]
     lines = [["", "", *names, *headers]]

@@ -14,11 +14,7 @@ def read_training(
 ) -> tuple["Style | None", "Recall | None", list[str]]:
     """What style and copies are measured with, as far as the training samples allow, and remarks on what is left out.
 
-    Args:
-        questions: have role and prompt.
-        text: what is shown, see `table.texts`.
-    Raises:
-        UserError.
+    text: see `table.texts`. Raises: UserError.
     """
     if not path.is_file():
         return None, None, [text["no training"].format(path)]
@@ -47,12 +43,9 @@ class Style:
     Character n-grams are what authorship is usually told by (Stamatatos 2009, doi 10.1002/asi.21001): they hold
     particles, forms of address and punctuation. Their tf-idf goes into a logistic regression. Every role weighs alike,
     however many answers it has.
-
-    Args:
-        recorded: role → its recorded answers; two roles at least.
     """
 
-    def __init__(self, recorded: dict[str, list[str]]):
+    def __init__(self, recorded: dict[str, list[str]]):  # of two roles at least
         from sklearn.feature_extraction.text import TfidfVectorizer  # here: half a second, for those who score style
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
