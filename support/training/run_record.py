@@ -42,15 +42,15 @@ def begin(args, engine, steps: Steps, test_rows: list[dict], done: int, state: P
     if done < len(steps):
         memory_and_time = try_longest_row(engine, steps, test_rows, done, args.attn_implementation)
         if main_process:
-            disk = disk_needed(engine.module, steps, done, output_dir, args.save_model_step, args.save_total_limit)
-            print(f"{memory_and_time}; {disk}")
+            numbers, _ = engine.module.get_nb_trainable_parameters()
+            print(f"{memory_and_time}; {disk_needed(numbers, dtype.itemsize, steps, done, args)}")
 
 
 def keep_record(args):
     """Write train_args.json: the flags in force, for `train.py --config`, and with what the run was made."""
     kept = {name: value for name, value in vars(args).items() if name not in OF_ONE_START}
-    # Without a name is what pip has left of a package that it could not remove.
-    packages = dict(sorted((found.name, found.version) for found in distributions() if found.name))
+    # What pip has left of a package that it could not remove has no name.
+    packages = dict(sorted((str(found.name), found.version) for found in distributions()))
     kept["made_with"] = {"commit": commit(), "python": sys.version.split()[0], "packages": packages}
     with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
         json.dump(kept, file, ensure_ascii=False, indent=2)
