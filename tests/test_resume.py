@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, alone, conversation, free_port, scalars
-from safetensors.torch import load_file
 
 import train
 import utils
@@ -23,7 +22,6 @@ from baichuan import BaichuanTokenizer
 from support.dialogues.samples import read_samples
 from support.errors import OneProcessError, UserError
 from support.model.directory import ModelDirectory
-from support.model.weights import write_weights
 from support.training import processes, resume
 from support.training.checkpoints import checkpoints
 from support.training.one_parameter import trained
@@ -221,14 +219,11 @@ def error_of(arguments, capsys) -> str:
     return line
 
 
-def test_a_finished_run_is_complete_also_beside_a_base_that_was_moved_and_saved_anew(
+def test_a_finished_run_is_complete_also_beside_a_base_that_was_moved(
     run_arguments, finished, checkpoint, tmp_path, capsys
 ):
-    base = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
-    tensors = load_file(base / "model.safetensors")
-    (base / "model.safetensors").unlink()
-    write_weights(base, tensors, shard_bytes=100_000)
     before = (finished / "epoch-1-step-10/adapter_model.safetensors").stat()
+    base = shutil.copytree(checkpoint, tmp_path / "moved")
     train.main(short(run_arguments, finished, "--model_name_or_path", base))
     assert "is complete, nothing is left to do" in capsys.readouterr().out
     assert (finished / "epoch-1-step-10/adapter_model.safetensors").stat() == before
