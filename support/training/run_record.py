@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -58,12 +59,10 @@ def keep_record(args):
 
 def commit() -> str | None:
     """The commit of this checkout, with a note where files differ from it; None without a checkout, or without git."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=, and changes since"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=, and changes since"]
+    with suppress(OSError):
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
 
 def diverged(output_dir, what: str) -> UserError:
