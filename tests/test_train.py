@@ -342,7 +342,7 @@ def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsy
     "change, message",
     [
         ("{", "not JSON"),
-        ({"scheduler": {}, "train_batch_size": 8}, "remove train_batch_size"),
+        ({"scheduler": {}, "train_batch_size": 8}, "remove scheduler, train_batch_size"),
         ({"zero_optimization": {"stage": 3}}, "stage must be 2"),
         ({"bf16": True}, "is not laid out like ds_zero2_no_offload.json"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled must be true or false"),

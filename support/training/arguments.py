@@ -43,9 +43,9 @@ def refuse_wrong_arguments(args, model_directory):
 def read_deepspeed_config(path) -> dict:
     """Read the DeepSpeed file and check what this project relies on; DeepSpeed checks the rest. Raises: UserError."""
     config = read_object(path)
-    for key in ("scheduler", "train_batch_size", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):
-        if key in config:
-            raise UserError(f"{path}: remove {key}: train.py's flags decide it")
+    of_flags = {"scheduler", "train_batch_size", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"}
+    if found := sorted(of_flags & config.keys()):
+        raise UserError(f"{path}: remove {', '.join(found)}: train.py's flags decide it")
     with blaming(f"{path}: is not laid out like ds_zero2_no_offload.json"):
         if config.get("zero_optimization", {}).get("stage") not in (1, 2):
             raise UserError(f"{path}: zero_optimization.stage must be 2 (or 1): only adapters are trained here")
