@@ -315,7 +315,7 @@ def test_all_problems_are_reported_together(train_arguments, tmp_path):
     with pytest.raises(train.UserError) as refused:
         train.read_inputs(train.parse_args(train_arguments(tmp_path / "out", *wrong)))
     told = "\n".join(refused.value.problems)
-    for part in ("no model: has no weights", "tokenizer", "none.json", "nowhere.json", "--packing none"):
+    for part in ("no model/config.json: is missing", "none.json", "nowhere.json", "--packing none"):
         assert part in told
     assert "--max_pack_len 100 is less than --max_len 256" in told and not (tmp_path / "out").exists()
 
