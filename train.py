@@ -11,6 +11,7 @@
 
 import math
 import signal
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,17 +83,14 @@ with slow_imports(parse_args, __name__):
     from support.training.log import Log
     from support.training.resume import find_state, load_state, run_identity, save_state
     from support.training.run_record import begin, diverged
-    from support.training.sample_answers import sample_answers, uncompiled
+    from support.training.sample_answers import sample_answers
 
 
 # ---------------------------------------------------------------- samples
 
 
 def read_inputs(args):
-    """The model's directory, the DeepSpeed file, training and test data, and the test samples as they were read now.
-
-    Raises: UserError with all that is wrong.
-    """
+    """The model's directory, the DeepSpeed file, training and test data, test samples as they were read. Raises: UserError."""
     directory = ModelDirectory(args.model_name_or_path)
     refuse_wrong_arguments(args, directory)
     with Problems() as problems:
@@ -106,13 +104,10 @@ def read_inputs(args):
 
 def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDataset:
     """Samples as token ids, with the counts printed. Raises: UserError where fewer than `needed` fit."""
-    main_process = processes.is_main_process()
-    samples = tqdm(samples, f"tokenizing {path}", unit=" samples", delay=2, disable=not main_process)
+    samples = tqdm(samples, f"tokenizing {path}", unit=" samples", delay=2, disable=not processes.is_main_process())
     data = utils.RoleDataset(samples, tokenizer, args.max_len, args.max_src_len, args.is_skip)
-    if main_process:
+    if processes.is_main_process():
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
-        if lost := [role for role, number in data.kept_of.items() if role and not number]:
-            print(f"warning: {path}: no sample is left of {', '.join(lost)}: allow more tokens")
     if len(data) < needed:
         raise UserError(
             f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
@@ -143,7 +138,7 @@ def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, dev
 
     LoRA leaves a weight W as it is and learns a small difference beside it: y = W x + (alpha / r) · B A x, with A of
     r rows and B of r columns. B starts at zero, so that training starts from the base's own answers. With --load_in_4bit
-    W is held in four bits (support/model/four_bit.py), on `device`; A and B are as ever.
+    W is held in four bits (support/model/four_bit.py), on `device`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -186,7 +181,6 @@ def start_engine(model, config: dict, args, total_steps: int):
     config["optimizer"]["params"].update(lr=args.learning_rate, weight_decay=args.weight_decay)
     # A step's backward passes are summed by hand (their number varies), so to DeepSpeed every step is one micro-batch.
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    config["gradient_accumulation_steps"] = 1
     start = {"model": model, "config": config, "lr_scheduler": schedule}
     try:
         return one_parameter.initialize(model, lambda flat: deepspeed.initialize(model_parameters=[flat], **start)[0])
@@ -203,13 +197,12 @@ def train_step(engine, batches, tokens: int, attn_implementation: str, stop: boo
     The loss is the mean over `tokens`, those of the whole step on all processes, so it does not depend on how samples
     are spread over rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
     """
-    world_size = dist.get_world_size()
     total = torch.tensor([0.0, float(stop)], device=engine.device)
     with engine.coalesce_grad_reduction():  # one reduction a step, however many rows each process has
         for batch in batches:
             inputs = utils.model_inputs(batch, engine.device, attn_implementation)
             loss = engine(**inputs, use_cache=False, num_items_in_batch=tokens).loss
-            engine.backward(loss * world_size)
+            engine.backward(loss * dist.get_world_size())
             total[0] += loss.detach()
         one_parameter.hand_over_gradients(engine)
     dist.all_reduce(total)
@@ -240,7 +233,7 @@ def evaluate(args, engine, test_rows, log: Log, step: int) -> float:
     test_loss = utils.evaluation(engine.module, test_rows, engine.device, args.attn_implementation, show_progress)
     if not math.isfinite(test_loss):
         raise diverged(args.output_dir, f"{args.test_path}: the loss after step {step} is {test_loss}")
-    log.scalars(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
+    log.show(step, {"test_loss": test_loss, "ppl": math.exp(min(test_loss, 700))})
     return test_loss
 
 
@@ -248,11 +241,15 @@ def log_answers(args, engine, directory, log: Log, step: int, test: list[dict]):
     """Log who is heard, which the processes read together, and answers, for which the others wait at the next step."""
     engine.eval()  # neither is drawn with dropout
     limits = (args.max_len, args.max_src_len, args.packing, args.max_pack_len)
-    log.scalars(step, who_said_it_now(test, engine.module, directory.tokenizer, *limits))
+    log.show(step, who_said_it_now(test, engine.module, directory.tokenizer, *limits))
     if args.sample_answers and processes.is_main_process():
-        with uncompiled(args.compile):
-            log.texts(step, sample_answers(engine.module, directory, test, args.sample_answers))
+        with answering_stance(args):
+            log.show(step, sample_answers(engine.module, directory, test, args.sample_answers))
     engine.train()
+
+
+def answering_stance(args):  # with --compile, the many shapes of answers would leave the compiler none for training
+    return torch.compiler.set_stance("force_eager" if args.compile else "default")
 
 
 def save_adapter(args, engine, directory, name: str, test_loss: float, best: Best):
@@ -280,10 +277,6 @@ def main(argv=None):
     identity = run_identity(args, directory.fingerprint, train_data, dtype)
     done, state, losses, best = find_state(args.output_dir, identity)
     output_dir = Path(args.output_dir)
-    if best.is_old(args.patience):
-        if rank == 0:
-            print(best.report(output_dir, args.patience))
-        return
 
     # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
     steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
@@ -291,7 +284,7 @@ def main(argv=None):
     model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
-        with uncompiled(args.compile):
+        with answering_stance(args):
             directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
@@ -304,11 +297,13 @@ def main(argv=None):
 
     # 5. Train, show, save; stop where one is asked to.
     log = Log(output_dir / "runs", len(steps), done, losses, rank == 0)
-    with log, processes.stop_requests() as asked_to_stop:
+    with closing(log), processes.stop_requests() as asked_to_stop:
         for step, (batches, tokens) in enumerate(processes.step_loader(steps, done, device), start=done + 1):
+            if best.is_old(args.patience):
+                break
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
             loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(asked_to_stop()))
-            learning_rate = engine.get_lr()[0]
+            (learning_rate,) = engine.get_lr()
             grad_norm = update(engine, dtype)
             if not math.isfinite(loss) or math.isnan(grad_norm):
                 samples = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
@@ -327,8 +322,6 @@ def main(argv=None):
                 save_state(engine, output_dir / "state" / steps.name(step), now)
             if save and not stop:
                 log_answers(args, engine, directory, log, step, test)
-            if save and best.is_old(args.patience):
-                break
             if stop and step < len(steps):
                 if rank == 0:
                     print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")

@@ -40,7 +40,7 @@ class RoleDataset:
     """
 
     def __init__(self, samples, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
-        self.counts, self.kept_of = Counter(), Counter()  # what became of the samples; how many are kept, by role
+        self.counts = Counter()  # what became of the samples
         self.personas: list[list[int]] = []
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         self.max_src_len, self.is_skip = max_src_len, is_skip
@@ -55,7 +55,6 @@ class RoleDataset:
                 self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
             messages, is_whole = self._fit(sample["messages"], max_len - len(self.personas[known[system]]))
             sample_ids, sample_pairs = self._lay_out(messages, is_whole)
-            self.kept_of[sample.get("role", "")] += bool(sample_pairs)
             if sample_pairs:
                 ids.extend(sample_ids)
                 starts.append(len(ids))
@@ -168,9 +167,8 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
     Attention being causal, what the layers compute for a text does not depend on what follows it: losses and gradients
     are those of the samples one by one. The same idea: Tree Training (arXiv 2511.00413), Prefix Grouper (2506.05433).
 
-    Returns:
-        input_ids, position_ids and end (1, l), where `end` is the column at which a token's own branch ends, see
-        `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
+    Returns: input_ids, position_ids and end (1, l), where `end` is the column at which a token's own branch ends, see
+    `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
     """
     ids, positions, pairs, ends = [], [], [], np.empty(0, dtype=np.int64)
     path = previous = np.empty(0, dtype=np.int64)  # path: where `previous` stands in the row
@@ -202,12 +200,10 @@ def padded_batch(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torc
 
 
 def tree_mask(end: torch.Tensor, implementation: str = "sdpa"):
-    """Who sees whom in a row of trees: token q sees token k if k ≤ q < end[k]. In the form that an attention takes.
+    """Who sees whom in a row of trees: token q sees token k if k ≤ q < end[k]; `end` (b, l) is that of `tree_row`.
 
-    Args:
-        end: (b, l) integers, see `tree_row`.
-        implementation: "sdpa" gives a (b, 1, l, l) mask, true where attention is allowed; "flex_attention" a
-            BlockMask, whose empty blocks are never computed; "eager" a mask to be added.
+    "sdpa" takes a (b, 1, l, l) mask, true where attention is allowed; "flex_attention" a BlockMask, whose empty blocks
+    are never computed; "eager" a mask to be added.
     """
     length = end.shape[-1]
     if implementation == "flex_attention":
@@ -271,11 +267,8 @@ class Collator:
 class Steps(Dataset):
     """Item k is what this process computes in step k of the run: (batches, supervised tokens of the whole step).
 
-    Every process draws the same permutation of an epoch from the seed, so that all know each step's samples
-    without communicating, also after a resume. The samples that an epoch leaves over differ from epoch to epoch.
-
-    Args:
-        step_size: samples of a step, over all processes.
+    Every process draws the same permutation of an epoch from the seed, so that all know each step's samples, `step_size`
+    over all processes, without communicating, also after a resume. What an epoch leaves over differs from epoch to epoch.
     """
 
     def __init__(self, data: RoleDataset, collator: Collator, step_size: int, epochs: int, seed: int, rank=0, world=1):
@@ -336,7 +329,7 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
 
 
 def save_model(model, tokenizer, directory: Path, base: str, load_in_4bit: bool = False):
-    """Write a plain PEFT adapter, the tokenizer it was trained under, and on what base: its fingerprint and how it was held."""
+    """Write a plain PEFT adapter, the tokenizer, and on what base it was trained: its fingerprint and how it was held."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import alone, free_port, output_of
 
 from support.device import pick_device
 from support.errors import UserError
@@ -27,26 +26,13 @@ def test_a_gpu_that_cuda_cannot_use_is_an_error(nvidia, monkeypatch, version, re
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert pick_device("auto") == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the remedy
+    assert pick_device("auto") == torch.device("cpu") == processes.join_processes()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for wrong in ("0", "gpu"):
         with pytest.raises(UserError, match=f"--device {wrong}: CUDA finds 0 GPUs here"):
             pick_device(wrong)
-
-
-# Python runs this at its start.
-HAS_NVIDIA = """
-import glob
-there = glob.glob
-glob.glob = lambda pattern, **more: ["/dev/nvidia0"] if "nvidia" in str(pattern) else there(pattern, **more)
-"""
-
-
-def test_the_remedy_for_a_gpu_that_cuda_cannot_use_works_under_the_launcher(train_arguments, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(HAS_NVIDIA)
-    flags = train_arguments(tmp_path / "run", "--sample_answers", 0, "--dry_run")
-    command = ["deepspeed", "--master_port", free_port(), "train.py", *flags]
-    env = alone() | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0", "LOCAL_SIZE": "1"}
-    assert "on 1 × cpu" in output_of(command, env=env | {"DS_ACCELERATOR": "cpu"})
 
 
 def test_a_laptop_takes_the_books_line(monkeypatch):

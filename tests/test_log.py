@@ -1,5 +1,6 @@
 """What a run logs of its memory and speed."""
 
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ def test_peak_memory(monkeypatch):
 def test_rates_are_those_since_the_last_report(monkeypatch, tmp_path):
     clock = iter([0.0, 4.0, 6.0])  # begun; each report
     monkeypatch.setattr("support.training.log.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    with Log(tmp_path / "runs", 3, 0, [], main_process=True) as log:
+    with closing(Log(tmp_path / "runs", 3, 0, [], main_process=True)) as log:
         log.add(1.0, 8, 700)
         log.add(3.0, 8, 500)
         log.report(2, learning_rate=1e-4, grad_norm=0.5)

@@ -53,7 +53,7 @@ def test_memory_of_a_row_and_of_weights(checkpointing, dropout, vocab_size, supe
     with Peak(model) as storages:
         model(input_ids=ids, attention_mask=mask, loss_positions=pairs, use_cache=False).loss.backward()
     way = memory_table.Way(4, 16, dropout > 0, checkpointing, False)
-    computed = memory_table.row_bytes(config, way, memory_table.RowSize(tokens, supervised, tokens))
+    computed = memory_table.row_bytes(config, way, memory_table.RowSize(tokens, supervised))
     if dropout:  # the CPU's masks of it are as wide as the numbers
         masks = 3 * (4 * config.hidden_size + config.intermediate_size) * tokens
         computed += masks * (1 if checkpointing else config.num_hidden_layers)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -79,14 +80,10 @@ def test_exact_ids_and_supervised_tokens(loaded):
     data = dataset(loaded)
     for index, sample in enumerate(SAMPLES):
         system, prompt, response = (loaded.text_to_ids(sample[key]) for key in ("system", "prompt", "response"))
-        assert whole(data, index) == [*system, 195, *prompt, 196, *response, 2]
         ids, pairs = data.sample(index)
         assert ids.tolist() == [*system, 195, *prompt, 196, *response]
         columns = range(len(ids) - len(response) - 1, len(ids))
         assert pairs.tolist() == [[column, token] for column, token in zip(columns, [*response, 2])]
-    assert int(data.supervised[np.array([0, 1])].sum()) == sum(
-        len(loaded.text_to_ids(sample["response"])) + 1 for sample in SAMPLES[:2]
-    )
     assert len(data.personas) == 3
 
 
@@ -115,20 +112,17 @@ def test_a_long_conversation_loses_whole_oldest_rounds(loaded):
     assert len(dataset(loaded, [long], max_len=limit - 1, is_skip=True)) == 0
 
 
-def test_a_question_keeps_its_beginning(loaded):
+def test_a_question_keeps_its_beginning_and_a_cut_answer_gets_no_eos(loaded):
     sample = {"system": "你是李白。", "prompt": "从头开始数一二三四五六七八九", "response": "好。"}
-    prompt = loaded.text_to_ids(sample["prompt"])
+    system, prompt, answer = (loaded.text_to_ids(sample[key]) for key in ("system", "prompt", "response"))
     data = dataset(loaded, [sample], max_src_len=5)
-    assert whole(data, 0) == [*data.personas[0], 195, *prompt[:5], 196, *loaded.text_to_ids("好。"), 2]
-    assert data.counts["cut questions"] == 1 and data.counts["cut answers"] == 0
-
-
-def test_a_cut_answer_gets_no_eos(loaded):
-    full = whole(dataset(loaded), 1)
-    exact = dataset(loaded, SAMPLES[1:2], max_len=len(full))
-    assert whole(exact, 0) == full and full[-1] == 2 and exact.counts["cut answers"] == 0
-    cut = dataset(loaded, SAMPLES[1:2], max_len=len(full) - 1)
-    assert whole(cut, 0) == full[:-1] and 2 not in whole(cut, 0) and cut.counts["cut answers"] == 1
+    expected = [*system, 195, *prompt[:5], 196, *answer, 2]
+    assert whole(data, 0) == expected and data.counts["cut questions"] == 1
+    for max_len, cut in ((len(expected), 0), (len(expected) - 1, 1), (len(expected) - 2, 2)):
+        data = dataset(loaded, [sample], max_len=max_len, max_src_len=5)
+        assert whole(data, 0) == expected[: len(expected) - cut] and data.counts["cut answers"] == bool(cut)
+    data = dataset(loaded, [sample], max_len=len(system) + 3)
+    assert len(data) == 0 and data.counts["no room for an answer"] == 1
 
 
 def test_skipping_leaves_out_what_would_be_cut(loaded):
@@ -139,12 +133,6 @@ def test_skipping_leaves_out_what_would_be_cut(loaded):
     assert data.counts["skipped"] == len(SAMPLES) - len(data)
     assert all(whole(data, index)[-1] == 2 for index in range(len(data)))
     assert len(dataset(loaded, max_src_len=1, is_skip=True)) == 0
-
-
-def test_no_room_for_an_answer_is_counted(loaded):
-    persona = len(dataset(loaded).personas[0])
-    data = dataset(loaded, SAMPLES[:1], max_len=persona + 3)
-    assert len(data) == 0 and data.counts["no room for an answer"] == 1
 
 
 # ---------------------------------------------------------------- samples → rows
@@ -197,14 +185,12 @@ def test_a_step_is_split_where_it_costs_least(loaded):
         def cost(length, attention=attention):
             return 5 + length + attention * length**2
 
-        least = min(
-            sum(
-                cost(utils.tree_row(samples[start:end])["end"].shape[1])
-                for start, end in zip((0, *cuts), (*cuts, len(samples)))
-            )
-            for count in range(len(samples))
-            for cuts in itertools.combinations(range(1, len(samples)), count)
-        )
+        least = math.inf
+        for count in range(len(samples)):
+            for cuts in itertools.combinations(range(1, len(samples)), count):
+                parts = zip((0, *cuts), (*cuts, len(samples)))
+                rows = [utils.tree_row(samples[start:end]) for start, end in parts]
+                least = min(least, sum(cost(row["end"].shape[1]) for row in rows))
         rows = utils.Collator(data, "tree", 1000, 1, cost)(indices)
         assert sum(cost(row["end"].shape[1]) for row in rows) == pytest.approx(least)
 
@@ -240,10 +226,7 @@ def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_
 @given(st.lists(st.lists(st.integers(3, 5), min_size=2, max_size=9), min_size=1, max_size=7))
 def test_any_tree_gives_the_logits_of_its_single_samples(model, sequences):
     """Three tokens make many shared beginnings; every column of every sample predicts, so all its logits are compared."""
-    samples = [
-        (np.array(ids), np.array([[column, token] for column, token in enumerate(ids[1:])]))
-        for ids in sorted(sequences)
-    ]
+    samples = [(np.array(ids), np.array([*enumerate(ids[1:])])) for ids in sorted(sequences)]
     row = utils.tree_row(samples)
     with torch.no_grad():
         inputs = utils.model_inputs(row, "cpu", "sdpa")
@@ -306,9 +289,9 @@ def test_processes_share_a_step_without_overlap(loaded, world):
     for step in range(len(shares[0])):
         expected = shares[0].samples(step)
         items = [share[step] for share in shares]
-        labels = [
-            label for batches, _ in items for batch in batches for label in batch["loss_positions"][:, 1].tolist()
-        ]
+        labels = []
+        for batch in (batch for batches, _ in items for batch in batches):
+            labels += batch["loss_positions"][:, 1].tolist()
         assert labels == [token for index in expected for token in data.sample(index)[1][:, 1].tolist()]
         assert {tokens for _, tokens in items} == {len(labels)}
 

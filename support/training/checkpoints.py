@@ -28,7 +28,7 @@ class Best:
     saves_since: int = 0
 
     def add(self, name: str, test_loss: float):
-        """Take account of an adapter that is about to be saved. Every process has the same loss, and so the same best."""
+        """An adapter is about to be saved. Every process has the same loss, and so the same best."""
         self.saves_since += 1
         if test_loss < self.test_loss:
             self.name, self.test_loss, self.saves_since = name, test_loss, 0

@@ -30,10 +30,7 @@ class Log:
         self.bar = tqdm(desc="training", total=total_steps, initial=done, unit="step", disable=not main_process)
         self.losses, self.samples, self.tokens, self.start = losses, 0, 0, time.perf_counter()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.bar.close()
         if self.writer:
             self.writer.close()
@@ -50,19 +47,14 @@ class Log:
         loss, samples_s = sum(self.losses) / len(self.losses), self.samples / (now - self.start)
         values = {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values |= {"samples_per_second": samples_s, "tokens_per_second": self.tokens / (now - self.start)}
-        self.scalars(step, values | {"peak_memory_gb": peak_memory_gb()})
+        self.show(step, values | {"peak_memory_gb": peak_memory_gb()})
         self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{samples_s:.1f}")
         self.losses, self.samples, self.tokens, self.start = [], 0, 0, now
 
-    def scalars(self, step: int, values: dict[str, float]):
+    def show(self, step: int, values: dict[str, float | str]):
+        """A point of each curve; of texts, Markdown, which TensorBoard shows under TEXT."""
         if self.writer:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
-
-    def texts(self, step: int, values: dict[str, str]):
-        """Markdown, which TensorBoard shows under TEXT."""
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_text(name, value, step)
+                add = self.writer.add_text if isinstance(value, str) else self.writer.add_scalar
+                add(name, value, step)
             self.writer.flush()

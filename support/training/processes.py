@@ -35,49 +35,31 @@ def join_processes() -> torch.device:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed  # here, so that --help and wrong arguments need not wait for it
 
-    if torch.cuda.is_available() and re.search("GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-        raise UserError("CUDA_VISIBLE_DEVICES: DeepSpeed knows GPUs by number alone: name 0, 1, … (nvidia-smi -L)")
     if "RANK" not in os.environ:  # port 0 is whichever is free when it is taken
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # some clusters set RANK alone, a process a host
     accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu":  # on a GPU the mere look would probe every operation's compiler
-        device = torch.device("cpu")
+    device = torch.device(accelerator.device_name(local_rank))
+    if device.type == "cpu":  # on a GPU the mere look would probe every operation's compiler
         # DeepSpeed would first compile an all-reduce of its own, for most of a minute; gloo has one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # some clusters set RANK alone, a process a host
-        device = torch.device(accelerator.device_name(local_rank))
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         # The others wait while the main process shows answers, and would give up after ten minutes.
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
         warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one, set above
-        atexit.register(leave_processes)
+        atexit.register(dist.destroy_process_group)
     return device
-
-
-failed = []  # the error that ended the run on this process, if any
-
-
-def leave_processes():
-    """Leave the group. After an error the others may be waiting for this process, and NCCL would wait for them here."""
-    if failed and dist.get_backend() == "nccl":
-        dist.distributed_c10d._abort_process_group()
-    else:
-        dist.destroy_process_group()
 
 
 def has_bfloat16() -> bool:
     """Whether the device computes in bfloat16. One that only emulates it is several times slower than in float32."""
     from deepspeed import get_accelerator
 
-    device = get_accelerator()
-    if device.device_name() == "cuda":  # before Ampere it is emulated
+    if get_accelerator().device_name() == "cuda":  # before Ampere it is emulated
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # On a CPU before AVX-512 it is emulated.
-    return device.is_bf16_supported() and (
-        device.device_name() != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on a CPU before AVX-512 it is emulated
 
 
 def precision(config: dict) -> torch.dtype:
@@ -94,22 +76,16 @@ def precision(config: dict) -> torch.dtype:
     return torch.float16 if config["fp16"].get("enabled") else torch.float32
 
 
-def refuse_differences(identity: dict):
-    """Raise UserError on every process if `identity`, what the run is, differs between them."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, identity)
-    differing = [name for name in identity if any(other.get(name) != identity[name] for other in found)]
-    if differing:
-        raise UserError(f"the processes differ in {', '.join(differing)}: give all hosts the same files and flags")
-
-
 @contextmanager
 def one_line_for_each_end():
     """Use around a run: running out of memory, or losing another process, becomes one line."""
     try:
         yield
     except Exception as error:
-        failed.append(error)
+        # The others may be waiting for this process, and NCCL would wait for them here.
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            atexit.unregister(dist.destroy_process_group)
+            atexit.register(dist.distributed_c10d._abort_process_group)
         if not isinstance(error, RuntimeError):
             raise
         if out_of_memory(error):
@@ -159,6 +135,12 @@ def find_launcher() -> int | None:
 
 def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
     """The steps from number `first` on, laid out by a process beside the one that trains."""
+
+    def leave_signals_to_parent(worker_id: int):
+        # Ctrl-C, and SIGTERM from the launcher, reach every process; the one that trains decides what becomes of its workers.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     return DataLoader(
         steps,
         batch_size=None,
@@ -168,9 +150,3 @@ def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_parent,
     )
-
-
-def leave_signals_to_parent(worker_id: int):
-    """Ctrl-C, and SIGTERM from the launcher, reach every process; the one that trains decides what becomes of its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

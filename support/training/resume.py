@@ -12,27 +12,26 @@ import json
 import os
 import shutil
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from support.errors import OneProcessError, UserError, blaming, first_line, out_of_memory
+from support.errors import OneProcessError, Problems, UserError, blaming, first_line, out_of_memory
 from support.files import fingerprint, put_on_disk, read_object, remove_directory, rename_directory, writing
 from support.training.checkpoints import Best, checkpoints, newest_state
-from support.training.processes import rank_and_world_size, refuse_differences
+from support.training.processes import rank_and_world_size
 from utils import RoleDataset
 
 
 def claim(output_dir: Path):
     """Keep other runs out of `output_dir`, and remove what killed ones left half-written. Called by all processes.
 
-    A `deepspeed` command that is killed leaves its processes behind. The lock ends with the first process, which writes
-    an id into the file; the other hosts look for it. Raises: UserError.
+    A `deepspeed` command that is killed leaves its processes behind. The lock ends with the first of them.
+    Raises: UserError, also on a host that sees another directory by that name.
     """
-    path, owner = output_dir / ".lock", [uuid4().bytes]
-    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / ".lock"
     if dist.get_rank() == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,24 +40,19 @@ def claim(output_dir: Path):
             raise UserError(f"{output_dir}: another run is writing there; {remedy}") from None
         except OSError:
             pass  # some network disks have no locks
-        os.write(lock, owner[0])
-        os.fsync(lock)
         for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
             shutil.rmtree(left)
-    dist.broadcast_object_list(owner)
-    if dist.get_rank() != 0 and not (path.exists() and path.read_bytes() == owner[0]):
-        remedy = "give all hosts the same one, on a shared disk"
-        raise OneProcessError(f"{output_dir}: is not the directory that the first host writes to; {remedy}")
+    dist.barrier()
+    if not path.exists():
+        raise OneProcessError(
+            f"{output_dir}: is not what the first host writes to: all need the same one, on a shared disk"
+        )
 
 
 def run_identity(args, base: str, train_data: RoleDataset, dtype: torch.dtype) -> dict:
-    """All that decides the result of a run to the last bit. What only decides its speed is left out.
-
-    base: the fingerprint of the base model.
-    """
-    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed")
+    """All that decides the result of a run to the last bit. `base` is the base model's fingerprint."""
+    flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed", "load_in_4bit")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
-    flags += ("load_in_4bit",)
     arrays = (train_data.ids, train_data.starts, train_data.pairs, train_data.pair_starts, train_data.persona)
     return {
         "training data": fingerprint(*arrays, str(train_data.personas)),
@@ -73,21 +67,23 @@ def run_identity(args, base: str, train_data: RoleDataset, dtype: torch.dtype) -
 def find_state(output_dir, identity: dict) -> tuple[int, Path | None, list[float], Best]:
     """(steps done, the state to go on from, losses since the log's last report, the best adapter so far).
 
-    identity: what the run is, see `run_identity`. Raises: UserError where hosts differ, or the state is of another run.
+    Raises: UserError where hosts differ in `identity`, see `run_identity`, or the state is of another run.
     """
     done, state = newest_state(output_dir)
-    refuse_differences(identity | {"the state in --output_dir": done})
+    ours, of_all = identity | {"the state in --output_dir": done}, [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, ours)
+    if differing := [name for name in ours if any(others[name] != ours[name] for others in of_all)]:
+        raise UserError(f"the processes differ in {', '.join(differing)}: give all hosts the same files and flags")
     if state is None:
         return 0, None, [], Best()
     with blaming(f"{state}: is damaged: remove it, and --resume goes on from an older state or anew"):
         run = read_object(state / "run.json")
         saved, losses, best = run["identity"], [float(loss) for loss in run["losses"]], Best(**run["best"])
         differing = [name for name in identity if saved.get(name) != identity[name]]
-    if differing:
-        remedy = "change that back, or start in another --output_dir"
-        raise UserError(
-            *(f"{state}: was saved with {name} {saved.get(name)}, not {identity[name]}: {remedy}" for name in differing)
-        )
+    with Problems() as problems:
+        for name in differing:
+            saved_with = f"{state}: was saved with {name} {saved.get(name)}, not {identity[name]}"
+            problems.append(f"{saved_with}: change that back, or start in another --output_dir")
     return done, state, losses, best
 
 
@@ -95,9 +91,7 @@ def save_state(engine, directory: Path, run: dict):
     """Write a state from all processes at once; it gets its name when it is complete, and older ones go.
 
     DeepSpeed's own save_checkpoint writes objects of its classes, which only a pickle that may run code brings back.
-
-    Args:
-        run: `identity`, what the run is; `losses`, those since the log's last report; `best`, the fields of `Best`.
+    run: `identity`, what the run is; `losses`, those since the log's last report; `best`, the fields of `Best`.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     rank = dist.get_rank()
@@ -110,8 +104,7 @@ def save_state(engine, directory: Path, run: dict):
     dist.barrier()
     if rank == 0:
         with writing(directory):
-            text = json.dumps(run, indent=2, ensure_ascii=False)
-            (temporary / "run.json").write_text(text, encoding="utf-8")
+            (temporary / "run.json").write_text(json.dumps(run, indent=2))
             rename_directory(temporary, directory)
         for _, old in checkpoints(directory.parent)[:-1]:
             remove_directory(old)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -42,15 +43,15 @@ def begin(args, engine, steps: Steps, test_rows: list[dict], done: int, state: P
     if done < len(steps):
         memory_and_time = try_longest_row(engine, steps, test_rows, done, args.attn_implementation)
         if main_process:
-            disk = disk_needed(engine.module, steps, done, output_dir, args.save_model_step, args.save_total_limit)
-            print(f"{memory_and_time}; {disk}")
+            numbers, _ = engine.module.get_nb_trainable_parameters()
+            print(f"{memory_and_time}; {disk_needed(numbers, dtype.itemsize, steps, done, args)}")
 
 
 def keep_record(args):
     """Write train_args.json: the flags in force, for `train.py --config`, and with what the run was made."""
     kept = {name: value for name, value in vars(args).items() if name not in OF_ONE_START}
-    # Without a name is what pip has left of a package that it could not remove.
-    packages = dict(sorted((found.name, found.version) for found in distributions() if found.name))
+    # What pip has left of a package that it could not remove has no name.
+    packages = dict(sorted((str(found.name), found.version) for found in distributions()))
     kept["made_with"] = {"commit": commit(), "python": sys.version.split()[0], "packages": packages}
     with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
         json.dump(kept, file, ensure_ascii=False, indent=2)
@@ -58,12 +59,10 @@ def keep_record(args):
 
 def commit() -> str | None:
     """The commit of this checkout, with a note where files differ from it; None without a checkout, or without git."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=, and changes since"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=, and changes since"]
+    with suppress(OSError):
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
 
 
 def diverged(output_dir, what: str) -> UserError:

@@ -1,20 +1,12 @@
 """What TensorBoard shows of a run beside its curves: answers to the same questions at every save."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-
-import torch
 
 from support.dialogues.samples import conversation, first_question
 from support.model.answering import answer_batch, greedy, in_batches, rows_that_fit
 from support.model.directory import ModelDirectory
 
 LONGEST, MOST_ROLES = 128, 20  # tokens of an answer, and roles of a test set with hundreds of them
-
-
-def uncompiled(compiled: bool):
-    """Use around answers of a model whose layers are compiled: their many shapes would leave the compiler none for training."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role: int) -> dict[str, str]:
@@ -35,13 +27,9 @@ def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role
     texts = ["".join(turn["content"] for turn in messages) for messages in prompts]
     longest = max(map(len, tokenizer.text_to_ids(texts)), default=0)
 
-    def answer(numbers):
-        return answer_batch(model, tokenizer, [prompts[number] for number in numbers], config)
-
     rows = rows_that_fit(model, longest + LONGEST)  # all roles at once, where the memory holds them
-    batches = in_batches(answer, range(len(prompts)), rows, done=())
-    answers = iter([answer for _, batch in batches for answer in batch])
-    shown = {}
+    batches = in_batches(lambda batch: answer_batch(model, tokenizer, batch, config), prompts, rows, done=())
+    answers, shown = (answer.text for _, batch in batches for answer in batch), {}
     for role, questions in asked.items():
-        shown[f"answers/{role}"] = "\n\n".join(f"**{question}**  \n{next(answers).text}" for question in questions)
+        shown[f"answers/{role}"] = "\n\n".join(f"**{question}**  \n{next(answers)}" for question in questions)
     return shown

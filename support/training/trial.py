@@ -5,7 +5,6 @@ The longest row that the run will meet passes forward and backward through the m
 
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from support.errors import UserError
 from support.files import free_bytes
 from support.training.log import peak_memory_gb
-from support.training.one_parameter import trained
 from utils import Steps, evaluation, model_inputs
 
 LOOKED_AT = 32  # steps of each kind that are laid out: all of a large file would take minutes
@@ -30,20 +28,24 @@ def try_longest_row(engine, steps: Steps, test_rows: list[dict], done: int, attn
     model, device = engine.module, engine.device
     row, passes = longest_row(steps, done)
     gpus = [device] if device.type == "cuda" else []
-    for gpu in gpus:
-        torch.cuda.reset_peak_memory_stats(gpu)  # loading in four bits may have taken more
+    if gpus:
+        torch.cuda.reset_peak_memory_stats(device)  # loading in four bits may have taken more
     with torch.random.fork_rng(gpus):
         for _ in range(2):  # the first pass loads kernels, or compiles
             start = time.perf_counter()
             model(**model_inputs(row, device, attn_implementation), use_cache=False).loss.backward()
-            for gpu in gpus:
-                torch.cuda.synchronize(gpu)
+            if gpus:
+                torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
-    for parameter in trained(model):
-        parameter.grad = None
+    model.zero_grad()
     evaluation(model, sorted(test_rows, key=tokens)[-1:], device, attn_implementation)
-    moments = 0 if engine.optimizer.optimizer.state else 8 * trained_numbers(model) / steps.world  # of the first step
-    total, available = device_memory(device)
+    trained = model.get_nb_trainable_parameters()[0]
+    moments = 0 if engine.optimizer.optimizer.state else 8 * trained / steps.world  # of the first step
+    if gpus:
+        free, total = torch.cuda.mem_get_info(device)
+        available = free + torch.cuda.memory_reserved(device)
+    else:
+        available = total = psutil.virtual_memory().total
     found = [None] * steps.world
     dist.all_gather_object(found, (1e9 * peak_memory_gb() + moments, total, available, seconds * passes))
     peak, total, available, seconds = max(found, key=lambda numbers: numbers[0] - numbers[2])
@@ -59,8 +61,8 @@ def try_longest_row(engine, steps: Steps, test_rows: list[dict], done: int, attn
 def longest_row(steps: Steps, done: int) -> tuple[dict, float]:
     """Of the steps after `done`: the row with the most tokens, and how many of its passes they will take together.
 
-    The row is looked for in the steps whose samples have the most tokens, one persona counted once, and in those that
-    have the longest samples. The mean of all steps is that of some in between.
+    The row is looked for in the steps with the most tokens, each persona counted once, and in those with the longest
+    samples. The mean of all steps is that of some in between.
     """
     data, personas = steps.data, np.array([len(persona) for persona in steps.data.personas])
     order, own = steps.order[done:], np.diff(data.starts)
@@ -83,27 +85,13 @@ def tokens(batch: dict) -> int:
     return batch["input_ids"].numel()
 
 
-def trained_numbers(model) -> int:
-    return sum(parameter.numel() for parameter in trained(model))
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """(all of a device's memory, what this process may use of it), in bytes."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total, free + torch.cuda.memory_reserved(device)
-    total = psutil.virtual_memory().total
-    return total, total
-
-
-def disk_needed(model, steps: Steps, done: int, output_dir: Path, every: int, limit: int | None) -> str:
-    """What the adapters and the state will take. every, limit: --save_model_step, --save_total_limit."""
-    numbers, size = trained_numbers(model), next(iter(trained(model))).itemsize
-    every = every or steps.steps_per_epoch
+def disk_needed(numbers: int, itemsize: int, steps: Steps, done: int, args) -> str:
+    """What the adapters, of so many numbers, and the state will take."""
+    every, limit = args.save_model_step or steps.steps_per_epoch, args.save_total_limit
     saves = sum(step % every == 0 or step % steps.steps_per_epoch == 0 for step in range(done + 1, len(steps) + 1))
     kept = min(saves, (limit or saves) + 1)  # the best one besides
-    each, state = numbers * size, numbers * (size + 12)
-    free, needed = free_bytes(output_dir), kept * each + 2 * state
+    each, state = numbers * itemsize, numbers * (itemsize + 12)
+    free, needed = free_bytes(args.output_dir), kept * each + 2 * state
     told = f"saves {in_bytes(each)} each, {in_bytes(needed)} in all on a disk with {in_bytes(free)} free"
     return told + (": too little, lower --save_total_limit" if needed > free else "")
 

@@ -2,13 +2,9 @@
 
     python3 -m tests.tools.memory_table
 
-The rows are the largest that the book's flags give on RoleBench under the published tokenizer, with and without gradient
-checkpointing the same to a few tokens.
-
-Sizes in the formulas: h hidden, m intermediate, V vocabulary, L layers, r rank of the adapters; s bytes a number.
+Sizes in the formulas: h hidden, m intermediate, s bytes a number.
 """
 
-import argparse
 from typing import NamedTuple
 
 from baichuan import BaichuanConfig
@@ -26,33 +22,29 @@ class Way(NamedTuple):
     dropout: bool  # whether an adapter's inputs are dropped in part
     checkpointing: bool  # --gradient_checkpointing
     four_bit: bool  # --load_in_4bit
-    processes: int = 1  # which share the optimizer's state
 
 
 class RowSize(NamedTuple):
     """What passes through the model at once."""
 
-    tokens: int  # padding included
+    tokens: int
     supervised: int  # tokens that carry loss
-    length: int  # tokens that may see each other: of a padded batch, those of one sample
 
 
-def decoder_parameters(config) -> int:
-    """Weights of the linear layers that --load_in_4bit holds in four bits: W_pack, o_proj, gate, up and down."""
-    h, m = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (4 * h * h + 3 * h * m)
+# The largest that the book's flags give on RoleBench under the published tokenizer: in training, and of the test set.
+LARGEST, LARGEST_OF_TEST = RowSize(870, 436), RowSize(1486, 1128)
 
 
 def weight_bytes(config, way: Way) -> float:
-    """Of the frozen base.
+    """Of the frozen base. In four bits are W_pack, o_proj, gate, up and down.
 
     NF4 takes half a byte a weight, and with double quantisation a byte for every 64 weights and 4 for every 64 × 256
     (Dettmers et al. 2023, arXiv 2305.14314).
     """
-    h = config.hidden_size
-    others = 2 * config.vocab_size * h + (2 * config.num_hidden_layers + 1) * h  # embedding, head, norms
+    h, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    others = 2 * config.vocab_size * h + (2 * layers + 1) * h  # embedding, head, norms
     of_a_weight = 1 / 2 + 1 / 64 + 4 / (64 * 256) if way.four_bit else way.itemsize
-    return decoder_parameters(config) * of_a_weight + others * way.itemsize
+    return layers * (4 * h * h + 3 * h * m) * of_a_weight + others * way.itemsize
 
 
 def adapter_parameters(config, rank: int) -> int:
@@ -62,8 +54,8 @@ def adapter_parameters(config, rank: int) -> int:
 
 
 def trained_bytes(config, way: Way) -> float:
-    """Adapters and their gradients; and the optimizer's float32 copy and two moments, shared out by ZeRO."""
-    return adapter_parameters(config, way.rank) * (2 * way.itemsize + 12 / way.processes)
+    """Adapters and their gradients; and the optimizer's float32 copy and two moments."""
+    return adapter_parameters(config, way.rank) * (2 * way.itemsize + 12)
 
 
 def layer_bytes(config, way: Way) -> float:
@@ -75,10 +67,9 @@ def layer_bytes(config, way: Way) -> float:
     """
     h, m, s = config.hidden_size, config.intermediate_size, way.itemsize
     norms, attention, mlp = 2 * h * s, 6 * h * s, 3 * m * s
+    adapters = 2 * h * s + m * s  # o_proj's is attention's output; gate and up share theirs
     if way.dropout:
         adapters = (4 * h + m) * (s + 1)  # of W_pack, o_proj, gate and up; of down
-    else:
-        adapters = 2 * h * s + m * s  # o_proj's is attention's output; gate and up share theirs
     return norms + attention + mlp + adapters + 5 * way.rank * s
 
 
@@ -93,7 +84,7 @@ def row_bytes(config, way: Way, row: RowSize) -> float:
     kept = h * s if way.checkpointing else layer_bytes(config, way)
     working = 4 * m * s + (layer_bytes(config, way) if way.checkpointing else 0)
     head = row.supervised * config.vocab_size * 3 * 4
-    mask = row.tokens * row.length * s
+    mask = row.tokens**2 * s
     unpacked = h * max(3 * h, m) * s if way.four_bit else 0  # the largest weight, while it is multiplied
     return row.tokens * kept * config.num_hidden_layers + max(head, row.tokens * working + unpacked) + mask
 
@@ -101,27 +92,17 @@ def row_bytes(config, way: Way, row: RowSize) -> float:
 def evaluation_bytes(config, way: Way, row: RowSize) -> float:
     """The same for a row of the test set, of which nothing is kept: the head's logits and their softmax, or a layer."""
     working = (4 * config.hidden_size + 3 * config.intermediate_size) * way.itemsize
-    return (
-        max(row.supervised * config.vocab_size * 2 * 4, row.tokens * working) + row.tokens * row.length * way.itemsize
-    )
+    return max(row.supervised * config.vocab_size * 2 * 4, row.tokens * working) + row.tokens**2 * way.itemsize
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lora_dim", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--tokens", type=int, default=870, help="of the largest training row")
-    parser.add_argument("--supervised", type=int, default=436, help="of them with loss")
-    parser.add_argument("--test_tokens", type=int, default=1486, help="of the largest row of the test set")
-    parser.add_argument("--test_supervised", type=int, default=1128, help="of them with loss")
-    args = parser.parse_args(argv)
-    config, row = BaichuanConfig(), RowSize(args.tokens, args.supervised, args.tokens)
-    test_row = RowSize(args.test_tokens, args.test_supervised, args.test_tokens)
+def main():
+    config = BaichuanConfig()
     rows = [["flags", "weights", "adapters, optimizer", "largest row", "sum", *(f"{card} GB" for card in CARDS)]]
     for four_bit in (False, True):
         for checkpointing in (False, True):
-            way = Way(2, args.lora_dim, dropout=True, checkpointing=checkpointing, four_bit=four_bit)
+            way = Way(2, 16, dropout=True, checkpointing=checkpointing, four_bit=four_bit)
             flags = ["`--load_in_4bit`"] * four_bit + ["`--gradient_checkpointing`"] * checkpointing
-            largest = max(row_bytes(config, way, row), evaluation_bytes(config, way, test_row))
+            largest = max(row_bytes(config, way, LARGEST), evaluation_bytes(config, way, LARGEST_OF_TEST))
             parts = [weight_bytes(config, way), trained_bytes(config, way), largest]
             fits = ["yes" if FRAGMENTS * sum(parts) <= card << 30 else "–" for card in CARDS]
             rows.append([" ".join(flags) or "neither", *(f"{part / 1e9:.1f}" for part in [*parts, sum(parts)]), *fits])
