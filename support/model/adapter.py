@@ -85,22 +85,20 @@ TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, 
 
 
 def refuse_other_base(base: ModelDirectory, adapter: Path):
-    """Raise UserError if the adapter was trained on other weights than those of `base`, or is merged into them already.
+    """Raise UserError if the adapter was trained on other weights than those of `base`.
 
     Adapters of other programs do not record their base's weights. Where its name differs, a line says so.
     """
     name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "none")
-    merge, trained_on = base.settings.get("merged_adapter"), training_record(adapter).get("base")
+    trained_on = training_record(adapter).get("base")
     remedy = f"name the base that it was trained on, called {name} then"
-    if merge and merge["sha256"] == adapter_digest(adapter):
-        raise UserError(f"{base.path}: has this adapter merged into it already: {remedy}")
     if trained_on not in (None, base.fingerprint):
         raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")
     if trained_on is None and PureWindowsPath(name).name != base.path.resolve().name:  # / and \ part names there
-        if merge:
+        if "merged_adapter" in base.settings:
             raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
         told = f"names {name} as its base; nothing in it tells whether {base.path} has the same weights"
-        print(f"warning: {adapter}: {told}", file=sys.stderr)  # the answer of --ask stands alone
+        print(f"warning: {adapter}: {told}", file=sys.stderr)  # on stdout the answer of --ask stands alone
 
 
 def write_training(adapter: Path, base: str, load_in_4bit: bool):

@@ -14,13 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.errors import Problems, UserError, blaming
 from support.files import LFS_POINTER, kind_of_file, read_object, writing
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
 
@@ -30,28 +25,22 @@ class Weights:
     Attributes:
         tensors: {name: a tensor of its shape and dtype, without values}.
     Raises:
-        UserError: there are no weights, their files have problems, or they are quantised.
+        UserError: there are no weights, or their files have problems.
     """
 
     def __init__(self, directory: Path):
         first = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
         if first is None:
             raise UserError(f"{directory}: has no weights: there is no {', no '.join(WEIGHT_FILES)}")
-        self.files = [first]
+        self.files, self.tensors = [first], {}
         if first.suffix == ".json":
-            index = read_object(first)
             with blaming(f"{first}: is no index of weight files"):
-                self.files = [directory / name for name in sorted(set(index["weight_map"].values()))]
-        self.tensors: dict[str, torch.Tensor] = {}
+                self.files = [directory / name for name in sorted(set(read_object(first)["weight_map"].values()))]
         with Problems() as problems:
             for file in self.files:
                 for name, tensor in (problems.of(load_shard, file) or {}).items():
                     if not name.endswith("rotary_emb.inv_freq"):  # a table in older exports, which the model computes
                         self.tensors[name] = torch.empty_like(tensor, device="meta")
-        for name, tensor in self.tensors.items():
-            if tensor.dtype not in DTYPES:
-                remedy = "take weights in float32, float16 or bfloat16, not quantised ones"
-                raise UserError(f"{directory}: {name} is {tensor.dtype}: {remedy}")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self.files:
@@ -102,7 +91,7 @@ def write_weights(
         planned: the tensors, or their shapes and dtypes alone, on the meta device.
         tensors: then their values, one by one; a file is written as soon as it has all of its own.
     Raises:
-        UserError: a file cannot be written, because the disk is full, say.
+        UserError: a file cannot be written.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in planned.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
