@@ -150,8 +150,7 @@ def adapter_logits(base: ModelDirectory, adapter: Path, texts, device) -> tuple[
 def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]]):
     """Compare what other programs make of a conversation, with the template and tokenizer as written, with what was trained.
 
-    Raises:
-        UserError: they differ. It names `target`, which `merged` will be called.
+    Raises: UserError: they differ. It names `target`, which `merged` will be called.
     """
     is_llama = merged.config.model_type == "llama"
     with blaming(f"{target}: its tokenizer or chat template cannot be used"):
@@ -170,8 +169,7 @@ def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[d
 def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]], device):
     """Compare the merged model with base and adapter, of which one is in memory at a time, and print how it did.
 
-    Raises:
-        UserError: the two differ by more than the bound of the dtype, or lay a conversation out in different ways.
+    Raises: UserError: they differ by more than the bound of the dtype, or lay a conversation out in different ways.
     """
     prove_layout(args.save_model_dir, merged, probes)
     texts = [ids for _, ids in probes]

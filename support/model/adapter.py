@@ -34,9 +34,7 @@ STARTS = [True, False, "gaussian", "orthogonal"]
 def read_adapter(base: ModelDirectory, directory: Path) -> dict[str, Update]:
     """{name of a weight of `base`: its update}, with the settings that the adapter itself records.
 
-    Raises:
-        UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing,
-            or one of another base.
+    Raises: UserError: settings that change more than linear layers, an adapter that does nothing, or one of another base.
     """
     path = directory / "adapter_config.json"
     defaults = LoraConfig().to_dict() | {"peft_type": "LORA"}
@@ -107,9 +105,6 @@ def write_training(adapter: Path, base: str, load_in_4bit: bool):
 
 
 def training_record(adapter: Path) -> dict:
-    """What `write_training` has recorded; {} for the adapters of other programs, which have no such file.
-
-    Raises: UserError.
-    """
+    """What `write_training` has recorded; {} for the adapters of other programs, which have no such file. Raises: UserError."""
     path = adapter / TRAINING
     return read_object(path) if path.exists() else {}

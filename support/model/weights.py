@@ -22,10 +22,7 @@ SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 class Weights:
     """The tensors of a model directory, in each of the layouts that Baichuan2 is found in. Iterates over (name, tensor).
 
-    Attributes:
-        tensors: {name: a tensor of its shape and dtype, without values}.
-    Raises:
-        UserError: there are no weights, or their files have problems.
+    `tensors` is {name: a tensor of its shape and dtype, without values}. Raises: UserError.
     """
 
     def __init__(self, directory: Path):
@@ -61,8 +58,7 @@ class Weights:
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one weight file. They are mapped, not read: only those that are used take memory.
 
-    Raises:
-        UserError: the file is missing or damaged, or a pickle that asks for more than tensors, and so may run code.
+    Raises: UserError: it is missing or damaged, or a pickle that asks for more than tensors, and so may run code.
     """
     with blaming(f"{path}: cannot be read, fetch it again"):
         if kind_of_file(path) == LFS_POINTER:
