@@ -148,8 +148,7 @@ def test_an_address_and_nothing_else_is_cut():
 def test_default_roles_and_all(run):
     train, test = run(data_dir=SAMPLE, roles=FIVE[:3])
     assert {line["role"] for line in train} == {line["role"] for line in test} == set(FIVE[:3])
-    paths = ["--train_path", str(run.train), "--test_path", str(run.test)]
-    main(["--data_dir", str(SAMPLE), *paths])  # without --roles
+    main(["--data_dir", str(SAMPLE), "--train_path", str(run.train), "--test_path", str(run.test)])  # without --roles
     assert (read_lines(run.train), read_lines(run.test)) == (train, test)
     every, _ = run(data_dir=SAMPLE, roles=["all"])
     assert {line["role"] for line in every} == set(FIVE)
@@ -272,8 +271,6 @@ def test_a_bad_file_is_named(run):
         ('{\n"李白": "爱酒"}'.encode("gbk"), ":2: is not UTF-8"),
         ('{\n"李白": "爱酒",\n}'.encode(), ":3: is not a JSON object"),
         ('["李白"]'.encode(), ": holds no role"),
-        (b"{}", ": holds no role"),
-        (b'{"a":' * 100_000, ":1: is not a JSON object"),
     ]:
         path.unlink() if content is None else path.write_bytes(content)
         assert run.errors()[0].startswith(f"{path}{problem}"), content
@@ -316,11 +313,9 @@ def test_a_bad_flag(run):
     before = {path: path.read_bytes() for path in run.data.iterdir()}
     for flags, problem in [
         (["--roles", "李白", "杜甫"], "--roles 杜甫: is none of the roles: choose from 李白, 张飞, all"),
-        (["--roles", "all", "杜甫"], "--roles 杜甫: is none"),
-        *(
-            (words, f"argument {words[0]}: ")
-            for words in (["--max_responses", "0"], ["--test_share", "1"], ["--show", "0"])
-        ),
+        (["--max_responses", "0"], "argument --max_responses: "),
+        (["--test_share", "1"], "argument --test_share: "),
+        (["--show", "0"], "argument --show: "),
         (["--roles", "张飞"], "no samples for the train file"),
         (["--train_path", f"{run.out}/../out/test.json"], f"{run.test}: is an input or the other output"),
         (["--train_path", f"{run.data}"], f"{run.data}: is no regular file"),
@@ -440,11 +435,6 @@ def test_every_role_keeps_a_sample_in_training(run):
     assert len(test) == 1 and "samples left out: 10 of other roles\n" in run.capsys.readouterr().out
 
 
-def test_samples_are_read_as_they_were_written(run):
-    train, _ = run(data_dir=SAMPLE, roles=["all"])
-    assert [as_written(sample) for sample in read_samples(run.train)] == train and len(train) == 204
-
-
 # ---------------------------------------------------------------- one's own character
 
 
@@ -462,14 +452,11 @@ def test_a_character_of_ones_own_works_from_one_file(run, others):
     assert {sample["prompt"] for sample in train + test} == {f"问{n}？" for n in range(5)}
     assert train[0]["system"] == persona("诸葛亮", "卧龙先生")
     assert "1 of 5 samples set aside" in run.capsys.readouterr().out
-
-
-def test_two_answers_to_a_question_are_not_parted(run):
-    run.remove_rolebench()
-    rows = [{"role": "李白", "question": f"问{n}？", "generated": ["答", "又答"]} for n in range(8)]
-    write_lines(run.data / GENERAL, *rows)
-    for seed in range(5):
-        train, test = run("--seed", seed, "--test_share", 0.3)
+    for row in rows:
+        row["generated"].append("又答")
+    write_lines(run.data / NAMES[0], *rows)
+    for seed in range(5):  # two answers to a question are not parted
+        train, test = run("--seed", seed, "--test_share", 0.4, roles=["诸葛亮"])
         assert len(test) == 4 and not {s["prompt"] for s in train} & {s["prompt"] for s in test}
 
 
@@ -573,4 +560,5 @@ def test_no_network_without_download(run, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert len(run(data_dir=SAMPLE, roles=["all"])[0]) == 204
+    train, _ = run(data_dir=SAMPLE, roles=["all"])
+    assert [as_written(sample) for sample in read_samples(run.train)] == train and len(train) == 204
