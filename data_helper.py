@@ -175,14 +175,13 @@ def read_inputs(args) -> dict[str, list[dict]]:
         if not files:
             problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
         taken = {os.path.realpath(path) for path in (args.desc_path, *(path for _, _, path in files))}
-        for flag, path in (("--train_path", args.train_path), ("--test_path", args.test_path)):
+        for path in (args.train_path, args.test_path):
             if os.path.realpath(path) in taken:
-                problems.append(f"{flag} {path}: is an input or the other output: choose another path")
+                problems.append(f"{path}: is an input or the other output: choose another path for what is written")
             taken.add(os.path.realpath(path))
-        characters, are_known = {}, True
+        characters = {}
         if not args.conversations or args.desc_path.exists():  # conversations may bring all system texts themselves
             characters = problems.of(read_characters, args.desc_path) or {}
-            are_known = bool(characters)
         for split, kind, path in files:
             for sample in problems.of(samples_of_file, path, kind, args, characters, problems) or []:
                 role = sample["role"]
@@ -192,8 +191,7 @@ def read_inputs(args) -> dict[str, list[dict]]:
                     continue
                 if role and not sample["system"]:
                     if role not in characters:
-                        if are_known:
-                            problems.append(f"{path}: {role[:20]!r} has no profile in {args.desc_path}: add one")
+                        problems.append(f"{path}: {role[:20]!r} has no profile in {args.desc_path}: add one")
                         continue
                     sample["system"] = persona(role, characters[role]["description"])
                 text = json.dumps(sample)
@@ -252,10 +250,7 @@ def main(argv=None):
         written = split_off(written["train"], args.test_share, args.seed)
     for split, lines in written.items():
         if not lines:
-            source = ", ".join(map(str, args.conversations or [args.data_dir]))
-            raise UserError(
-                f"{source}: no samples for the {split} file, each counted once: add some, or choose other --roles"
-            )
+            raise UserError(f"no samples for the {split} file, each counted once: add some, or choose other --roles")
 
     for sample in written["train"]:
         sample.pop("kind", None)  # predict.py's table goes by it, training does not

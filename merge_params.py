@@ -78,29 +78,18 @@ CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take 
 
 def read_inputs(args):
     """Everything the arguments name, read and checked. Raises: UserError with all problems found."""
+    target, sources = args.save_model_dir, (args.ori_model_dir, args.model_dir)
     with Problems() as problems:
-        problems += target_problems(args)
+        if not args.check_only and any(path.resolve().is_relative_to(target.resolve()) for path in sources):
+            problems.append(f"{target}: is read here, or holds a directory that is: name another one")
         device = problems.of(pick_device, args.device)
         base = problems.of(ModelDirectory(args.ori_model_dir).check)
     with Problems() as problems:
         probes = problems.of(read_probes, args, base)
         updates = problems.of(read_adapter, base, args.model_dir)
-        if not args.check_only and free_bytes(args.save_model_dir) < base.weights.bytes:
-            problems.append(f"{args.save_model_dir}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free")
+        if not args.check_only and free_bytes(target) < base.weights.bytes:
+            problems.append(f"{target}: the disk has less than {base.weights.bytes / 1e9:.3g} GB free")
     return device, base, updates, probes
-
-
-def target_problems(args) -> list[str]:
-    """Why --save_model_dir cannot be written or, with --check_only, be read."""
-    target = args.save_model_dir
-    is_model = (target / "config.json").exists()
-    if args.check_only:
-        return [] if is_model else [f"{target}: holds no model that could be checked"]
-    if any(source.resolve().is_relative_to(target.resolve()) for source in (args.ori_model_dir, args.model_dir)):
-        return [f"{target}: is read here, or holds a directory that is: name another one"]
-    if target.exists() and any(target.iterdir()) and not (is_model and args.overwrite):
-        return [f"{target}: holds something already: name another directory; a model is replaced with --overwrite"]
-    return []
 
 
 def read_probes(args, base: ModelDirectory) -> list[tuple[list[dict], list[int]]]:
@@ -161,8 +150,7 @@ def adapter_logits(base: ModelDirectory, adapter: Path, texts, device) -> tuple[
 def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]]):
     """Compare what other programs make of a conversation, with the template and tokenizer as written, with what was trained.
 
-    Raises:
-        UserError: they differ. It names `target`, which `merged` will be called.
+    Raises: UserError: they differ. It names `target`, which `merged` will be called.
     """
     is_llama = merged.config.model_type == "llama"
     with blaming(f"{target}: its tokenizer or chat template cannot be used"):
@@ -181,8 +169,7 @@ def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[d
 def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]], device):
     """Compare the merged model with base and adapter, of which one is in memory at a time, and print how it did.
 
-    Raises:
-        UserError: the two differ by more than the bound of the dtype, or lay a conversation out in different ways.
+    Raises: UserError: they differ by more than the bound of the dtype, or lay a conversation out in different ways.
     """
     prove_layout(args.save_model_dir, merged, probes)
     texts = [ids for _, ids in probes]
@@ -211,7 +198,7 @@ def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple
 def main(argv=None):
     args = parse_args(argv)
     device, base, updates, probes = read_inputs(args)
-    weights, config = base.weights, deepcopy(base.config)
+    weights = base.weights
     ranks = " and ".join(map(str, sorted({len(update.a) for update in updates.values()})))
     print(
         f"base     {args.ori_model_dir}: {len(weights.tensors)} tensors, {weights.bytes / 1e9:.3g} GB, {weights.dtype}"
@@ -221,6 +208,7 @@ def main(argv=None):
         prove(args, base, ModelDirectory(args.save_model_dir), probes, device)
         return
 
+    config = deepcopy(base.config)
     config.dtype = weights.dtype
     config.merged_adapter = {
         "base": args.ori_model_dir.resolve().name,
@@ -228,7 +216,8 @@ def main(argv=None):
         "sha256": adapter_digest(args.model_dir),
     }
     planned, tensors = weights.tensors, merged_tensors(weights, updates, device)
-    with whole_directory(args.save_model_dir, args.overwrite) as directory:
+    overwrite = args.overwrite and (args.save_model_dir / "config.json").exists()  # a model, and nothing else
+    with whole_directory(args.save_model_dir, overwrite) as directory:
         if args.format == "llama":
             llama_export.save_llama(directory, config, base.tokenizer)
             planned = dict(llama_export.llama_tensors(planned.items()))

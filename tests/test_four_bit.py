@@ -18,7 +18,7 @@ from support.errors import UserError
 from support.model.adapter import training_record
 from support.model.directory import ModelDirectory
 from support.model.four_bit import check_four_bit
-from support.training import memory, processes
+from support.training import processes
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -38,7 +38,6 @@ def test_what_is_held_in_four_bits(checkpoint):
     model, exact = directory.load(torch.float32, four_bit_on=torch.device("cpu")), directory.load(torch.float32)
     import bitsandbytes
 
-    size = 0
     for name, module in exact.named_modules():
         held = model.get_submodule(name)
         if name.endswith(("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj")):
@@ -50,12 +49,8 @@ def test_what_is_held_in_four_bits(checkpoint):
             # The scales are held in 8 bits, hence a percent.
             assert ((found.reshape(-1, 64) - nearest * scale).abs() <= 0.02 * scale).float().mean() > 0.999, name
             assert state.nested and not held.support_avx512bf16_for_cpu
-            size += held.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
         elif hasattr(module, "weight"):
             assert torch.equal(held.weight, module.weight) and held.weight.dtype == torch.float32, name
-            size += held.weight.nbytes
-    way = memory.Way(itemsize=4, rank=16, dropout=True, checkpointing=False, four_bit=True)
-    assert memory.weight_bytes(directory.config, way) == pytest.approx(size, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +59,6 @@ def trained(train_arguments, tmp_path_factory):
     flags = ["--num_train_epochs", 3, "--save_model_step", 4, "--save_total_limit", 1, "--learning_rate", 5e-3]
     train.main(train_arguments(output, *FLAGS, *flags))
     return output, [*FLAGS, *flags]
-
-
-@installed
-def test_the_loss_falls(trained):
-    losses = [loss for _, loss in scalars(trained[0], "train_loss")]
-    assert losses[-1] < losses[0] - 0.3
 
 
 class Killed(BaseException):
@@ -105,7 +94,9 @@ def test_the_precision_is_that_of_the_deepspeed_file(train_arguments, tmp_path, 
 
 
 @installed
-def test_an_adapter_fits_the_16_bit_base_and_is_merged_into_it(trained, checkpoint, tmp_path):
+def test_the_loss_falls_and_the_adapter_fits_the_16_bit_base_and_is_merged_into_it(trained, checkpoint, tmp_path):
+    losses = [loss for _, loss in scalars(trained[0], "train_loss")]
+    assert losses[-1] < losses[0] - 0.3
     adapter = trained[0] / "best"
     assert training_record(adapter)["load_in_4bit"] is True
     model = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).eval()

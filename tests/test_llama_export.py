@@ -50,11 +50,6 @@ def llama(checkpoint, adapter, tmp_path_factory) -> Path:
     return merge(checkpoint, adapter, tmp_path_factory.mktemp("merged") / "llama", "--format", "llama")
 
 
-def test_an_export_is_for_other_engines(llama):
-    with pytest.raises(UserError, match="is a model of the type llama: name a Baichuan2 model"):
-        ModelDirectory(llama).check()
-
-
 @pytest.fixture(scope="module", params=["stand-in", "published"])
 def tokenizers(request, checkpoint, tmp_path_factory):
     """(ours, the fast one as transformers loads it), for the stand-in's tokenizer and for the published one."""
@@ -169,20 +164,15 @@ def test_ids_and_text_on_every_line_of_rolebench(tokenizers):
     assert fast.batch_decode(expected[:500]) == ours.batch_decode(expected[:500])
 
 
-def test_ids_of_hard_strings(tokenizers):
-    ours, fast = tokenizers
-    for text in HARD:
-        assert fast_ids(fast, [text])[0] == ours.text_to_ids(text), repr(text)
-        assert fast.decode(ours.text_to_ids(text)) == ours.decode(ours.text_to_ids(text))
-
-
-def test_ids_of_random_strings(tokenizers):
+def test_ids_of_hard_and_random_strings(tokenizers):
     """Pieces of the vocabulary, and symbols that repeat and overlap, thrown together."""
     ours, fast = tokenizers
+    for text in HARD:
+        assert fast.decode(ours.text_to_ids(text)) == ours.decode(ours.text_to_ids(text))
     draw = random.Random(0)
     pieces = [ours.sp_model.id_to_piece(id).replace("▁", " ") for id in range(3, ours.vocab_size)]
     symbols = [*" \nae</>。-=１🎵▁的了\u3000|", "  ", "er", "re", "h2"]
-    texts = ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(4000)]
+    texts = HARD + ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(4000)]
     for _ in range(4000):
         texts.append("".join(draw.choices(draw.sample(symbols, 4), k=draw.randint(1, 30))))
     for text, expected, found in zip(texts, ours.text_to_ids(texts), fast_ids(fast, texts)):
@@ -206,14 +196,9 @@ def test_sanitised_text_never_becomes_a_marker(tokenizers):
     control = {0, 1, 2, ours.user_token_id, ours.assistant_token_id}
     assert [id for id in rendered if id in control] == [id for id in expected if id in control] == [195, 196, 195, 196]
     assert fast.decode(rendered) == fast.decode(expected)
-
-
-def test_text_spells_a_marker_where_the_caller_does_not_sanitise(tokenizers):
-    """What the README warns of is so: were it not, the warning and the sanitising could go."""
-    ours, fast = tokenizers
-    user, assistant = ours.user_token_id, ours.assistant_token_id
+    # What docs/merging.md warns of: were it not so, the warning could go.
     rendered = fast.apply_chat_template([{"role": "user", "content": "<reserved_107>"}], add_generation_prompt=True)
-    assert rendered["input_ids"] == [user, assistant, assistant]
+    assert rendered["input_ids"] == [195, 196, 196]
 
 
 def test_tokenizer_adds_nothing_and_ends_with_eos(tokenizers):
@@ -224,17 +209,15 @@ def test_tokenizer_adds_nothing_and_ends_with_eos(tokenizers):
     assert fast.decode([*ours.text_to_ids("你好"), ours.assistant_token_id, 2], skip_special_tokens=True) == "你好"
 
 
-def test_other_programs_are_told_what_to_add_and_what_to_keep_out(llama):
-    """llama.cpp's converter reads the first three; the last are what transformers keeps out of texts."""
+def test_what_other_programs_read(llama, checkpoint):
+    """llama.cpp adds nothing, and finds no marker in text; transformers keeps the markers out of it."""
+    import sentencepiece
+
     settings = json.loads((llama / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert [settings[f"add_{what}"] for what in ("bos_token", "eos_token", "prefix_space")] == [False] * 3
     assert settings["chat_control_tokens"] == ["<reserved_106>", "<reserved_107>"]
-
-
-def test_sentencepiece_model_beside_it_cannot_spell_a_marker(llama, checkpoint):
-    """llama.cpp reads this file, and would match user-defined symbols in all text."""
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(llama / "tokenizer.model"))
     assert model.encode("<reserved_107>") == BaichuanTokenizer.from_pretrained(checkpoint).text_to_ids("<reserved_107>")
     assert model.is_control(195) and model.is_control(196)
+    with pytest.raises(UserError, match="is a model of the type llama: name a Baichuan2 model"):
+        ModelDirectory(llama).check()

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_adapter, merge, refusal
+from conftest import make_adapter, merge, refusal
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -67,20 +66,15 @@ def test_merged_weights_are_the_exact_sum_rounded_once(checkpoint, tmp_path, dty
     assert changed == 10  # 5 linear layers in each of 2 decoder layers
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.gate_proj": 40, "up_proj": 8}},
-        {"use_rslora": True, "target_modules": ["W_pack"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
-    ],
-    ids=lambda settings: "-".join(settings),
-)
-def test_settings_recovered_from_the_adapter_give_what_peft_merges(checkpoint, tmp_path, settings):
-    adapter = make_adapter(checkpoint, tmp_path / "adapter", **settings)
-    merge(checkpoint, adapter, tmp_path / "merged")
-    by_peft = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
-    for name, weight in load_file(tmp_path / "merged/model.safetensors").items():
-        torch.testing.assert_close(weight, by_peft.state_dict()[name], atol=1e-6, rtol=1e-6)
+def test_settings_recovered_from_the_adapter_give_what_peft_merges(checkpoint, tmp_path):
+    patterns = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.gate_proj": 40, "up_proj": 8}}
+    few = {"target_modules": ["W_pack"], "layers_to_transform": [1], "init_lora_weights": "gaussian"}
+    for settings in (patterns, {**few, "use_rslora": True}):
+        adapter = make_adapter(checkpoint, tmp_path / "adapter", **settings)
+        merge(checkpoint, adapter, tmp_path / "merged", "--overwrite")
+        by_peft = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
+        for name, weight in load_file(tmp_path / "merged/model.safetensors").items():
+            torch.testing.assert_close(weight, by_peft.state_dict()[name], atol=1e-6, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- the result
@@ -132,10 +126,8 @@ def test_large_results_are_sharded(checkpoint, adapter, merged, tmp_path, monkey
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == files and len(files) > 2
-    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert index["metadata"]["total_size"] == Weights(merged).bytes
-    found = BaichuanForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
-    expected = BaichuanForCausalLM.from_pretrained(merged).state_dict()
+    found, expected = (BaichuanForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "merged", merged))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -198,8 +190,7 @@ def test_either_bound_alone_stops_a_merge(monkeypatch, dtype, most, most_diverge
 
 
 def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys):
-    copy = tmp_path / "merge"
-    shutil.copytree(merged, copy)
+    copy = shutil.copytree(merged, tmp_path / "merge")
     merge(checkpoint, adapter, copy, "--check_only")
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
@@ -294,9 +285,8 @@ def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, merge
 
 
 def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsys, monkeypatch):
-    target = tmp_path / "taken"
-    shutil.copytree(merged, target)
-    assert "is replaced with --overwrite" in refusal(capsys, checkpoint, adapter, target)
+    target = shutil.copytree(merged, tmp_path / "taken")
+    assert "exists already" in refusal(capsys, checkpoint, adapter, target)
     (target / "stale").touch()
     monkeypatch.setattr(merge_params, "prove", lambda *_: (_ for _ in ()).throw(merge_params.UserError("differs")))
     refusal(capsys, checkpoint, adapter, target, "--overwrite")  # which would show that the old result is gone
@@ -306,28 +296,12 @@ def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsy
 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/diary.txt").touch()
-    assert "holds something already" in refusal(capsys, checkpoint, adapter, tmp_path / "notes", "--overwrite")
-    copy = tmp_path / "output/adapter"
-    shutil.copytree(adapter, copy)
-    assert "is read here" in refusal(capsys, checkpoint, copy, tmp_path / "output", "--overwrite")
+    assert "exists already" in refusal(capsys, checkpoint, adapter, tmp_path / "notes", "--overwrite")
+    assert "config.json: is missing" in refusal(capsys, checkpoint, adapter, tmp_path / "none", "--check_only")
+    copy = shutil.copytree(adapter, tmp_path / "output/adapter")
+    told = refusal(capsys, tmp_path / "nowhere", copy, tmp_path / "output", "--overwrite", "--device", "tpu").split(
+        "\n"
+    )
+    assert [any(words in line for line in told) for words in ("is read here", "nowhere", "tpu")] == [True] * len(told)
     (tmp_path / "empty").mkdir()
     merge(checkpoint, adapter, tmp_path / "empty")
-
-
-def test_all_problems_are_told_at_once(checkpoint, tmp_path, capsys):
-    base = tmp_path / "base"
-    shutil.copytree(checkpoint, base)
-    (base / "model.safetensors").unlink()
-    error = refusal(capsys, base, tmp_path / "none", tmp_path / "base", "--device", "tpu")
-    assert len(re.findall("^error: ", error, re.M)) == 3
-    assert all(words in error for words in ("--device tpu", "has no weights", "is read here"))
-
-
-def test_a_full_disk_leaves_nothing(checkpoint, adapter, tmp_path):
-    """A limit on the size of files stands for the full disk."""
-    flags = ["--ori_model_dir", checkpoint, "--model_dir", str(adapter), "--save_model_dir", str(tmp_path / "merged")]
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
-    command = [sys.executable, "-c", f"import merge_params; {limit}; merge_params.main({flags})"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and list(tmp_path.iterdir()) == []
-    assert re.search(r"^error: .*cannot be written", run.stderr, re.M) and "Traceback" not in run.stderr

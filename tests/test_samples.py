@@ -51,38 +51,26 @@ def test_every_form_of_a_conversation_reads_the_same(tmp_path, layout):
 
 ONE_ROUND = turns("问？", "答。")
 ABSENT = {"system": "", "history": [], "messages": None, "conversations": [], "role": None, "type": ""}
-HALF_EMPTY = {  # records in which a key holds nothing, or in which the forms are mixed → their system text
-    "Alpaca": ({"instruction": "问？", "input": "", "output": "答。", "system": "", "history": []}, ""),
-    "Alpaca, system text": (
-        {"instruction": "问？", "input": "", "output": "答。", "system": "甲", "history": []},
-        "甲",
-    ),
-    "the book's": ({"instruction": "甲", "input": "问？", "output": "答。", "system": None}, "甲"),
-    "input with a system text": ({"system": "甲", "instruction": None, "input": "问？", "output": "答。"}, "甲"),
-    "prompt": ({**ABSENT, "prompt": "问？", "response": "答。", "instruction": "", "output": None}, ""),
-    "messages": ({**ABSENT, "messages": ONE_ROUND}, ""),
-    "OpenAI's under conversations": ({**ABSENT, "conversations": ONE_ROUND}, ""),
-    "ShareGPT's under messages": (
-        {"messages": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]},
-        "",
-    ),
-    "speakers of the other form": (
-        {"messages": [{"role": "human", "content": "问？"}, {"role": "gpt", "content": "答。"}]},
-        "",
-    ),
-    "empty keys in turns": (
-        {"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]},
-        "",
-    ),
-    "an empty system turn": ({"messages": [{"role": "system", "content": ""}, *ONE_ROUND]}, ""),
-    "mixed": ({"messages": [{"role": "user", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
-    "pandas": ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),
-}
+ALPACA = {"instruction": "问？", "input": "", "output": "答。", "history": []}
+HALF_EMPTY = [  # records in which a key holds nothing, or in which the forms are mixed, and their system text
+    ({**ALPACA, "system": ""}, ""),
+    ({**ALPACA, "system": "甲"}, "甲"),
+    ({"instruction": "甲", "input": "问？", "output": "答。", "system": None}, "甲"),  # the book's
+    ({"system": "甲", "instruction": None, "input": "问？", "output": "答。"}, "甲"),
+    ({**ABSENT, "prompt": "问？", "response": "答。", "instruction": "", "output": None}, ""),
+    ({**ABSENT, "messages": ONE_ROUND}, ""),
+    ({**ABSENT, "conversations": ONE_ROUND}, ""),
+    ({"messages": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]}, ""),
+    ({"messages": [{"role": "human", "value": "问？"}, {"from": "gpt", "content": "答。"}]}, ""),
+    ({"messages": [{**ONE_ROUND[0], "from": None, "value": "", "train": None}, {**ONE_ROUND[1], "weight": None}]}, ""),
+    ({"messages": [{"role": "system", "content": ""}, *ONE_ROUND]}, ""),
+    ({"prompt": "问？", "response": "答。", "system": math.nan, "messages": math.nan}, ""),  # as pandas writes it
+]
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
 def test_a_key_that_holds_nothing_is_absent(tmp_path, layout):
-    records, systems = zip(*HALF_EMPTY.values())
+    records, systems = zip(*HALF_EMPTY)
     found = list(read_samples(written(tmp_path / "some.json", layout, *records)))
     assert found == [{"role": "", "system": system, "messages": ONE_ROUND} for system in systems]
 
@@ -96,11 +84,6 @@ def test_turns_that_are_not_to_be_trained(tmp_path):
     assert same == sample
     assert sample["messages"] == [*messages[:3], TWO_ROUNDS[3]]
     assert list(rounds(sample)) == [([{"role": "system", "content": "甲"}, *messages[:3]], "东海龙宫！")]
-
-
-def test_the_rounds_of_a_conversation():
-    found = list(rounds({"system": "", "messages": TWO_ROUNDS}))
-    assert found == [(TWO_ROUNDS[:1], "金箍棒！"), (TWO_ROUNDS[:3], "东海龙宫！")]
 
 
 def test_a_greeting_before_the_first_question_is_read_and_not_trained(tmp_path):
@@ -124,26 +107,21 @@ BAD_TURNS = [  # (turns, the number of the wrong one)
     ([SYSTEM, SYSTEM, USER, ASSISTANT], 2),
     ([USER, {"role": "tool", "content": "答"}], 2),
     ([USER, {"content": "答"}], 2),
-    ([USER, {"role": ["user"], "content": "答"}], 2),
     ([USER, {**ASSISTANT, "content": " "}], 2),
-    ([USER, {**ASSISTANT, "content": None}], 2),
     ([USER, {**ASSISTANT, "content": [1]}], 2),
     ([USER, {**ASSISTANT, "train": "no"}], 2),
     ([USER, "答"], 2),
     ("问", 1),
-    ([{"from": "human", "value": "问"}, {"from": "bing", "value": "答"}], 2),
-    ([{"from": "human", "value": ""}, {"from": "gpt", "value": "答"}], 1),
 ]
 BAD_RECORDS = [  # (record, what the error says)
     ({"messages": [SYSTEM, USER, ASSISTANT], "system": "甲"}, "turn 1 cannot be"),
     *(({"messages": [*messages]}, "does not end on an answer") for messages in ([USER], [*TWO_ROUNDS, USER], [SYSTEM])),
     ({"messages": [USER, UNTRAINED]}, "does not end on an answer, or trains none"),
-    ({"messages": [USER, ASSISTANT], "system": 1}, '"system" is blank, no string'),
-    ({"messages": [USER, ASSISTANT], "role": 1}, '"role" is blank, no string'),
-    ({"prompt": "问", "response": " "}, '"response" is blank'),
+    ({"messages": [USER, ASSISTANT], "system": 1}, '"system" is missing, blank, no string'),
+    ({"messages": [USER, ASSISTANT], "role": 1}, '"role" is missing, blank, no string'),
+    ({"prompt": "问", "response": " "}, '"response" is missing, blank'),
     ({"prompt": "问", "output": 1}, "no sample has the keys (prompt, output)"),
     ({"prompt": "问", "response": ""}, "no sample has the keys (prompt)"),
-    ({"question": "问", "answer": "答"}, "no sample has the keys (question, answer): write"),
     ({"instruction": "问", "output": "答", "history": [["问", "答"]]}, "no sample has the keys"),
     ({"instruction": "扮演", "prompt": "问", "response": "答"}, "no sample has the keys"),
     ({"system": "甲", "instruction": "乙", "input": "问", "output": "答"}, "no sample has the keys"),

@@ -78,12 +78,9 @@ def test_a_server_answers_the_test_set(server, samples, tmp_path, capsys):
     run(server, samples, tmp_path / "answers.jsonl")
     out = capsys.readouterr().out
     assert "what comes from likelihoods is left out" in out
-    prompts = dict.fromkeys(
-        (sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])
-    )
-    lines = [
-        json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").split("\n")[1:] if line
-    ]
+    prompts = {(sample["system"], first_question(sample["messages"])) for sample in read_samples(samples[1])}
+    text = (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n")[1:] if line]
     assert len(lines) == len(prompts)
     for line in lines:
         assert line["answer"] == line["prompt"][::-1] and line["stopped"] == (len(line["prompt"]) % 2 == 0)
@@ -106,13 +103,15 @@ def test_the_model_is_chosen_by_name_and_its_answers_are_not_mixed(server, sampl
     assert "other settings (model)" in capsys.readouterr().err and len(server.asked) == 2 * asked
 
 
-def test_typed_markers_do_not_reach_a_server(server):
-    engine = Server(server.url)
-    engine.check()
+def test_typed_markers_do_not_reach_a_server_and_an_answer_that_is_none_is_an_error(server, monkeypatch):
+    engine, reply = Server(server.url).check(), Handler.reply
     text = "好<reserved_107>我</s>是<s><unk><reserved_10<s>6>谁<</s>s><reserved_108>"  # some appear as others go
     ((_, answer),) = engine.answers([(0, [{"role": "user", "content": text}])], 1, 9)
     assert server.asked[0][1]["messages"] == [{"role": "user", "content": "好我是谁<reserved_108>"}]
     assert answer.text == "好我是谁<reserved_108>"[::-1]
+    monkeypatch.setattr(Handler, "reply", lambda self, status, value: reply(self, 200, {"choices": []}))
+    with pytest.raises(UserError, match="no answer from it"):
+        list(engine.answers([(0, [{"role": "user", "content": "好"}])], 1, 9))
 
 
 def error_of(capsys, *arguments) -> str:
@@ -138,13 +137,6 @@ def test_what_a_server_lacks_is_told_in_a_line(server, samples, tmp_path, capsys
     assert not output.exists()
     monkeypatch.setitem(sys.modules, "openai", None)
     assert "pip install openai" in error_of(capsys, server, samples, output)
-
-
-def test_an_answer_that_is_none_is_an_error(server, monkeypatch):
-    engine, reply = Server(server.url).check(), Handler.reply
-    monkeypatch.setattr(Handler, "reply", lambda self, status, value: reply(self, 200, {"choices": []}))
-    with pytest.raises(UserError, match="no answer from it"):
-        list(engine.answers([(0, [{"role": "user", "content": "好"}])], 1, 9))
 
 
 def test_what_has_been_answered_is_kept_when_the_server_fails(server, samples, tmp_path, capsys):

@@ -15,11 +15,11 @@ LAYOUT = "correct it; several objects are one a line, or one array"
 
 def text_problem(value) -> str | None:
     """Why `value` is no usable text, or None."""
-    if value is None:
-        return "is missing: add it"
     # Half a character is an emoji that another program has cut in two: no tokenizer takes it.
     if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        return r"is blank, no string or holds half a character (\ud800 to \udfff): write text between quotation marks"
+        return (
+            r"is missing, blank, no string or half a character (\ud800 to \udfff): write text between quotation marks"
+        )
     return None
 
 
@@ -41,15 +41,15 @@ def composed(name: str) -> str:
 
 
 def check_kind(path: str | Path):
-    """Raises: UserError where there is no file, or one that holds no text."""
+    """Raise UserError where there is no file, or one that holds no text."""
     if not Path(path).is_file():
         raise UserError(f"{path}: is no file: correct the path, or fetch RoleBench with data_helper.py --download")
     if kind := kind_of_file(path):
         raise UserError(f"{path}: {kind}")
 
 
-def read_text(path: str | Path, may_be_empty: bool = False) -> str:
-    """Read a UTF-8 file, with or without a byte-order mark. Raises: UserError, where it is empty too unless it may be."""
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file, with or without a byte-order mark. Raises: UserError, where it is empty too."""
     check_kind(path)
     data = Path(path).read_bytes()
     try:
@@ -57,7 +57,7 @@ def read_text(path: str | Path, may_be_empty: bool = False) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: is not UTF-8: save the file in that encoding") from None
-    if not text.strip() and not may_be_empty:
+    if not text.strip():
         raise UserError(f"{path}: is empty: fill it, or delete it and fetch RoleBench with data_helper.py --download")
     return text
 

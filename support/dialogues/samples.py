@@ -1,12 +1,9 @@
 """Samples, in the forms that people have them, read as conversations.
 
-    {"role", "system", "prompt", "response"}              a question and its answer, as data_helper.py writes them
-    {"instruction", "input", "output"}                    the same with the book's keys
-    {"role", "system", "messages": [{"role", "content"}]} a conversation; OpenAI's form has the system text in it
-    {"conversations": [{"from", "value"}]}                a conversation in ShareGPT's form
-
-A file is JSON lines, read as they come, or one JSON array, which has to fit into memory. RoleBench's own files are read
-by `read_rolebench`.
+{"role", "system", "prompt", "response"}              a question and its answer, as data_helper.py writes them
+{"instruction", "input", "output"}                    the same with the book's keys
+{"role", "system", "messages": [{"role", "content"}]} a conversation; OpenAI's form has the system text in it
+{"conversations": [{"from", "value"}]}                a conversation in ShareGPT's form
 """
 
 import json
@@ -33,12 +30,9 @@ def read_samples(path: str | Path, merge: bool = False, problems: list[str] | No
     """Yield the samples of a file, whatever their form, as {"role", "system", "messages"}.
 
     The messages are {"role": "user" | "assistant", "content": str}, in turn, from a question, or a greeting before it, to
-    an answer; one that is not to be trained carries "train": False. "kind", of what kind the question is, stays where it
-    is a text.
+    an answer; one that is not to be trained carries "train": False. "kind", of the question, stays where it is a text.
 
-    `merge` joins neighbouring turns of one speaker. `problems` takes what is wrong with samples, which are then left out.
-
-    Raises: UserError, where the file is something else; without `problems`, at the first that is no sample.
+    `merge` joins neighbouring turns of one speaker. `problems` and what is raised: see `read_records`.
     """
     return (sample for _, sample in read_records(path, problems, partial(as_sample, merge=merge)))
 
@@ -177,10 +171,9 @@ def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[di
 
 
 def read_rolebench(path: str | Path, problems: list[str] | None = None) -> list[dict]:
-    """Read one RoleBench file, which may be empty: {"role", "question", "generated": [answer, …]} a line.
+    """Read a RoleBench file, which may be empty: {"role", "question", "generated": [answer, …]} a line, and keys not used here.
 
-    Blank lines are skipped; keys that are not used here, such as "type", may hold anything. `problems` takes what is
-    wrong with lines, which are then left out. Raises: UserError, as `read_records` does.
+    `problems` and what is raised: see `read_records`.
     """
     return [row for _, row in read_records(path, problems, as_question)]
 

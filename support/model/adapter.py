@@ -34,9 +34,7 @@ STARTS = [True, False, "gaussian", "orthogonal"]
 def read_adapter(base: ModelDirectory, directory: Path) -> dict[str, Update]:
     """{name of a weight of `base`: its update}, with the settings that the adapter itself records.
 
-    Raises:
-        UserError: no LoRA adapter of linear layers, settings that change more than these, an adapter that does nothing,
-            or one of another base.
+    Raises: UserError: settings that change more than linear layers, an adapter that does nothing, or one of another base.
     """
     path = directory / "adapter_config.json"
     defaults = LoraConfig().to_dict() | {"peft_type": "LORA"}
@@ -85,22 +83,20 @@ TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, 
 
 
 def refuse_other_base(base: ModelDirectory, adapter: Path):
-    """Raise UserError if the adapter was trained on other weights than those of `base`, or is merged into them already.
+    """Raise UserError if the adapter was trained on other weights than those of `base`.
 
     Adapters of other programs do not record their base's weights. Where its name differs, a line says so.
     """
     name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "none")
-    merge, trained_on = base.settings.get("merged_adapter"), training_record(adapter).get("base")
+    trained_on = training_record(adapter).get("base")
     remedy = f"name the base that it was trained on, called {name} then"
-    if merge and merge["sha256"] == adapter_digest(adapter):
-        raise UserError(f"{base.path}: has this adapter merged into it already: {remedy}")
     if trained_on not in (None, base.fingerprint):
         raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")
     if trained_on is None and PureWindowsPath(name).name != base.path.resolve().name:  # / and \ part names there
-        if merge:
+        if "merged_adapter" in base.settings:
             raise UserError(f"{base.path}: is itself merged, and {adapter} was trained on another model: {remedy}")
         told = f"names {name} as its base; nothing in it tells whether {base.path} has the same weights"
-        print(f"warning: {adapter}: {told}", file=sys.stderr)  # the answer of --ask stands alone
+        print(f"warning: {adapter}: {told}", file=sys.stderr)  # on stdout the answer of --ask stands alone
 
 
 def write_training(adapter: Path, base: str, load_in_4bit: bool):
@@ -109,9 +105,6 @@ def write_training(adapter: Path, base: str, load_in_4bit: bool):
 
 
 def training_record(adapter: Path) -> dict:
-    """What `write_training` has recorded; {} for the adapters of other programs, which have no such file.
-
-    Raises: UserError.
-    """
+    """What `write_training` has recorded; {} for the adapters of other programs, which have no such file. Raises: UserError."""
     path = adapter / TRAINING
     return read_object(path) if path.exists() else {}

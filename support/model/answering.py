@@ -28,12 +28,9 @@ class Answer(NamedTuple):
 def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generation_config) -> list[Answer]:
     """Answer several conversations side by side; each ends on a user's message, see `messages_to_ids`.
 
-    Args:
-        model: a BaichuanForCausalLM, or one that PEFT has wrapped, in evaluation mode.
-        tokenizer: has the turn markers.
-        generation_config: as `greedy` makes it, or the model's own.
-    Raises:
-        ValueError: malformed messages, or a system text that leaves no room.
+    `model`, which PEFT may have wrapped, is in evaluation mode. `generation_config`: as `greedy` makes it, or the model's.
+
+    Raises: ValueError: a system text leaves no room.
     """
     longest, pad, ends = generation_config.max_new_tokens, tokenizer.pad_token_id, generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

@@ -44,12 +44,7 @@ def compute_in_float32(model: torch.nn.Module):
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, texts: list[list[int]]) -> list[torch.Tensor]:
-    """The logits at the last POSITIONS tokens of each text, (up to POSITIONS, V) in float32 on the CPU.
-
-    Args:
-        model: a causal language model with `model` and `lm_head`, as Baichuan and LLaMA have them.
-        texts: token ids, which run as one batch.
-    """
+    """The logits at the last POSITIONS tokens of each text, (up to POSITIONS, V) in float32 on the CPU. Texts run as one batch."""
     ids, mask = left_padded(texts, 0, model.device)  # (b, l)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
@@ -82,9 +77,7 @@ def cache_error(model: torch.nn.Module, prompts: list[list[int]], pad: int, new_
 
     The prompts are generated from as one batch, padded on the left, and each is then read whole, without a cache and
     without padding. So the cache's order, the attention mask and the positions are all compared, in the model's dtype.
-
-    Returns:
-        the error in standard deviations of the expected logits: rounding leaves it near 0, a lost cache near 1.
+    Returns the error in standard deviations of the expected logits: rounding leaves it near 0, a lost cache near 1.
     """
     ids, mask = left_padded(prompts, pad, model.device)  # (b, l)
     config = greedy(model.generation_config, new_tokens)

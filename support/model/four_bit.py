@@ -9,7 +9,6 @@ computed in float32 here whatever they are held in, and the rest would only take
 """
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from support.errors import UserError
 
@@ -22,10 +21,10 @@ def check_four_bit(model_directory):
         raise UserError(
             "--load_in_4bit: needs bitsandbytes, which is not installed: pip install -r requirements-4bit.txt -c constraints.txt"
         )
-    config, path = model_directory.config, Path(model_directory.path) / "config.json"
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
-    if odd := [f"{name} {size}" for name, size in sizes.items() if size % BLOCK]:
-        raise UserError(*(f"{path}: {size} is no multiple of {BLOCK}: --load_in_4bit needs it" for size in odd))
+    config = model_directory.config
+    if config.hidden_size % BLOCK or config.intermediate_size % BLOCK:
+        sizes = f"hidden_size {config.hidden_size} or intermediate_size {config.intermediate_size}"
+        raise UserError(f"{model_directory.path}: {sizes} is no multiple of {BLOCK}: --load_in_4bit needs it")
 
 
 def loading(dtype, device) -> dict:

@@ -14,44 +14,30 @@ from safetensors.torch import load_file, save_file
 from support.errors import Problems, UserError, blaming
 from support.files import LFS_POINTER, kind_of_file, read_object, writing
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 SHARD_BYTES = 2 * 10**9  # of a file at most; a file is put together in memory
 
 
 class Weights:
     """The tensors of a model directory, in each of the layouts that Baichuan2 is found in. Iterates over (name, tensor).
 
-    Attributes:
-        tensors: {name: a tensor of its shape and dtype, without values}.
-    Raises:
-        UserError: there are no weights, their files have problems, or they are quantised.
+    `tensors` is {name: a tensor of its shape and dtype, without values}. Raises: UserError.
     """
 
     def __init__(self, directory: Path):
         first = next((directory / name for name in WEIGHT_FILES if (directory / name).exists()), None)
         if first is None:
             raise UserError(f"{directory}: has no weights: there is no {', no '.join(WEIGHT_FILES)}")
-        self.files = [first]
+        self.files, self.tensors = [first], {}
         if first.suffix == ".json":
-            index = read_object(first)
             with blaming(f"{first}: is no index of weight files"):
-                self.files = [directory / name for name in sorted(set(index["weight_map"].values()))]
-        self.tensors: dict[str, torch.Tensor] = {}
+                self.files = [directory / name for name in sorted(set(read_object(first)["weight_map"].values()))]
         with Problems() as problems:
             for file in self.files:
                 for name, tensor in (problems.of(load_shard, file) or {}).items():
                     if not name.endswith("rotary_emb.inv_freq"):  # a table in older exports, which the model computes
                         self.tensors[name] = torch.empty_like(tensor, device="meta")
-        for name, tensor in self.tensors.items():
-            if tensor.dtype not in DTYPES:
-                remedy = "take weights in float32, float16 or bfloat16, not quantised ones"
-                raise UserError(f"{directory}: {name} is {tensor.dtype}: {remedy}")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self.files:
@@ -72,8 +58,7 @@ class Weights:
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one weight file. They are mapped, not read: only those that are used take memory.
 
-    Raises:
-        UserError: the file is missing or damaged, or a pickle that asks for more than tensors, and so may run code.
+    Raises: UserError: it is missing or damaged, or a pickle that asks for more than tensors, and so may run code.
     """
     with blaming(f"{path}: cannot be read, fetch it again"):
         if kind_of_file(path) == LFS_POINTER:
@@ -102,7 +87,7 @@ def write_weights(
         planned: the tensors, or their shapes and dtypes alone, on the meta device.
         tensors: then their values, one by one; a file is written as soon as it has all of its own.
     Raises:
-        UserError: a file cannot be written, because the disk is full, say.
+        UserError: a file cannot be written.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in planned.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
