@@ -81,6 +81,8 @@ class ModelDirectory:
             if kind := kind_of_file(path):
                 raise UserError(f"{path}: {kind}")
             tokenizer = BaichuanTokenizer.from_pretrained(self.path)
+            if not isinstance(tokenizer.init_kwargs.get("auto_map", {}), dict):  # else it could not be saved
+                raise ValueError("auto_map in tokenizer_config.json is no object")
             if turn_markers(tokenizer) != markers:
                 raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
             if len(tokenizer) != self.config.vocab_size:

@@ -21,11 +21,19 @@ def newest_state(output_dir) -> tuple[int, Path | None]:
 
 @dataclass
 class Best:
-    """The best adapter of a run so far. Its fields are kept in each state, for a run that is resumed."""
+    """The best adapter of a run so far. Its fields are kept in each state, for a run that is resumed.
+
+    Raises: ValueError, TypeError for fields that are none.
+    """
 
     name: str | None = None
     test_loss: float = math.inf
     saves_since: int = 0
+
+    def __post_init__(self):
+        self.test_loss, self.saves_since = float(self.test_loss), int(self.saves_since)
+        if self.name is not None and not re.fullmatch(CHECKPOINT, self.name):
+            raise ValueError(f"{self.name} is no adapter's name")
 
     def add(self, name: str, test_loss: float):
         """An adapter is about to be saved. Every process has the same loss, and so the same best."""
