@@ -38,6 +38,9 @@ class Weights:
                 for name, tensor in (problems.of(load_shard, file) or {}).items():
                     if not name.endswith("rotary_emb.inv_freq"):  # a table in older exports, which the model computes
                         self.tensors[name] = torch.empty_like(tensor, device="meta")
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise UserError(f"{directory}: {name} is {tensor.dtype}: take weights that are not quantised")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self.files:
