@@ -399,8 +399,8 @@ def test_before_after_colours_and_strength(tab, speaker):
     tab.reload()
     expect(base).to_be_visible()
     tab.page.set_viewport_size(PHONE)
-    above, below = (tab.page.locator(name).bounding_box() for name in ("#log", "#base"))
-    assert above["y"] + above["height"] <= below["y"]
+    box = "document.querySelector('{}').getBoundingClientRect().{}"
+    tab.page.wait_for_function(f"{box.format('#log', 'bottom')} <= {box.format('#base', 'top')}")
     tab.page.set_viewport_size(DESKTOP)
     tab.settings()
     tab.page.get_by_label("Base model").uncheck()
@@ -561,6 +561,7 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
         expect(tab.questions).to_have_text(["你是谁？", "你好。"])
         assert squeezed(tab.bubbles.nth(1).inner_text()) == first and tab.answer()
         expect(tab.options.last).to_have_text("Stopped. Continue")
+        tab.longest(8)
         tab.ask("再说一遍。")
     finally:
         tab.context.close()
