@@ -8,6 +8,6 @@ In the order of reading:
     speaker.py    who answers: a model that keeps within its context and reads a role's persona once
     chats.py      what the browser keeps, as plain dicts, and what the model reads of it
     visit.py      one event of the page: what the browser keeps, opened, and the page as it is shown afterwards
-    hosts.py      who may call the page: under which names, and with which password
+    hosts.py      who may call the page, under which names and password; whether it can listen
     look.py       colours, pictures, scripts and texts, from page.css and texts.json ([English, Chinese])
 """

@@ -1,4 +1,4 @@
-"""Who may call the page: under which names, and with which password."""
+"""Who may call the page: under which names, and with which password; and whether it can listen."""
 
 import os
 import socket
