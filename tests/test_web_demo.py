@@ -4,6 +4,7 @@ import json
 import socket
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES, greedy, whole
@@ -95,3 +96,23 @@ def test_the_page_begins_with_the_models_own_settings(speaker, monkeypatch):
         assert expected.items() <= {name: box.value for name, box in page.settings.items()}.items()
         for name in CHANGED.keys() - {"seed"}:
             monkeypatch.setattr(speaker.own_settings, name, None)
+
+
+def test_each_model_reads_its_own_earlier_answers(speaker, monkeypatch):
+    """What the base model would say beside the tuned one: it has not said what the tuned one has."""
+    (page := web_demo.Page(speaker, PROFILES)).blocks()
+    said, growing = {"text": "甲", "base": "乙", "state": "done"}, {"text": "", "base": "", "state": "stopped"}
+    turns = [{"question": "一", "versions": [said], "shown": 0}, {"question": "二", "versions": [growing], "shown": 0}]
+    kept = {"role": "李白", "chats": {"李白": [{"greeting": "", "turns": turns}]}, "shown": {"李白": 0}}
+    values = {page.chats: kept, page.growing: growing, page.personas: {}, page.description: "诗人"}
+    values |= {switch: switch.value for switch in page.switches} | {page.compare: True}
+    heard = {}
+
+    def answer(messages, settings, begun="", strength=1.0):
+        heard[strength] = [message["content"] for message in messages[1:]]
+        yield "好", "done"
+
+    monkeypatch.setattr(speaker, "answer", answer)
+    page.busy.add("visitor")
+    list(page.answer(values, SimpleNamespace(session_hash="visitor", headers={})))
+    assert heard == {1: ["一", "甲", "二"], 0.0: ["一", "乙", "二"]}
