@@ -62,7 +62,7 @@ def test_conversations_are_read_by_the_model_and_become_training_data():
         turn("四", version("庚")),
     ]
     chat, other = {"greeting": "来也！", "turns": turns}, {"greeting": "", "turns": [turn("早？", version("早。"))]}
-    unfinished = {"greeting": "", "turns": turns[2:]}
+    unfinished = {"greeting": "", "turns": [turn("五", version("己", "cut")), *turns[3:]]}
     kept = {"role": "李白", "chats": {"李白": [chat, unfinished, other], "张飞": [other]}, "shown": {}}
     said = {"text": ["一", "丙", "二", "丁", "三", "戊", "四"], "base": ["一", "B", "二", "丁", "三", "戊", "四"]}
     for greeted, begin in ((True, ["来也！"]), (False, [])):
