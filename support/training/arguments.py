@@ -49,10 +49,8 @@ def read_deepspeed_config(path) -> dict:
     with blaming(f"{path}: is not laid out like ds_zero2_no_offload.json"):
         if config.get("zero_optimization", {}).get("stage") not in (1, 2):
             raise UserError(f"{path}: zero_optimization.stage must be 2 (or 1): only adapters are trained here")
-        for key in ("bf16", "fp16"):
-            if not isinstance(
-                config.setdefault(key, {}).get("enabled", False), bool
-            ):  # DeepSpeed reads "auto" as false
+        for key in ("bf16", "fp16"):  # of which DeepSpeed reads "auto" as false
+            if not isinstance(config.setdefault(key, {}).get("enabled", False), bool):
                 raise UserError(f"{path}: {key}.enabled must be true or false")
         config["gradient_clipping"] = float(config.get("gradient_clipping", 0))
         optimizer = {"type": "AdamW", "params": {}} | config.get("optimizer", {})
