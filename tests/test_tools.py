@@ -10,10 +10,10 @@ from tests.tools.operations import operations_of_a_step
 
 
 def test_a_step_takes_few_operations():
-    """32 layers at 8 samples; 10,685 by this count before the adapters were one parameter."""
+    """32 layers at 8 samples; 10,685 before the adapters were one parameter, 3,457 with PEFT's own layers."""
     two, three = operations_of_a_step(2), operations_of_a_step(3)
     a_layer = three.total() - two.total()
-    assert two.total() + 30 * a_layer <= 3_600
+    assert two.total() + 30 * a_layer <= 3_000
     # What the optimizer does, it does for all adapters at once.
     optimizer = [{key: times for key, times in found.items() if "step" in key[0]} for found in (two, three)]
     assert optimizer[0] == optimizer[1]

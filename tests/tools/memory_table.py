@@ -63,7 +63,7 @@ def layer_bytes(config, way: Way) -> float:
 
     Both norms keep their input; attention the output of W_pack, of which the value is a part, query and key as they were
     turned, and its own output; the MLP what goes into activation and product; an adapter the input of its A, which
-    dropout copies (on a GPU with a mask of a byte a number). Frozen weights need no input kept.
+    dropout copies, with a mask of a byte a number. Frozen weights need no input kept.
     """
     h, m, s = config.hidden_size, config.intermediate_size, way.itemsize
     norms, attention, mlp = 2 * h * s, 6 * h * s, 3 * m * s

@@ -22,8 +22,9 @@ NO_WORK += "empty empty_like empty_strided resize_ result_type resolve_conj reso
 NO_WORK += "_has_compatible_shallow_copy_type"
 NO_WORK = {"detach", "detach_", *(f"aten::{name}" for name in NO_WORK.split())}
 # What a GPU has one kernel for, and one for its gradient, whatever the CPU makes of it …
-FUSED = {f"aten::{name}" for name in ("rms_norm", "dropout", "cross_entropy_loss")}
-FUSED |= {"aten::_scaled_dot_product_flash_attention_for_cpu"}
+FUSED = "rms_norm dropout native_dropout native_dropout_backward cross_entropy_loss "
+FUSED += "_scaled_dot_product_flash_attention_for_cpu"
+FUSED = {f"aten::{name}" for name in FUSED.split()}
 # … and what converts a number on the CPU on its way.
 SINGLE = {f"aten::{name}" for name in ("mul", "mul_", "add", "add_", "div", "div_", "pow", "sum", "mean")}
 

@@ -12,6 +12,7 @@ import data_helper
 import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from support.model import stand_in
+from support.training.fused_lora import fuse
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data/sample"
@@ -54,6 +55,8 @@ def with_lora(model, spread=0.01):
     torch.manual_seed(1)
     targets = utils.find_all_linear_names(model)
     lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    if isinstance(model, BaichuanForCausalLM):
+        fuse(lora)  # as train.py does; a LLaMA for the Trainer has PEFT's own layers
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

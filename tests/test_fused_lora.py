@@ -1,0 +1,41 @@
+"""LoRA's layers in few operations compute what PEFT's own layers do."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from support.training.fused_lora import FusedLinear, fuse
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_and_gradients_are_those_of_peft(dropout, training):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 96, bias=False), nn.SiLU(), nn.Linear(96, 32, bias=False))
+    inputs = torch.randn(3, 7, 48)
+    if not dropout:  # which draws in the order of memory
+        inputs = inputs.transpose(0, 1)
+    found = []
+    for fused in (False, True):
+        config = LoraConfig(r=4, lora_alpha=10, lora_dropout=dropout, target_modules=["0", "2"])
+        if fused:
+            fuse(config)
+        torch.manual_seed(1)
+        model = get_peft_model(copy.deepcopy(net), config).train(training)
+        assert isinstance(model.base_model.model[0], FusedLinear) == fused
+        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in adapters:
+            nn.init.normal_(parameter)  # B would be zero
+        x = inputs.clone().requires_grad_()
+        torch.manual_seed(2)  # the same inputs are dropped
+        first, second = model(x), model(inputs)  # of the latter nobody wants the gradient
+        (first.pow(2) * 0.1 + second.sin()).sum().backward()
+        with torch.no_grad(), model.disable_adapter():
+            off = model(x)
+        found.append([first, second, off, x.grad, *(parameter.grad for parameter in adapters)])
+    assert (found[0][2] - found[0][0]).abs().max() > 1  # the adapters do something
+    for expected, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
