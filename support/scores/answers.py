@@ -6,11 +6,11 @@ measured = measure_answers(questions, answers, style, recall, limits)
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jieba
 import numpy as np
 from rouge_chinese import Rouge
 
@@ -18,6 +18,9 @@ from support.dialogues.samples import first_question
 from support.scores.table import Items, Score
 from support.scores.voice import COPY, Nearest, Recall, Style
 
+with warnings.catch_warnings():  # the older setuptools that torch 2.11 asks for warns of what it takes from there
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+    import jieba
 jieba.setLogLevel("CRITICAL")  # it tells how it loads its dictionary, and where it cannot keep it
 jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"  # in the directory for temporary files, which others use, too
 
