@@ -4,7 +4,7 @@
     python3 tests/tools/bench_train.py --size small --conversations     # conversations of 3 and 4 rounds
     python3 tests/tools/bench_train.py --size tiny --growth             # how their cost grows with rounds and persona
     python3 tests/tools/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
-    python3 tests/tools/bench_train.py --size 7b --dtype bfloat16       # on a GPU
+    python3 tests/tools/bench_train.py --size 7b --dtype bfloat16 --checkpointing    # on a GPU
     python3 tests/tools/bench_train.py --operations                     # those of one step, counted on the CPU
 
 Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
@@ -14,6 +14,7 @@ book              padded rows, head and logits at every position
 padded            the same rows, the head at supervised positions alone
 tree              rows of trees, as train.py takes them
 trainer           transformers' Trainer + PEFT on the equivalent LLaMA, padded rows
+…-checkpointing   the same with gradient checkpointing
 padded-rounds, trainer-rounds   of conversations: one sample a round, with the history before it
 """
 
@@ -40,12 +41,13 @@ from tests.tools.operations import print_operations
 from tests.tools.steps import OwnSteps, TrainerSteps
 
 SINGLE_WAYS = ["book", "padded", "tree", "trainer"]
+CHECKPOINTING_WAYS = ["tree-checkpointing", "trainer-checkpointing"]
 CONVERSATION_WAYS = ["padded-rounds", "padded", "tree", "trainer-rounds", "trainer"]
 GROWTH_WAYS = ["padded-rounds", "padded", "tree"]
 PERSONA_TOKENS = 400  # of a conversation
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=shared.SIZES, default="small")
     parser.add_argument("--data_dir", default=shared.SAMPLE, help="RoleBench files")
@@ -54,10 +56,11 @@ def parse_args():
     parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 64], help="samples a step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each way, after an untimed one")
     parser.add_argument("--conversations", action="store_true", help="a role's questions, three and four in a row")
+    parser.add_argument("--checkpointing", action="store_true", help="also with gradient checkpointing")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
     parser.add_argument("--operations", action="store_true", help="count the operations of a step instead")
     parser.add_argument("--scale", type=int, metavar="SAMPLES", help="measure the data of this many samples instead")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- samples
@@ -120,7 +123,8 @@ def all_samples(args, directory: str) -> Samples:
 # ---------------------------------------------------------------- the tables
 
 
-def table(args):
+def table(args) -> dict[tuple[int, str], float]:
+    """Print the table. Returns {(samples a step, way): samples a second}."""
     with TemporaryDirectory() as directory:
         data = all_samples(args, directory)
         device, dtype = train.processes.join_processes(), getattr(torch, args.dtype)
@@ -132,16 +136,18 @@ def table(args):
         )
         base = shared.random_model(args.size, dtype, device)
         llama = shared.with_lora(shared.as_llama(base), spread=0)
-        model = shared.with_lora(base, spread=0)  # so that both compute the same
+        model = shared.with_lora(base, spread=0).train()  # with a B of 0 both compute the same
         adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         flags = train.parse_args(["--ds_file", str(shared.ROOT / "ds_zero2_no_offload.json")])
         flags.learning_rate = 0.0  # and go on so
         config = train.read_deepspeed_config(flags.ds_file) | {"bf16": {"enabled": args.dtype == "bfloat16"}}
         engine = train.start_engine(model, config, flags, 10_000)
-        ways = {}
-        for way in CONVERSATION_WAYS if args.conversations else SINGLE_WAYS:
-            is_trainer = way.startswith("trainer")
-            ways[way] = TrainerSteps(llama, device, directory) if is_trainer else OwnSteps(way, model, device, engine)
+        names = CONVERSATION_WAYS if args.conversations else SINGLE_WAYS
+        ways, rates = {}, {}
+        for way in names + CHECKPOINTING_WAYS * args.checkpointing:
+            ways[way] = OwnSteps(way, model, device, engine)
+            if way.startswith("trainer"):
+                ways[way] = TrainerSteps(way, llama, device, directory)
         header = ("samples a step", "way", "samples/s", "ratio", "tokens/sample", "loss difference")
         shared.print_header(*header, "share of matrix rate")
         first, draw = next(iter(ways)), np.random.default_rng(0)
@@ -160,8 +166,10 @@ def table(args):
                 head = tokens if way == "book" or way.startswith("trainer") else supervised
                 share = shared.arithmetic(model.config, adapters, tokens, head) / medians[way] / rate
                 ratio, computed = medians[first] / medians[way], f"{tokens / size:.1f}"
-                cells = [size, way, f"{size / medians[way]:.2f}", f"{ratio:.2f}", computed]
+                rates[size, way] = size / medians[way]
+                cells = [size, way, f"{rates[size, way]:.2f}", f"{ratio:.2f}", computed]
                 shared.print_row(*cells, f"{difference:.1e}", f"{share:.0%}")
+    return rates
 
 
 def growth(args):

@@ -7,7 +7,7 @@ Weights are random, with the sizes of the real model; without --tokenizer the vo
 small. Every part runs in a process of its own: one that fails, or takes three times as long as it should, is a row of the
 table, and the others still run. What does not fit into --seconds any more is skipped. To --out go, after every part,
 table.md, gpu_check.json, profile.txt (where the time of a training step goes, by kernel) and log.txt (all that was
-printed). CUDA_VISIBLE_DEVICES chooses the card.
+printed), and peers.txt (the table of that part). CUDA_VISIBLE_DEVICES chooses the card.
 """
 
 import json
@@ -39,26 +39,28 @@ from tests.tools import gpu_parts, shared
 from tests.tools.gpu_parts import STEP_SIZE, base, book_flags
 
 BOOK_STEPS = 1002  # an epoch of the chapter
-PARTS = {  # name: (seconds that it is expected to take at 7b, what it shows)
+PARTS = {  # name: (seconds that it is expected to take at 7b, what it shows); what matters most comes first
     "card": (20, "the card, and what it reaches in a matrix product and in a copy"),
     "weights": (60, "random weights, made on the device, as a model directory; samples"),
-    "llama": (40, "logits against those of transformers' LlamaForCausalLM"),
-    "gradients": (30, "gradients of tree rows against those of padded rows, two layers"),
     "tree_rows": (50, "the chapter's training command, without --gradient_checkpointing"),
-    "kernels": (45, "kernels of such a step, by time"),
-    "four_bits": (60, "… with --load_in_4bit"),
-    "checkpointing": (50, "… with --gradient_checkpointing"),
-    "padded_rows": (50, "… with --packing none"),
     "merge": (60, "merge_params.py on the device, with its proof"),
+    "peers": (110, "steps of 8 and 32 samples: book, padded rows, trees, and transformers' Trainer with PEFT"),
+    "adamw": (45, "the optimizer's share of a step; peak memory beside the computed one"),
+    "padded_rows": (50, "the chapter's training command with --packing none"),
     "page": (45, "the chat page's generator"),
     "predict": (45, "answers side by side, as predict.py gives them"),
+    "kernels": (45, "kernels of a step in tree rows, by time"),
+    "llama": (40, "logits against those of transformers' LlamaForCausalLM"),
+    "checkpointing": (50, "the chapter's training command with --gradient_checkpointing"),
+    "four_bits": (60, "the chapter's training command with --load_in_4bit"),
+    "gradients": (30, "gradients of tree rows against those of padded rows, two layers"),
     "resume": (90, "a run that is killed, and resumed"),
 }
 TRAINING = {  # flags beside the chapter's
     "tree_rows": [],
-    "four_bits": ["--load_in_4bit"],
-    "checkpointing": ["--gradient_checkpointing"],
     "padded_rows": ["--packing", "none"],
+    "checkpointing": ["--gradient_checkpointing"],
+    "four_bits": ["--load_in_4bit"],
 }
 
 
@@ -225,6 +227,7 @@ def main(argv=None):
         return
     if args.size == "7b" and pick_device("auto").type == "cpu":
         raise UserError("--size 7b: there is no GPU here: give --size tiny to see that everything runs")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part does not outlive this
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").write_bytes(b"")
     args.end, args.results = time.time() + args.seconds, {}

@@ -27,7 +27,7 @@ from support.page.speaker import Speaker
 from support.training.checkpoints import checkpoints
 from support.training.log import peak_memory_gb
 from support.training.processes import has_bfloat16
-from tests.tools import bench_predict, shared
+from tests.tools import bench_predict, bench_train, memory_table, shared
 from tests.tools.steps import OwnSteps, training_step
 
 STEP_SIZE = 8  # samples, the chapter's 2 × 4
@@ -139,16 +139,53 @@ def gradients(args) -> dict:
 # ---------------------------------------------------------------- training
 
 
+def peers(args) -> dict:
+    """Samples a second of all ways, of the same card in the same process."""
+    dtype = "bfloat16" if has_bfloat16() else "float32"
+    flags = ["--size", args.size, "--dtype", dtype, "--checkpointing", "--samples", "8", "32", "--steps", "3"]
+    flags += ["--data_dir", str(args.data_dir), *(["--tokenizer_dir", str(args.tokenizer)] if args.tokenizer else [])]
+    with open(args.out / "peers.txt", "w", encoding="utf-8") as file, redirect_stdout(file):
+        rates = bench_train.table(bench_train.parse_args(flags))
+    texts = []
+    for size in (8, 32):
+        tree, book, trainer = (rates[size, way] for way in ("tree", "book", "trainer"))
+        texts.append(f"{tree:.1f} samples/s at {size} a step, {tree / book:.1f} × book, {tree / trainer:.1f} × Trainer")
+    return {"text": "; ".join(texts), "rates": [[*way, rate] for way, rate in rates.items()]}
+
+
+def adamw(args) -> dict:
+    """Both halves of a step by themselves; and the memory of the longest row, with that of the optimizer."""
+    gather, update, steps = training_step(book_flags(args, args.scratch / "halves"))
+    device, seconds, number_of_steps = pick_device("auto"), [], min(10, len(steps))
+    for number in range(number_of_steps):
+        with shared.stopwatch(device) as first:
+            gather(number)
+        with shared.stopwatch(device) as second:
+            update()
+        seconds.append((first.seconds, second.seconds))
+    first, second = (statistics.median(half[len(half) // 2 :]) for half in zip(*seconds))
+    text = f"{second * 1e3:.1f} ms in engine.step(), {second / (first + second):.1%} of a step"
+    rows = [batch for number in range(number_of_steps) for batch in steps[number][0]]
+    row = max(rows, key=lambda batch: batch["input_ids"].numel())
+    size = memory_table.RowSize(row["input_ids"].numel(), len(row["loss_positions"]))
+    way = memory_table.Way(2, 16, dropout=True, checkpointing=False, four_bit=False)
+    config = ModelDirectory(base(args)).config
+    parts = (memory_table.weight_bytes(config, way), memory_table.trained_bytes(config, way))
+    computed = (sum(parts) + memory_table.row_bytes(config, way, size)) / 1e9
+    text += f"; peak {peak_memory_gb():.1f} GB, computed {computed:.1f} GB with a row of {size.tokens} tokens"
+    return {"text": text, "peak_gb": peak_memory_gb(), "computed_gb": computed}
+
+
 def kernels(args) -> dict:
     """The kernels of a few steps after some that warm up; on the CPU its operations."""
     number = 5 if args.steps >= 10 else 1
-    step, _ = training_step(book_flags(args, args.scratch / "profiled"))
+    gather, update, _ = training_step(book_flags(args, args.scratch / "profiled"))
     for warm in range(number):
-        step(warm)
+        gather(warm), update()
     device = pick_device("auto")
     with torch.profiler.profile() as profile, shared.stopwatch(device) as watch:
         for measured in range(number, 2 * number):
-            step(measured)
+            gather(measured), update()
     kind, found = getattr(torch.autograd.DeviceType, device.type.upper()), []
     for event in profile.key_averages():
         if event.device_type == kind and not event.is_user_annotation:

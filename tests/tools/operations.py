@@ -75,10 +75,10 @@ def operations_of_a_step(layers: int) -> Counter:
         flags = ["--model_name_or_path", write_model(directory, *sizes), "--max_pack_len", "4096"]
         paths = ["--train_path", f"{directory}/train.json", "--test_path", f"{directory}/test.json"]
         with mock.patch.object(train, "row_cost", lambda config, device: None):  # as few rows as possible
-            step, steps = training_step([*flags, *paths, "--output_dir", str(Path(directory, "run"))])
+            gather, update, steps = training_step([*flags, *paths, "--output_dir", str(Path(directory, "run"))])
         assert len(steps[0][0]) == 1
-        step(0)  # the first one also makes the optimizer's state
-        return count_operations(lambda: step(0))
+        gather(0), update()  # the first one also makes the optimizer's state
+        return count_operations(lambda: (gather(0), update()))
 
 
 def print_operations():

@@ -17,7 +17,7 @@ from support.training.fused_lora import fuse
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data/sample"
 SIZES = {  # hidden, layers, heads, intermediate
-    "tiny": (128, 4, 4, 352),
+    "tiny": (128, 4, 4, 384),
     "small": (768, 6, 12, 2048),
     "wide": (4096, 2, 32, 11_008),
     "7b": (4096, 32, 32, 11_008),

@@ -17,8 +17,8 @@ from support.training import one_parameter
 from tests.tools import shared
 
 
-def training_step(flags: list[str]) -> tuple[Callable[[int], None], utils.Steps]:
-    """(a function that takes step number k as train.py does, the steps), of train.py with these flags, in bfloat16."""
+def training_step(flags: list[str]) -> tuple[Callable[[int], None], Callable[[], None], utils.Steps]:
+    """(gather, update, steps) of train.py with these flags, in bfloat16: `gather(k); update()` takes step number k."""
     args = train.parse_args([*flags, "--ds_file", str(shared.ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data, _ = train.read_inputs(args)
     device = train.processes.join_processes()
@@ -27,14 +27,16 @@ def training_step(flags: list[str]) -> tuple[Callable[[int], None], utils.Steps]
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
 
-    def step(number: int):
+    def gather(number: int):
         batches, tokens = steps[number]
         with torch.profiler.record_function("forward and reduction"):
             train.train_step(engine, batches, tokens, args.attn_implementation, stop=False)
+
+    def update():
         with torch.profiler.record_function("engine.step()"):
             train.update(engine, torch.bfloat16)
 
-    return step, steps
+    return gather, update, steps
 
 
 def labels_of(batch: dict, shift: int) -> torch.Tensor:
@@ -52,6 +54,17 @@ def book_loss(model, batch: dict, tokens: int) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels_of(batch, 0).flatten(), reduction="sum") / tokens
 
 
+def set_checkpointing(model, way: str):
+    """Switch gradient checkpointing on or off, as the way's name says."""
+    prefix = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # before transformers 5.24
+    if way.endswith("-checkpointing"):
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+
+
 class OwnSteps:
     """Steps of one way as train.py takes them, through DeepSpeed's engine; without one, `backward` alone can be called."""
 
@@ -59,7 +72,7 @@ class OwnSteps:
         self.way, self.model, self.device, self.engine = way, model, device, engine
 
     def batches(self, data, indices) -> list[dict]:
-        is_tree = self.way == "tree"
+        is_tree = self.way.startswith("tree")
         cost = row_cost(self.model.config, self.device)
         collator = utils.Collator(data, "tree" if is_tree else "none", MOST_TOKENS, 2, cost)
         return collator(data.in_tree_order(indices) if is_tree else indices)
@@ -79,6 +92,7 @@ class OwnSteps:
 
     def step(self, data, indices) -> tuple[float, float, int]:
         """Take one step: (seconds, loss, tokens computed)."""
+        set_checkpointing(self.model, self.way)
         with shared.stopwatch(self.device) as watch:
             with self.engine.coalesce_grad_reduction():
                 loss, computed = self.backward(data, indices)
@@ -105,13 +119,14 @@ class Watch(TrainerCallback):
 class TrainerSteps:
     """Steps of transformers' Trainer, as OwnSteps has them."""
 
-    def __init__(self, model, device, directory: str):
-        self.model, self.device, self.directory = model, device, directory
+    def __init__(self, way: str, model, device, directory: str):
+        self.way, self.model, self.device, self.directory = way, model, device, directory
 
     def step(self, data, indices) -> tuple[float, float, int]:
         rows = [(np.append(ids, data.eos), pairs) for ids, pairs in map(data.sample, indices)]
         tokens = sum(2 * max(len(ids) for ids, _ in rows[start : start + 2]) for start in range(0, len(rows), 2))
         watch = Watch(self.device)
+        set_checkpointing(self.model, self.way)
         with mock.patch.dict(os.environ):
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # or it would wrap its model for several processes
                 os.environ.pop(name, None)
