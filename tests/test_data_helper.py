@@ -269,7 +269,7 @@ def test_a_bad_file_is_named(run):
         (None, ": is no file: correct the path, or fetch RoleBench with data_helper.py --download"),
         (b"", ": is empty"),
         ('{\n"李白": "爱酒"}'.encode("gbk"), ":2: is not UTF-8"),
-        ('{\n"李白": "爱酒",\n}'.encode(), ":3: is not a JSON object"),
+        ('{\n"李白": "爱酒"\n"张飞": "好斗"}'.encode(), ":3: is not a JSON object"),
         ('["李白"]'.encode(), ": holds no role"),
     ]:
         path.unlink() if content is None else path.write_bytes(content)
