@@ -1,7 +1,7 @@
-"""LoRA layers that compute forward and backward in as few operations as there are: y = W x + s · B A d(x), d the dropout.
+"""LoRA's layers in few operations: y = W x + s · B A d(x), where d is the dropout and s = alpha / r.
 
-On a GPU a step of few tokens takes the time of its launches, and these layers are most of them. PEFT's own layer gives
-autograd six operations to record, and eight to go back. Here they are four and six: a product also scales and adds.
+On a GPU a step of few tokens takes the time of its launches, and these layers are most of them. PEFT's own layer takes
+six operations forward and eight backward. Here they are four and six, since a matrix product can also scale and add:
 
     t = A d(x)                  ∂A = ∂t d(x)ᵀ      ∂t = s Bᵀ ∂y
     y = W x,  y += s B t        ∂B = s ∂y tᵀ       ∂x = d(Aᵀ ∂t),  ∂x += Wᵀ ∂y
@@ -13,7 +13,7 @@ from peft.tuners import lora
 
 
 def fuse(config: LoraConfig):
-    """Have PEFT use these layers, which need the frozen weights as they are, not in four bits."""
+    """Have PEFT use these layers for a model whose linear layers have no bias and are not in four bits."""
     config._register_custom_module({torch.nn.Linear: FusedLinear})
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import train
 import utils
@@ -56,9 +56,8 @@ def book_loss(model, batch: dict, tokens: int) -> torch.Tensor:
 
 def set_checkpointing(model, way: str):
     """Switch gradient checkpointing on or off, as the way's name says."""
-    prefix = (
-        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    )  # before transformers 5.24
+    # Gradient checkpointing was its name before transformers 5.24.
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if way.endswith("-checkpointing"):
         getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
@@ -131,7 +130,9 @@ class TrainerSteps:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # or it would wrap its model for several processes
                 os.environ.pop(name, None)
             arguments = self.arguments(-(-len(rows) // 2))
-            trained = Trainer(self.model, arguments, trainer_batch, rows, callbacks=[watch]).train()
+            trainer = Trainer(self.model, arguments, trainer_batch, rows, callbacks=[watch])
+            trainer.remove_callback(PrinterCallback)
+            trained = trainer.train()
         return watch.seconds, trained.training_loss, tokens
 
     def arguments(self, rows_of_two: int) -> TrainingArguments:
