@@ -170,6 +170,8 @@ def execute(args, command: list[str]):
         raise UserError(f"did not end in time; its last words: {last_words(args)}") from None
     finally:
         end_process(process)
+    if process.returncode < 0:  # by the system, where memory ran out
+        raise UserError(f"killed by {signal.Signals(-process.returncode).name}; its last words: {last_words(args)}")
     if process.returncode:
         raise UserError(last_words(args))
 
@@ -177,9 +179,9 @@ def execute(args, command: list[str]):
 def last_words(args) -> str:
     """The last line of this part's log that names an error, or its last line."""
     log = (args.out / "log.txt").read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in re.split("[\r\n]", log.rpartition("──── ")[2]) if line.strip()]
+    _, *lines = [line.strip() for line in re.split("[\r\n]", log.rpartition("──── ")[2]) if line.strip()]
     errors = [line for line in lines if re.match(r"(\[rank\d\]: )?(error:|[\w.]*(Error|Exception)\b)", line)]
-    return (errors or lines)[-1][:300]
+    return (errors or lines or ["none"])[-1][:300]
 
 
 def in_own_process(args, name: str) -> dict:
