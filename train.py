@@ -152,7 +152,7 @@ def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, dev
         task_type="CAUSAL_LM",
     )
     if not args.load_in_4bit:
-        fuse(lora)  # the same arithmetic in fewer operations
+        fuse(lora)  # the same up to rounding, in fewer operations
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     if args.gradient_checkpointing:
         # transformers 5.24 gave it another name.

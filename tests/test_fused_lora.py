@@ -10,11 +10,12 @@ from torch import nn
 from support.training.fused_lora import FusedLinear, fuse
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_and_gradients_are_those_of_peft(dropout, training):
+def test_outputs_and_gradients_are_those_of_peft(bias, dropout, training):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(48, 96, bias=False), nn.SiLU(), nn.Linear(96, 32, bias=False))
+    net = nn.Sequential(nn.Linear(48, 96, bias=False), nn.SiLU(), nn.Linear(96, 32, bias))
     inputs = torch.randn(3, 7, 48)
     if not dropout:  # which draws in the order of memory
         inputs = inputs.transpose(0, 1)
@@ -39,3 +40,22 @@ def test_outputs_and_gradients_are_those_of_peft(dropout, training):
     assert (found[0][2] - found[0][0]).abs().max() > 1  # the adapters do something
     for expected, own in zip(*found, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-6 * float(expected.detach().abs().max()))
+
+
+def test_rounding_in_bfloat16_is_no_worse_than_that_of_peft():
+    torch.manual_seed(0)
+    layer, x, found = nn.Sequential(nn.Linear(256, 512, bias=False)), torch.randn(64, 256).bfloat16(), []
+    for fused, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
+        config = LoraConfig(r=16, lora_alpha=64, target_modules=["0"])
+        if fused:
+            fuse(config)
+        torch.manual_seed(1)
+        model = get_peft_model(copy.deepcopy(layer).bfloat16(), config, autocast_adapter_dtype=False)
+        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in adapters:
+            nn.init.normal_(parameter, std=0.1)
+        y = model.to(dtype)(x.to(dtype))
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([tensor.float() for tensor in (y.detach(), *(parameter.grad for parameter in adapters))])
+    for exact, by_peft, own in zip(*found, strict=True):
+        assert (own - exact).norm() <= 1.05 * (by_peft - exact).norm() <= 0.05 * exact.norm()

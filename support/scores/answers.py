@@ -18,7 +18,7 @@ from support.dialogues.samples import first_question
 from support.scores.table import Items, Score
 from support.scores.voice import COPY, Nearest, Recall, Style
 
-with warnings.catch_warnings():  # the older setuptools that torch 2.11 asks for warns of what it takes from there
+with warnings.catch_warnings():  # jieba imports pkg_resources, which the setuptools of torch 2.11 calls deprecated
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     import jieba
 jieba.setLogLevel("CRITICAL")  # it tells how it loads its dictionary, and where it cannot keep it

@@ -1,7 +1,8 @@
 """LoRA's layers in few operations: y = W x + s · B A d(x), where d is the dropout and s = alpha / r.
 
-On a GPU a step of few tokens takes the time of its launches, and these layers are most of them. PEFT's own layer takes
-six operations forward and eight backward. Here they are four and six, since a matrix product can also scale and add:
+On a GPU every operation is a launch, and in a step of few tokens launches can take longer than arithmetic. PEFT's own
+layer takes six operations forward and eight backward. Here they are four and six, since a matrix product can also scale
+and add:
 
     t = A d(x)                  ∂A = ∂t d(x)ᵀ      ∂t = s Bᵀ ∂y
     y = W x,  y += s B t        ∂B = s ∂y tᵀ       ∂x = d(Aᵀ ∂t),  ∂x += Wᵀ ∂y
@@ -13,14 +14,14 @@ from peft.tuners import lora
 
 
 def fuse(config: LoraConfig):
-    """Have PEFT use these layers for a model whose linear layers have no bias and are not in four bits."""
+    """Have PEFT use these layers, for a model that is not in four bits."""
     config._register_custom_module({torch.nn.Linear: FusedLinear})
 
 
 class FusedLinear(lora.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) → (…, out)."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or self.base_layer.bias is not None:
             return super().forward(x)
         (name,) = self.active_adapters
         dropout = self.lora_dropout[name]

@@ -145,9 +145,8 @@ def table(args) -> dict[tuple[int, str], float]:
         names = CONVERSATION_WAYS if args.conversations else SINGLE_WAYS
         ways, rates = {}, {}
         for way in names + CHECKPOINTING_WAYS * args.checkpointing:
-            ways[way] = OwnSteps(way, model, device, engine)
-            if way.startswith("trainer"):
-                ways[way] = TrainerSteps(way, llama, device, directory)
+            trainer = way.startswith("trainer")
+            ways[way] = TrainerSteps(way, llama, device, directory) if trainer else OwnSteps(way, model, device, engine)
         header = ("samples a step", "way", "samples/s", "ratio", "tokens/sample", "loss difference")
         shared.print_header(*header, "share of matrix rate")
         first, draw = next(iter(ways)), np.random.default_rng(0)

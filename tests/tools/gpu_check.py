@@ -4,7 +4,7 @@
     python3 tests/tools/gpu_check.py --size tiny --steps 6        # everything once on the CPU, to see that it runs
 
 Weights are random, with the sizes of the real model; without --tokenizer the vocabulary is the stand-in's, and the head
-small. Every part runs in a process of its own: one that fails, or takes three times as long as it should, is a row of the
+small, except in the part peers. Every part runs in a process of its own: one that fails, or takes three times as long as it should, is a row of the
 table, and the others still run. What does not fit into --seconds any more is skipped. To --out go, after every part,
 table.md, gpu_check.json, profile.txt (where the time of a training step goes, by kernel) and log.txt (all that was
 printed), and peers.txt (the table of that part). CUDA_VISIBLE_DEVICES chooses the card.
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--steps", type=integer(4), default=30, help="training steps of a run")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do; most need the part weights")
     add("--seconds", type=integer(1), default=540, help="for everything")
-    add("--scratch", type=Path, help="directory for models and runs, 35 GB at 7b, which stay; default: a temporary one")
+    add("--scratch", type=Path, help="directory for models and runs, 36 GB at 7b, which stay; default: a temporary one")
     add("--only", choices=PARTS, help="do this part here and now, as its own process does")
     return parser.parse_args(argv)
 
@@ -124,9 +124,11 @@ def resume(args, name: str) -> dict:
     run, half = args.scratch / name, args.steps // 2
     shutil.rmtree(run, ignore_errors=True)
     command = start(args, train_command(args, run))
-    while command.poll() is None and newest_state(run)[0] < half and time.time() < args.part_end:
-        time.sleep(0.01)
-    end_process(command)
+    try:
+        while command.poll() is None and newest_state(run)[0] < half and time.time() < args.part_end:
+            time.sleep(0.01)
+    finally:
+        end_process(command)
     if newest_state(run)[0] < half:
         raise UserError(f"no state was saved: {last_words(args)}")
     last = max(curve(run, "train_loss"))
@@ -170,9 +172,11 @@ def execute(args, command: list[str]):
         raise UserError(f"did not end in time; its last words: {last_words(args)}") from None
     finally:
         end_process(process)
-    if process.returncode < 0:  # by the system, where memory ran out
-        raise UserError(f"killed by {signal.Signals(-process.returncode).name}; its last words: {last_words(args)}")
-    if process.returncode:
+    code = process.returncode
+    if code < 0 or code > 192:  # the latter by way of the launcher
+        killed_by = signal.Signals(-code % 256).name  # as by the system, where memory ran out
+        raise UserError(f"killed by {killed_by}; its last words: {last_words(args)}")
+    if code:
         raise UserError(last_words(args))
 
 
@@ -229,7 +233,6 @@ def main(argv=None):
         return
     if args.size == "7b" and pick_device("auto").type == "cpu":
         raise UserError("--size 7b: there is no GPU here: give --size tiny to see that everything runs")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a part does not outlive this
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").write_bytes(b"")
     args.end, args.results = time.time() + args.seconds, {}
@@ -248,4 +251,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no part outlives this process
     main()

@@ -148,25 +148,24 @@ def peers(args) -> dict:
         rates = bench_train.table(bench_train.parse_args(flags))
     texts = []
     for size in (8, 32):
-        tree, book, trainer = (rates[size, way] for way in ("tree", "book", "trainer"))
-        texts.append(f"{tree:.1f} samples/s at {size} a step, {tree / book:.1f} × book, {tree / trainer:.1f} × Trainer")
+        texts.append(f"samples/s at {size} a step: ")
+        texts[-1] += ", ".join(f"{way} {rate:.1f}" for (number, way), rate in rates.items() if number == size)
     return {"text": "; ".join(texts), "rates": [[*way, rate] for way, rate in rates.items()]}
 
 
 def adamw(args) -> dict:
     """Both halves of a step by themselves; and the memory of the longest row, with that of the optimizer."""
     gather, update, steps = training_step(book_flags(args, args.scratch / "halves"))
-    device, seconds, number_of_steps = pick_device("auto"), [], min(10, len(steps))
-    for number in range(number_of_steps):
+    device, seconds, laid_out = pick_device("auto"), [], [steps[number] for number in range(min(10, len(steps)))]
+    for batches, tokens in laid_out:
         with shared.stopwatch(device) as first:
-            gather(number)
+            gather(batches, tokens)
         with shared.stopwatch(device) as second:
             update()
         seconds.append((first.seconds, second.seconds))
     first, second = (statistics.median(half[len(half) // 2 :]) for half in zip(*seconds))
     text = f"{second * 1e3:.1f} ms in engine.step(), {second / (first + second):.1%} of a step"
-    rows = [batch for number in range(number_of_steps) for batch in steps[number][0]]
-    row = max(rows, key=lambda batch: batch["input_ids"].numel())
+    row = max((batch for batches, _ in laid_out for batch in batches), key=lambda batch: batch["input_ids"].numel())
     size = memory_table.RowSize(row["input_ids"].numel(), len(row["loss_positions"]))
     way = memory_table.Way(2, 16, dropout=True, checkpointing=False, four_bit=False)
     config = ModelDirectory(base(args)).config
@@ -179,13 +178,14 @@ def adamw(args) -> dict:
 def kernels(args) -> dict:
     """The kernels of a few steps after some that warm up; on the CPU its operations."""
     number = 5 if args.steps >= 10 else 1
-    gather, update, _ = training_step(book_flags(args, args.scratch / "profiled"))
-    for warm in range(number):
-        gather(warm), update()
+    gather, update, steps = training_step(book_flags(args, args.scratch / "profiled"))
+    laid_out = [steps[step] for step in range(2 * number)]
+    for batches, tokens in laid_out[:number]:
+        gather(batches, tokens), update()
     device = pick_device("auto")
     with torch.profiler.profile() as profile, shared.stopwatch(device) as watch:
-        for measured in range(number, 2 * number):
-            gather(measured), update()
+        for batches, tokens in laid_out[number:]:
+            gather(batches, tokens), update()
     kind, found = getattr(torch.autograd.DeviceType, device.type.upper()), []
     for event in profile.key_averages():
         if event.device_type == kind and not event.is_user_annotation:

@@ -1,6 +1,6 @@
 """The operations of one step of train.py, counted on the CPU: `python3 tests/tools/bench_train.py --operations`.
 
-Each is a launch on a GPU, and launches are what the time of a step of few tokens is made of.
+Each is a launch on a GPU. Where a step has few tokens, launching them can take longer than their arithmetic.
 """
 
 from collections import Counter
@@ -77,8 +77,8 @@ def operations_of_a_step(layers: int) -> Counter:
         with mock.patch.object(train, "row_cost", lambda config, device: None):  # as few rows as possible
             gather, update, steps = training_step([*flags, *paths, "--output_dir", str(Path(directory, "run"))])
         assert len(steps[0][0]) == 1
-        gather(0), update()  # the first one also makes the optimizer's state
-        return count_operations(lambda: (gather(0), update()))
+        gather(*steps[0]), update()  # the first one also makes the optimizer's state
+        return count_operations(lambda: (gather(*steps[0]), update()))
 
 
 def print_operations():

@@ -17,8 +17,8 @@ from support.training import one_parameter
 from tests.tools import shared
 
 
-def training_step(flags: list[str]) -> tuple[Callable[[int], None], Callable[[], None], utils.Steps]:
-    """(gather, update, steps) of train.py with these flags, in bfloat16: `gather(k); update()` takes step number k."""
+def training_step(flags: list[str]) -> tuple[Callable, Callable, utils.Steps]:
+    """(gather, update, steps) of train.py with these flags, in bfloat16: `gather(*steps[k]); update()` takes step k."""
     args = train.parse_args([*flags, "--ds_file", str(shared.ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data, _ = train.read_inputs(args)
     device = train.processes.join_processes()
@@ -27,8 +27,7 @@ def training_step(flags: list[str]) -> tuple[Callable[[int], None], Callable[[],
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
 
-    def gather(number: int):
-        batches, tokens = steps[number]
+    def gather(batches, tokens):
         with torch.profiler.record_function("forward and reduction"):
             train.train_step(engine, batches, tokens, args.attn_implementation, stop=False)
 
