@@ -173,7 +173,7 @@ def execute(args, command: list[str]):
     finally:
         end_process(process)
     code = process.returncode
-    if code < 0 or code > 192:  # the latter by way of the launcher
+    if code < 0 or 256 - code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT):  # the latter by way of the launcher
         killed_by = signal.Signals(-code % 256).name  # as by the system, where memory ran out
         raise UserError(f"killed by {killed_by}; its last words: {last_words(args)}")
     if code:
