@@ -36,8 +36,6 @@ test: lint ## lint, then the tests, JOBS=2 at a time
 
 # The demo walks the scripts in the order of the README. Each stage writes its target whole or not at all, and training
 # goes on from its last epoch, so a demo that was stopped goes on where it was. New code or packages start it anew.
-# Transformers' own progress bars are off: over the stand-in's few tensors they show nothing.
-demo: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 demo: $(DEMO)/merged/config.json ## data → stand-in → training → merge → chat page; CHECK=1 ends before the page
 	$(call say,Before and after: the same question to both models. 训练前后，同一个问题)
 	python3 -m tests.tools.taught --train_path $(DEMO)/train.json --before $(STAND_IN) --after $(DEMO)/merged

@@ -167,7 +167,7 @@ def answer_here(args, candidate: Candidate, model, questions: list[Question], or
         config.update(do_sample=True, max_new_tokens=args.max_new_tokens)
     else:
         config = greedy(config, args.max_new_tokens)
-    candidate.directory.refuse_to_fail_later(model, config, candidate.adapter)
+    candidate.directory.refuse_to_fail_later(model, candidate.adapter)
     if args.batch_size:
         size = args.batch_size
     elif args.sample:

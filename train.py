@@ -134,7 +134,7 @@ def lay_out(args, config, device, train_data, test_data) -> tuple[utils.Steps, l
 # ---------------------------------------------------------------- model and optimizer
 
 
-def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, device: torch.device | None = None):
+def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, device: torch.device):
     """The frozen base with LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the decoder.
 
     LoRA leaves a weight W as it is and learns a small difference beside it: y = W x + (alpha / r) · B A x, with A of
@@ -143,7 +143,7 @@ def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, dev
     """
     from peft import LoraConfig, get_peft_model
 
-    model = directory.load(dtype, args.attn_implementation, four_bit_on=device if args.load_in_4bit else None)
+    model = directory.load(dtype, args.attn_implementation, device, args.load_in_4bit)
     lora = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,

@@ -50,7 +50,7 @@ with slow_imports(parse_args, __name__):
     import gradio as gr
 
     from support.device import pick_device
-    from support.model.adapter import refuse_other_base
+    from support.model.adapter import read_adapter
     from support.model.directory import ModelDirectory
     from support.model.server import Server
     from support.page import chats
@@ -74,7 +74,7 @@ def read_inputs(args) -> tuple:
             image = character["portrait"] and args.desc_path.parent / character["portrait"]
             character["portrait"] = problems.of(portrait, role, image)
         if model and args.adapter_path:
-            problems.of(refuse_other_base, model, args.adapter_path)
+            problems.of(read_adapter, model, args.adapter_path)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         if args.ask is None:

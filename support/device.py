@@ -1,10 +1,15 @@
-"""The device: which one computes, whether it can, and what a row costs there.
+"""The device: which one computes, whether it can, what it has free, and what a row costs there.
 
 torch is imported where it is used, so that flags are read without it.
 """
 
 import glob
+import math
 import os
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 
 from support.errors import UserError
 
@@ -53,6 +58,39 @@ def set_up_cuda():
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def free_memory(device) -> int:
+    """Bytes that this process may still take on a device."""
+    if device.type == "cpu":
+        return min(psutil.virtual_memory().available + psutil.swap_memory().free, free_in_container())
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, for itself
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+# Of control groups, with which Linux bounds containers, of version 2 and 1: where they lie, the name of the bound, of what
+# is used, and of those pages of files therein which make room.
+CONTROL_GROUPS = {
+    "": ("memory.max", "memory.current", "file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+}
+
+
+def free_in_container(mounted=Path("/sys/fs/cgroup"), mine=Path("/proc/self/cgroup")) -> float:
+    """Bytes below the bounds of this process's control groups: its own and those around it; infinite where there is none."""
+    free = math.inf
+    for line in mine.read_text().splitlines() if mine.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        most, used, files = CONTROL_GROUPS.get(controllers, CONTROL_GROUPS[""])
+        own = mounted / controllers / group.lstrip("/")
+        for directory in (own, *own.parents):  # a container may know its own group as the uppermost one
+            with suppress(OSError, ValueError):  # no such file, or the bound "max"
+                pages = dict(entry.split() for entry in (directory / "memory.stat").read_text().splitlines())
+                bound, taken = (int((directory / name).read_text()) for name in (most, used))
+                free = min(free, bound - taken + int(pages.get(files, 0)))
+    return free
 
 
 def row_cost(config, device):

@@ -35,7 +35,7 @@ FLAGS = ["--load_in_4bit", "--sample_answers", 0, "--lora_dropout", 0.1]
 def test_what_is_held_in_four_bits(checkpoint):
     """The decoder's linear layers hold the nearest values of NF4; all else is as in the directory."""
     directory = ModelDirectory(checkpoint)
-    model, exact = directory.load(torch.float32, four_bit_on=torch.device("cpu")), directory.load(torch.float32)
+    model, exact = directory.load(torch.float32, four_bit=True), directory.load(torch.float32)
     import bitsandbytes
 
     for name, module in exact.named_modules():
@@ -124,7 +124,7 @@ def test_the_page_answers_in_four_bits_with_an_adapter(checkpoint, tmp_path, cap
 
     directory = ModelDirectory(checkpoint)
     rounded = directory.load(torch.float32)
-    for name, held in directory.load(torch.float32, four_bit_on=torch.device("cpu")).named_modules():
+    for name, held in directory.load(torch.float32, four_bit=True).named_modules():
         if isinstance(held, bitsandbytes.nn.Linear4bit):
             values = bitsandbytes.functional.dequantize_4bit(held.weight.data, held.weight.quant_state)
             rounded.get_submodule(name).weight.data = values

@@ -21,6 +21,7 @@ import merge_params
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError
+from support.model.adapter import read_adapter
 from support.model.comparison import compare_logits
 from support.model.directory import ModelDirectory
 from support.model.weights import Weights, write_weights
@@ -155,7 +156,49 @@ def test_proof_passes_a_right_merge_and_stops_a_wrong_one(checkpoint, tmp_path, 
     monkeypatch.setattr(merge_params, "merged_tensors", wrong)
     (tmp_path / "results").mkdir()
     error = refusal(capsys, base, adapter, tmp_path / "results/wrong", "--format", format)
-    assert any(repr(probe["prompt"]) in error for probe in merge_params.PROBES)
+    assert "results/wrong: is not this base with this adapter: model.layers.1." in error
+    assert "has gained 0.000 of its update, where a right merge gains 1.000" in error
+    if format == "baichuan":
+        assert "has gained 0.000 of its update" in refusal(capsys, base, adapter, base, "--check_only")
+
+
+@pytest.mark.parametrize("dtype, claims", [(torch.float32, 4), (torch.float16, 3), (torch.bfloat16, 2)])
+def test_wrong_merges_are_refused_at_any_state_of_training(checkpoint, tmp_path, dtype, claims):
+    """B grows from 0 while an adapter is trained. Where it is too small for its dtype, nothing is claimed."""
+    base = ModelDirectory(make_base(checkpoint, tmp_path / "base", dtype))
+    target = Path(shutil.copytree(base.path, tmp_path / "merged"))
+    last, first = ("model.layers.1.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.weight")
+
+    def refused(updates) -> str:
+        tensors = dict(merge_params.merged_tensors(base.weights, updates, torch.device("cpu")))
+        write_weights(target, {name: tensor.clone() for name, tensor in tensors.items()})
+        try:
+            arguments = SimpleNamespace(save_model_dir=target, model_dir=adapter)
+            merge_params.prove_weights(arguments, base, ModelDirectory(target), torch.device("cpu"))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    claimed = 0
+    for spread in (3e-6, 3e-5, 3e-4, 0.03):
+        adapter = make_adapter(base.path, tmp_path / f"adapter-{spread}", spread)
+        updates = read_adapter(base, adapter)
+        wrong = {
+            "not merged": {},
+            "a weight left out": {name: update for name, update in updates.items() if name != last},
+            "two exchanged": updates | {first: updates[last], last: updates[first]},
+        }
+        for factor in (0.9, 1.1):
+            scaled = {name: update._replace(scaling=factor * update.scaling) for name, update in updates.items()}
+            wrong[f"scaled by {factor}"] = scaled
+        if told := refused(updates):
+            assert "nothing is proven" in told and "web_demo.py --adapter_path" in told
+            assert refused({})  # and so it is with the base alone
+        else:
+            claimed += 1
+            for name, updates in wrong.items():
+                assert "is not this base with this adapter" in refused(updates), (spread, name)
+    assert claimed == claims
 
 
 @pytest.mark.parametrize(
@@ -179,7 +222,8 @@ def test_either_bound_alone_stops_a_merge(monkeypatch, dtype, most, most_diverge
         assert passes or (one.largest > most * one.spread) != (one.divergence > most_divergence)
         merged = SimpleNamespace(weights=SimpleNamespace(dtype=dtype))
         monkeypatch.setattr(merge_params, "prove_layout", lambda *_: None)
-        monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [expected]))
+        monkeypatch.setattr(merge_params, "prove_weights", lambda *_: None)
+        monkeypatch.setattr(merge_params, "adapter_logits", lambda *_: ([expected], [-expected]))
         monkeypatch.setattr(merge_params, "load_in_float32", lambda *_: None)
         monkeypatch.setattr(merge_params, "logits_of", lambda *_, found=found: [found])
         probes = [([{"role": "user", "content": "谁？"}], [5])]
@@ -187,6 +231,25 @@ def test_either_bound_alone_stops_a_merge(monkeypatch, dtype, most, most_diverge
             merge_params.prove(
                 SimpleNamespace(save_model_dir="m", model_dir="a"), None, merged, probes, torch.device("cpu")
             )
+
+
+def test_logits_are_nearer_to_the_adapters_than_half_of_what_it_changes(monkeypatch):
+    """In bfloat16 a small adapter changes less than rounding may."""
+    expected = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0))
+    for name, result in {
+        "prove_layout": None,
+        "prove_weights": None,
+        "load_in_float32": None,
+        "adapter_logits": ([expected], [expected * 1.01]),
+    }.items():
+        monkeypatch.setattr(merge_params, name, lambda *_, result=result: result)
+    merged = SimpleNamespace(weights=SimpleNamespace(dtype=torch.bfloat16))
+    arguments = SimpleNamespace(save_model_dir="m", model_dir="a"), None, merged, [([], [5])], torch.device("cpu")
+    monkeypatch.setattr(merge_params, "first_question", lambda messages: "谁？")
+    for change, passes in ((1.004, True), (1.009, False), (1.01, False)):
+        monkeypatch.setattr(merge_params, "logits_of", lambda *_, change=change: [expected * change])
+        with nullcontext() if passes else pytest.raises(UserError, match="does not compute what the adapter does"):
+            merge_params.prove(*arguments)
 
 
 def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys):

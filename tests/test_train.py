@@ -376,7 +376,9 @@ def test_what_deepspeed_refuses_is_one_line(train_arguments, tmp_path, checkpoin
     args = train.parse_args(train_arguments(tmp_path / "out", "--ds_file", path))
     config = arguments.read_deepspeed_config(path)
     processes.join_processes()
-    model = train.model_with_adapters(args, ModelDirectory(checkpoint), processes.precision(config))
+    model = train.model_with_adapters(
+        args, ModelDirectory(checkpoint), processes.precision(config), torch.device("cpu")
+    )
     with pytest.raises(train.UserError, match=f"{path}: DeepSpeed refuses the configuration: "):
         train.start_engine(model, config, args, 5)
 

@@ -46,7 +46,7 @@ def begun(train_arguments, checkpoint, few_samples):
     device = processes.join_processes()
     data = [utils.RoleDataset(read_samples(path), directory.tokenizer, 256, 128) for path in few_samples]
     steps, test_rows = train.lay_out(args, directory.config, device, *data)
-    model = train.model_with_adapters(args, directory, torch.float32)
+    model = train.model_with_adapters(args, directory, torch.float32, torch.device("cpu"))
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
     return engine, steps, test_rows

@@ -43,6 +43,9 @@ def read_adapter(base: ModelDirectory, directory: Path) -> dict[str, Update]:
         if name not in PLAIN and not plain:
             raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported here: merge this adapter with PEFT")
     updates, factors = {}, load_shard(adapter_file(directory))  # PEFT would round them to the base's dtype
+    if outside := [name for name in factors if ".layers." not in name]:
+        told = "adapters of the head or the embedding are not supported here: train one of the decoder's layers alone"
+        raise UserError(f"{directory}: holds {min(outside)}, and {told}")
     for name, layer in load_adapter(base.load_mapped(), directory).get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
             a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
@@ -89,7 +92,9 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
     """
     name = str(read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "none")
     trained_on = training_record(adapter).get("base")
-    remedy = f"name the base that it was trained on, called {name} then"
+    remedy = (
+        f"name the base that it was trained on, called {name} then; saved anew in float16, or from it, it is another"
+    )
     if trained_on not in (None, base.fingerprint):
         raise UserError(f"{adapter}: was trained on other weights than those of {base.path}: {remedy}")
     if trained_on is None and PureWindowsPath(name).name != base.path.resolve().name:  # / and \ part names there

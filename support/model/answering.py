@@ -1,20 +1,23 @@
 """A batch of conversations → answers, as many side by side as the memory holds."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import takewhile
+from types import SimpleNamespace
 from typing import NamedTuple
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from baichuan.generation_utils import CACHE_NAME, messages_to_ids  # first, since it refuses an untested transformers
-from support.errors import out_of_memory
+from baichuan import BaichuanConfig, BaichuanForCausalLM  # first, since it refuses an untested transformers
+from baichuan.generation_utils import CACHE_NAME, messages_to_ids
+from support.device import free_memory
+from support.errors import first_line, out_of_memory
 
 # isort: split
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
 
@@ -146,6 +149,45 @@ def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> Generati
     )
 
 
+def unusable_settings(settings: dict) -> list[str]:
+    """What is wrong with the settings of a generation_config.json: a line for each key with which nobody here can answer.
+
+    They are tried on a model of two dimensions, as an answer is generated on the page (streamed, from a cache that is
+    there already) and by `answer_batch` (several side by side, drawn).
+    """
+    ids, reader = torch.ones(2, 3, dtype=torch.long), SimpleNamespace(put=lambda ids: None, end=lambda: None)
+
+    def generate(settings: dict, rows: int, **options):
+        config = GenerationConfig.from_dict(settings)
+        output = model.generate(
+            ids[:rows],
+            attention_mask=ids[:rows],
+            generation_config=config,
+            stopping_criteria=[lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)],
+            **options,
+        )
+        if not isinstance(output, torch.Tensor) or len(output) != rows:
+            raise ValueError("it gives other things than one answer to a question")
+
+    def problem(settings: dict) -> str | None:
+        try:
+            generate(settings, 1, streamer=reader, **{CACHE_NAME: DynamicCache(config=model.config)})
+            generate({**settings, "do_sample": True}, 2)
+        except Exception as error:  # of whatever class transformers and torch have for it
+            return first_line(error)
+
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with torch.random.fork_rng(devices=[]):
+        model = BaichuanForCausalLM(BaichuanConfig(vocab_size=1000, **sizes)).eval()
+        if not (together := problem(settings)):
+            return []
+        alone = {key: problem({"eos_token_id": 2, key: value}) for key, value in settings.items()}
+    found = [
+        f"{key} = {json.dumps(settings[key])} cannot be used here: {reason}" for key, reason in alone.items() if reason
+    ]
+    return found or [together]
+
+
 # ---------------------------------------------------------------- as many as the memory holds
 
 
@@ -154,14 +196,8 @@ def rows_that_fit(model, tokens: int) -> int:
 
     The other half is for activations, and for the copy while a batch shrinks.
     """
-    config, device = model.config, model.device
-    if device.type == "cuda":  # what torch's allocator keeps for itself is free as well
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + kept
-    else:
-        free = psutil.virtual_memory().available
-    row = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * tokens
-    return max(1, min(MOST_ROWS[device.type], free // 2 // row))
+    row = 2 * model.config.num_hidden_layers * model.config.hidden_size * model.dtype.itemsize * tokens
+    return max(1, min(MOST_ROWS[model.device.type], free_memory(model.device) // 2 // row))
 
 
 def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Iterator[tuple[list[int], list]]:

@@ -1,5 +1,7 @@
 """A model directory, opened and checked once: config.json, generation_config.json, tokenizer, weights."""
 
+import os
+import sys
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +13,15 @@ from transformers.utils import logging
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
+from support.device import free_memory
 from support.errors import Problems, UserError, blaming
 from support.files import fingerprint, kind_of_file, read_object
+from support.model.answering import unusable_settings
 from support.model.comparison import cache_error
 from support.model.four_bit import check_four_bit, keep_as_loaded, loading
 from support.model.weights import Weights
+
+CPU = torch.device("cpu")
 
 
 class ModelDirectory:
@@ -69,9 +75,14 @@ class ModelDirectory:
     @cached_property
     def generation_config(self) -> GenerationConfig:
         path = self.path / "generation_config.json"
+        settings = read_object(path) if path.exists() else {}
+        if settings.get("temperature") == 0:
+            settings |= {"do_sample": False, "temperature": 1.0, "top_k": 1}  # which is greedy, even for who samples
         with blaming(str(path)):
-            config = GenerationConfig.from_dict(read_object(path) if path.exists() else {})
+            config = GenerationConfig.from_dict(settings)
             turn_markers(config)
+        if problems := unusable_settings(settings):
+            raise UserError(*(f"{path}: {problem}" for problem in problems))
         return config
 
     @cached_property
@@ -85,6 +96,13 @@ class ModelDirectory:
                 raise ValueError("auto_map in tokenizer_config.json is no object")
             if turn_markers(tokenizer) != markers:
                 raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
+            ends = self.generation_config.eos_token_id
+            if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+                own = f"eos_token {tokenizer.eos_token}, id {tokenizer.eos_token_id}"
+                raise ValueError(
+                    f"answers end at another token (eos_token_id {ends} in generation_config.json) than is learned "
+                    f"({own}, in tokenizer_config.json): take both files of Baichuan2-7B-Chat"
+                )
             if len(tokenizer) != self.config.vocab_size:
                 raise ValueError(f"it has {len(tokenizer)} tokens, config.json says {self.config.vocab_size}")
         return tokenizer
@@ -108,17 +126,27 @@ class ModelDirectory:
         settings = f"{config.num_attention_heads} {config.hidden_act} {float(config.rms_norm_eps)}"
         return fingerprint(settings, *(values[name] for name in sorted(values)))
 
-    def load(
-        self, dtype: torch.dtype | None = None, attn_implementation="sdpa", four_bit_on: torch.device | None = None
-    ):
-        """The model on the CPU, in evaluation mode; by default in the dtype of its weights. Raises: UserError.
+    def load(self, dtype: torch.dtype | None = None, attn_implementation="sdpa", device=CPU, four_bit: bool = False):
+        """The model on the CPU, in evaluation mode; by default in the dtype of its weights.
 
-        four_bit_on: a device; the decoder's linear layers are then held in four bits, and the model is on that device.
+        Args:
+            device: where it will compute.
+            four_bit: hold the decoder's linear layers in four bits; the model is then on `device` already.
+        Raises:
+            UserError: also where the weights do not fit into the device's memory.
         """
         self.check()
         dtype = dtype or self.weights.dtype
-        four_bit = loading(dtype, four_bit_on) if four_bit_on else {}
-        model = self._load(self.path, dtype=dtype, attn_implementation=attn_implementation, **four_bit)
+        needed, free = self.weights.memory(dtype, device, four_bit), free_memory(device)
+        if device.type == "cpu":
+            needed *= int(os.environ.get("LOCAL_SIZE", 1))  # processes on this host, as the launcher says
+        if needed > free:
+            told = f"its weights take {needed / 1e9:.3g} GB as {dtype}, and {device} has {free / 1e9:.3g} GB free"
+            raise UserError(f"{self.path}: {told}: add --load_in_4bit, or take a device with more memory")
+        if needed > 10**9:  # takes some seconds
+            print(f"reading {self.path}: {self.weights.bytes / 1e9:.3g} GB", file=sys.stderr, flush=True)
+        settings = loading(dtype, device) if four_bit else {}
+        model = self._load(self.path, dtype=dtype, attn_implementation=attn_implementation, **settings)
         keep_as_loaded(model)
         model.generation_config = deepcopy(self.generation_config)
         return model
@@ -129,26 +157,23 @@ class ModelDirectory:
 
     def _load(self, *source, **options):
         logging.set_verbosity_error()  # it would print a table of tensors that do not fit; an error names them
+        logging.disable_progress_bar()  # most files are only mapped
         with blaming(f"{self.path}: the model cannot be loaded"):
             return self._kind.from_pretrained(*source, **options)
 
-    def refuse_to_fail_later(self, model, generation_config: GenerationConfig | None = None, adapter=None):
+    def refuse_to_fail_later(self, model, adapter=None):
         """Generate a few tokens with `model`, this directory's, before anything slow.
 
-        Settings of generation_config.json or of an adapter turn out wrong only then, and so does a release of
-        transformers that treats the cache of keys and values in another way.
+        What is wrong with an adapter may turn out only then, and so does a release of transformers that treats the cache
+        of keys and values in another way.
 
         Raises: UserError.
         """
         path, questions = adapter or self.path, ("你好", "你是谁？从哪里来？")
         prompts = [messages_to_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in questions]
-        ids = torch.tensor(prompts[:1], device=model.device)
-        config = deepcopy(generation_config or self.generation_config)
-        config.update(max_new_tokens=1)
         training = model.training
         model.eval()
-        with blaming(f"{path}: no answer can be generated with its weights and settings"):
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        with blaming(f"{path}: no answer can be generated with its weights"):
             error = cache_error(model, prompts, self.tokenizer.pad_token_id)
         model.train(training)
         if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 4e-6 and 0.03; 1.5 without a cache

@@ -46,6 +46,7 @@ with slow_imports(parse_args, __name__):
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import trange
     from transformers import GenerationConfig, set_seed
+    from transformers.utils import logging
 
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 
@@ -143,6 +144,7 @@ def main(argv=None):
         model.generation_config = GenerationConfig(**ids, **sampling, max_new_tokens=256)
         if args.steps:
             pretrain(model, tokenizer, sentences, args.steps, args.batch_size, args.seed)
+        logging.disable_progress_bar()  # over some tensors it shows nothing
         with writing(args.save_dir):
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)

@@ -52,6 +52,19 @@ class Weights:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def memory(self, dtype: torch.dtype, device: torch.device, four_bit: bool = False) -> int:
+        """Bytes that the weights will take of a device's memory in a dtype, or the decoder's linear layers in four bits.
+
+        On the CPU weights that keep their dtype take none: they are the mapped files.
+        """
+        needed = 0
+        for name, tensor in self.tensors.items():
+            if four_bit and ".layers." in name and tensor.ndim == 2:
+                needed += 33 * tensor.numel() // 64  # half a byte each, and for 64 of them a scale of one byte
+            elif device.type != "cpu" or tensor.dtype != dtype:
+                needed += dtype.itemsize * tensor.numel()
+        return needed
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the largest tensor; norms may be stored in another one."""

@@ -75,7 +75,7 @@ class Speaker:
         """
         directory = ModelDirectory(model_path).check()
         slow = device.type == "cpu" and directory.weights.dtype == torch.float16
-        model = directory.load(torch.float32 if slow else None, four_bit_on=device if load_in_4bit else None)
+        model = directory.load(torch.float32 if slow else None, device=device, four_bit=load_in_4bit)
         adapter = load_adapter(model, adapter_path) if adapter_path else None  # its layers enter `model`
         model = model.to(device).eval()
         directory.refuse_to_fail_later(model, adapter=adapter_path)

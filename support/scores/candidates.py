@@ -79,7 +79,7 @@ class Loader:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.model = candidate.directory.load(four_bit_on=self.device if self.four_bit else None).to(self.device)
+            self.model = candidate.directory.load(device=self.device, four_bit=self.four_bit).to(self.device)
             self.path = path
         if adapter != self.adapter:
             self.model = load_adapter(self.model, adapter).to(self.device).eval()

@@ -22,7 +22,7 @@ def training_step(flags: list[str]) -> tuple[Callable, Callable, utils.Steps]:
     args = train.parse_args([*flags, "--ds_file", str(shared.ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data, _ = train.read_inputs(args)
     device = train.processes.join_processes()
-    model = train.model_with_adapters(args, model_directory, torch.bfloat16)
+    model = train.model_with_adapters(args, model_directory, torch.bfloat16, torch.device("cpu"))
     steps, _ = train.lay_out(args, model_directory.config, device, train_data, test_data)
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
