@@ -10,6 +10,7 @@ from conftest import make_adapter, merge, refusal
 from safetensors.torch import load_file, save_file
 from web_client import DESC_PATH
 
+import predict
 import web_demo
 from baichuan import BaichuanForCausalLM
 from support.errors import UserError
@@ -62,6 +63,28 @@ def test_settings_that_change_more_than_the_weights_are_refused(checkpoint, adap
         assert f"adapter_config.json: {name} = {json.dumps(value)} is not supported here" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}]
+)
+def test_adapters_that_no_merge_can_hold_are_refused_by_every_script(
+    checkpoint, tmp_path, capsys, monkeypatch, settings
+):
+    """Before a model is read."""
+    adapter = make_adapter(checkpoint, tmp_path / "adapter", **settings)
+    monkeypatch.setattr(ModelDirectory, "load", lambda *_, **__: pytest.fail("was read"))
+    merging = refusal(capsys, checkpoint, adapter, tmp_path / "merged")
+    flags = ["--model_path", checkpoint, "--adapter_path", adapter]
+    (tmp_path / "test.json").write_text('{"prompt": "谁？", "response": "我"}', encoding="utf-8")
+    for script, more in (
+        (web_demo, ["--desc_path", DESC_PATH, "--ask", "谁？"]),
+        (predict, ["--test_path", tmp_path / "test.json"]),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(list(map(str, [*flags, *more])))
+        assert capsys.readouterr().err.strip().endswith(merging)
+    assert "not supported here" in merging and merging.count("error: ") == 1
+
+
 @pytest.fixture
 def own_adapter(checkpoint, adapter, tmp_path) -> Path:
     """As train.py saves it: with the fingerprint of its base."""
@@ -78,7 +101,7 @@ def test_an_adapter_goes_into_its_own_base_alone(checkpoint, own_adapter, merged
     write_weights(random, BaichuanForCausalLM(ModelDirectory(checkpoint).config).state_dict())
     error = refusal(capsys, random, own_adapter, tmp_path / "merged")
     assert error == f"error: {own_adapter}: was trained on other weights than those of {random}: " + (
-        f"name the base that it was trained on, called {checkpoint} then"
+        f"name the base that it was trained on, called {checkpoint} then; saved anew in float16, or from it, it is another"
     )
     assert "trained on other weights" in refusal(capsys, random, own_adapter, merged, "--check_only")
     with pytest.raises(UserError, match="was trained on other weights"):

@@ -121,6 +121,7 @@ def test_batches_shrink_when_the_memory_does_not_hold_them(capsys):
 def test_rows_that_fit(model, monkeypatch):
     """64 numbers a key and a value in 2 layers, 4 bytes each: 1024 bytes a token; half of the free memory is for them."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * 1024 * 100 * 20))
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=0))
     assert rows_that_fit(model, 100) == 20
     assert rows_that_fit(model, 10) == 64 and rows_that_fit(model, 10**9) == 1
     # Of a GPU, what torch keeps for itself is free as well.

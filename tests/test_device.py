@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.device import pick_device
+from support.device import free_in_container, free_memory, pick_device
 from support.errors import UserError
 from support.training import processes
 
@@ -41,6 +41,35 @@ def test_a_laptop_takes_the_books_line(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert pick_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("version, files", [(2, ("max", "current", "file")), (1, ("limit", "usage", "total_cache"))])
+def test_a_container_has_less_memory_than_its_host(tmp_path, version, files):
+    """The group of the process, or one around it, is bounded; pages of files make room."""
+    most, used, pages = files
+    most, used = (f"memory.{name}" + ("_in_bytes" if version == 1 else "") for name in (most, used))
+    (tmp_path / "mine").write_text("0::/pod/job\n" if version == 2 else "9:cpu:/x\n4:memory:/pod/job\n0::/\n")
+    mounted = tmp_path / "fs"
+    pod = mounted / ("memory" if version == 1 else "") / "pod"
+
+    def bound(directory, limit, taken):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "memory.stat").write_text(f"anon 5\n{pages} 300\n")
+        (directory / most).write_text(f"{limit}\n")
+        (directory / used).write_text(f"{taken}\n")
+
+    def free():
+        return free_in_container(mounted, tmp_path / "mine")
+
+    assert free() == float("inf")
+    bound(pod, "max" if version == 2 else 2**62, 5000)
+    assert free() > 2**61
+    bound(pod, 10_000, 5000)
+    assert free() == 5300
+    bound(pod / "job", 2000, 1000)
+    assert free() == 1300
+    assert free_in_container(mounted, tmp_path / "none") == float("inf")
+    assert 0 < free_memory(torch.device("cpu")) <= free_in_container()
 
 
 def test_cudnn_attention_is_off():

@@ -10,6 +10,7 @@ from conftest import PUBLISHED
 from safetensors.torch import load_file
 
 from support.errors import UserError
+from support.model.answering import greedy
 from support.model.directory import ModelDirectory
 from support.model.weights import write_weights
 
@@ -99,11 +100,105 @@ def test_integers_are_numbers_and_a_byte_order_mark_is_none(directory):
     assert model.generation_config.user_token_id == opened.tokenizer.user_token_id == 195
 
 
-def test_settings_that_no_answer_can_be_generated_with(directory):
+def refusals(directory: Path) -> list[str]:
+    with pytest.raises(UserError) as refused:
+        ModelDirectory(directory).check()
+    return refused.value.problems
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": "0.3"}, {"temperature": -1}, {"top_p": "0.85"}, {"top_k": -1}, {"repetition_penalty": 0}),
+        *({"stop_strings": ["。"]}, {"num_return_sequences": 2}, {"num_beams": 4}, {"cache_implementation": "static"}),
+        *(
+            {"return_dict_in_generate": True},
+            {"max_new_tokens": "256"},
+            {"min_new_tokens": "5"},
+            {"token_healing": True},
+        ),
+        *({"penalty_alpha": 0.6, "do_sample": False}, {"prompt_lookup_num_tokens": 3}, {"bad_words_ids": [5]}),
+    ],
+    ids=str,
+)
+def test_settings_that_no_answer_can_be_generated_with(directory, wrong):
+    settings_of(directory, "generation_config.json", **wrong)
+    name, value = next(iter(wrong.items()))
+    (problem,) = refusals(directory)
+    told = f"{directory}/generation_config.json: {name} = {json.dumps(value, ensure_ascii=False)} cannot be used here: "
+    assert problem.startswith(told) and "\n" not in problem
+
+
+def test_settings_are_told_together_and_leave_random_numbers_alone(directory):
+    settings_of(directory, "generation_config.json", top_k="5", num_beams=2)
+    assert [problem.split(": ")[1].split(" = ")[0] for problem in refusals(directory)] == ["top_k", "num_beams"]
+    settings_of(directory, "generation_config.json", top_k=5, num_beams=1)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    ModelDirectory(directory).check()
+    assert torch.rand(1) == expected
+
+
+def test_a_temperature_of_zero_is_greedy(directory):
+    """Whoever draws all the same, as predict.py --sample does, gets the most likely tokens, too."""
     settings_of(directory, "generation_config.json", temperature=0, do_sample=True)
-    opened = ModelDirectory(directory).check()
-    with pytest.raises(UserError, match="no answer can be generated with its weights and settings: `temperature`"):
-        opened.refuse_to_fail_later(opened.load())
+    opened = ModelDirectory(directory)
+    model, prompts = opened.load(), torch.tensor([[5, 9, 300]])
+    config = opened.generation_config
+    assert not config.do_sample
+    expected = model.generate(prompts, generation_config=greedy(config, 8))
+    for sampled in (False, True):
+        config.update(do_sample=sampled, max_new_tokens=8, repetition_penalty=1.0)
+        assert torch.equal(model.generate(prompts, generation_config=config), expected)
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        *(("generation_config.json", {"eos_token_id": id}) for id in (None, [], 195, [195, 196], 7)),
+        *(("tokenizer_config.json", {"eos_token": token}) for token in ("<s>", "<reserved_106>", "。", "")),
+    ],
+    ids=str,
+)
+def test_an_end_token_that_is_none(directory, file, changes):
+    """Training learns the tokenizer's end of an answer, and generation stops at that of generation_config.json."""
+    settings_of(directory, file, **changes)
+    (problem,) = refusals(directory)
+    assert "answers end at another token" in problem and "take both files of Baichuan2-7B-Chat" in problem
+    assert str(directory) in problem
+
+
+def test_an_end_token_among_several_will_do(directory):
+    settings_of(directory, "generation_config.json", eos_token_id=[7, 2])
+    ModelDirectory(directory).check()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_read(directory, monkeypatch, capsys):
+    """Those that keep their dtype are the mapped files on a CPU, and take none; see the kernel's own count."""
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    opened, cpu, gpu = ModelDirectory(directory), torch.device("cpu"), torch.device("cuda")
+    numbers = sum(tensor.numel() for tensor in opened.weights.tensors.values())
+    linear = sum(t.numel() for name, t in opened.weights.tensors.items() if "proj" in name or "W_pack" in name)
+    assert opened.weights.memory(torch.float32, cpu) == 0
+    assert opened.weights.memory(torch.bfloat16, cpu) == 2 * numbers
+    assert opened.weights.memory(torch.float32, gpu) == 4 * numbers
+    four_bit = opened.weights.memory(torch.bfloat16, gpu, four_bit=True)
+    assert four_bit == pytest.approx(2 * (numbers - linear) + 0.516 * linear, rel=1e-3)
+
+    monkeypatch.setattr("support.model.directory.free_memory", lambda device: 2 * numbers)
+    opened.load(torch.bfloat16), opened.load()
+    with pytest.raises(
+        UserError, match=f"{directory}: its weights take .* GB as torch.float32, and cuda has .* GB free"
+    ):
+        opened.load(device=gpu)
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # two processes of the launcher on this host
+    monkeypatch.setattr(opened, "_load", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match="add --load_in_4bit, or take a device with more memory"):
+        opened.load(torch.bfloat16)
 
 
 # ---------------------------------------------------------------- the fingerprint

@@ -183,7 +183,9 @@ def unusable_settings(settings: dict) -> list[str]:
             return []
         alone = {key: problem({"eos_token_id": 2, key: value}) for key, value in settings.items()}
     found = [
-        f"{key} = {json.dumps(settings[key])} cannot be used here: {reason}" for key, reason in alone.items() if reason
+        f"{key} = {json.dumps(settings[key], ensure_ascii=False)} cannot be used here: {reason}"
+        for key, reason in alone.items()
+        if reason
     ]
     return found or [together]
 

@@ -78,11 +78,11 @@ class ModelDirectory:
         settings = read_object(path) if path.exists() else {}
         if settings.get("temperature") == 0:
             settings |= {"do_sample": False, "temperature": 1.0, "top_k": 1}  # which is greedy, even for who samples
-        with blaming(str(path)):
-            config = GenerationConfig.from_dict(settings)
-            turn_markers(config)
         if problems := unusable_settings(settings):
             raise UserError(*(f"{path}: {problem}" for problem in problems))
+        config = GenerationConfig.from_dict(settings)
+        with blaming(str(path)):
+            turn_markers(config)
         return config
 
     @cached_property
