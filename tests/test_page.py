@@ -520,19 +520,12 @@ def check(tab):
 def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_path):
     """As nginx's `location /chat/ { proxy_pass http://…/; proxy_set_header Host $http_host; }`.
 
-    The server is restarted in mid-answer, and nothing is lost.
+    The server is restarted in mid-answer, with the path alone for the whole address, and nothing is lost.
     """
     (tmp_path / "auth").write_bytes(b"\xef\xbb\xbfanna:sec:ret\r\n")  # a file of Windows
     port = free_port()
-    flags = [
-        "--root_path",
-        "chat/",
-        "--allowed_hosts",
-        "http://ROLES.localhost:1/",
-        "--auth_file",
-        str(tmp_path / "auth"),
-    ]
-    server = serve(*flags)
+    account = ["--auth_file", str(tmp_path / "auth")]
+    server = serve(*account, "--root_path", f"http://roles.localhost:{port}/chat/")
 
     async def forward(request):
         path = request.url.path.removeprefix("/chat") or "/"
@@ -570,7 +563,8 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
         tab.begin("你好。")
         server.close()
         tab.question.fill("再说一遍。")
-        server = serve(*flags, port=server.port)
+        names = ["--root_path", "chat/", "--allowed_hosts", "http://ROLES.localhost:1/"]
+        server = serve(*account, *names, port=server.port)
         tab.page.goto(f"http://roles.localhost:{port}/chat/")
         sign_in("sec:ret")
         expect(tab.questions).to_have_text(["你是谁？", "你好。"])

@@ -52,7 +52,7 @@ def refuse_taken_port(address: str, port: int):
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         socket.create_server((address, port), family=family).close()
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError) as error:
         raise UserError(f"{address}:{port}: cannot listen there ({error}): give another --port") from error
 
 
