@@ -13,7 +13,7 @@ from support.model.answering import Answer
 
 CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
 # No proxy of the environment stands between this machine and itself. Servers print 0.0.0.0 as their address.
-HERE = re.compile(r"https?://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?])(:|/|$)", re.IGNORECASE)
+HERE = re.compile(r"https?://((?:[\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?])(:|/|$)", re.IGNORECASE)
 
 
 def without_markers(text: str) -> str:
