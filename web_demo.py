@@ -46,7 +46,9 @@ def parse_args(argv=None):
 
 # After the arguments, since these take seconds.
 with slow_imports(parse_args, __name__):
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at gradio's import: the page reports to nobody
+    # Read at gradio's import. The page reports to nobody, and asks none but itself, where a proxy would be in the way.
+    NO_PROXY = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", no_proxy="*")
     import gradio as gr
 
     from support.device import pick_device
@@ -54,14 +56,14 @@ with slow_imports(parse_args, __name__):
     from support.model.directory import ModelDirectory
     from support.model.server import Server
     from support.page import chats
-    from support.page.hosts import LOCAL, account_of, guards, refuse_taken_port
+    from support.page.hosts import LOCAL, access
     from support.page.look import COLOURS, CSS, I18N, JS, THEME, confirm, portrait
     from support.page.speaker import Speaker, TooLong
     from support.page.visit import SETTINGS, Refusal, Visit, warn
 
 
 def read_inputs(args) -> tuple:
-    """The device, the characters, and user and password if there are any. Raises: UserError with all that is wrong."""
+    """The device, the characters, and who may call the page. Raises: UserError with all that is wrong."""
     model, device = None, None
     with Problems() as problems:
         if not args.engine:
@@ -77,12 +79,10 @@ def read_inputs(args) -> tuple:
             problems.of(read_adapter, model, args.adapter_path)
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
-        if args.ask is None:
-            problems.of(refuse_taken_port, args.server_name, args.port)
-        account = problems.of(account_of, args.auth_file)
+        callers = access(args, problems)
     for told in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
         print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
-    return device, characters, account
+    return device, characters, callers
 
 
 # ---------------------------------------------------------------- what is on the page
@@ -293,27 +293,31 @@ class Page:
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, characters, account = read_inputs(args)
-    model = args.model_path, args.adapter_path, device, args.load_in_4bit
+    device, characters, callers = read_inputs(args)
+    model, source = (args.model_path, args.adapter_path, device, args.load_in_4bit), args.engine or args.model_path
+    print(f"waiting for {source} …", file=sys.stderr)
+    os.environ["no_proxy"] = NO_PROXY  # which a client keeps as it finds it
     speaker = Server(args.engine).check() if args.engine else Speaker.load(*model)
     if args.ask is not None:
-        role = args.role or next(iter(characters))
+        role, shown = args.role or next(iter(characters)), ""
         messages = conversation(persona(role, characters[role]["description"]), args.ask)
         longest = speaker.own_settings.max_new_tokens or SETTINGS["max_new_tokens"][-1]
-        *_, (answer, _) = speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})
-        return print(answer)
+        print(f"reading the persona of {role} and the question …", file=sys.stderr)
+        for text, _ in speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest}):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        return print()
     for role, questions in example_questions(args.desc_path, characters).items():
         characters[role]["questions"] = characters[role]["questions"] or questions
-    if account is None and args.server_name not in LOCAL:
+    if callers["auth"] is None and callers["server_name"] not in LOCAL:
         print(f"warning: whoever reaches {args.server_name} can use the page; --auth_file lets only some in")
     blocks = Page(speaker, characters).blocks()
+    os.environ["no_proxy"] = "*"
     _, url, _ = blocks.launch(
-        server_name=args.server_name, server_port=args.port, root_path=args.root_path, quiet=True, auth=account,
-        max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS, footer_links=[],
-        app_kwargs={"middleware": guards(args.server_name, args.allowed_hosts)}, max_file_size=0,
-        ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
+        **callers, quiet=True, max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS,
+        footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
     )  # fmt: skip
-    print(f"{args.engine or args.model_path} answers on {url.rstrip('/')}", flush=True)
+    print(f"{source} answers on {url.rstrip('/')}", flush=True)
     blocks.block_thread()
 
 

@@ -35,6 +35,14 @@ DESKTOP, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 780}
 SIZES = [(820, 1180), (360, 640), (390, 780), (1280, 820)]
 EXACT = '  <a&b> *x* $y$ &lt; "q" <img src=x onerror=alert(1)></b>\n\n 🎵 ![](http://192.0.2.1/a.png) **c** &amp a<b & 1 < 2'
 
+# What a page on this machine has no use for: a proxy that is not there, and one that httpx alone cannot speak to.
+PROXIES = {
+    "http_proxy": "http://127.0.0.1:1",
+    "ALL_PROXY": "socks5h://127.0.0.1:1",
+    "no_proxy": "",
+    "NO_PROXY": "a.example",
+}
+
 # Greedy answers of 16 tokens unless set otherwise; a token takes 10 ms at least, and 100 of a long answer, so that it
 # has a middle on slow machines, too. All addresses that the process connects to or looks up are written down.
 PROGRAM = """
@@ -65,7 +73,7 @@ web_demo.main()
 def serve(checkpoint, page_adapter, tmp_path_factory):
     def serve(*flags, **kwargs) -> Server:
         directory = tmp_path_factory.mktemp("server")
-        environment = dict(os.environ, WATCH=str(directory / "connections"))
+        environment = dict(os.environ, WATCH=str(directory / "connections"), **PROXIES)
         flags = ["--adapter_path", page_adapter, *flags]
         return Server(directory / "log", checkpoint, *flags, program=("-c", PROGRAM), env=environment, **kwargs)
 
@@ -512,12 +520,12 @@ def check(tab):
 def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_path):
     """As nginx's `location /chat/ { proxy_pass http://…/; proxy_set_header Host $http_host; }`.
 
-    The server is restarted in mid-answer, and nothing is lost.
+    The server is restarted in mid-answer, with the path alone for the whole address, and nothing is lost.
     """
     (tmp_path / "auth").write_bytes(b"\xef\xbb\xbfanna:sec:ret\r\n")  # a file of Windows
     port = free_port()
-    flags = ["--root_path", "/chat", "--allowed_hosts", "roles.localhost", "--auth_file", str(tmp_path / "auth")]
-    server = serve(*flags)
+    account = ["--auth_file", str(tmp_path / "auth")]
+    server = serve(*account, "--root_path", f"http://roles.localhost:{port}/chat/")
 
     async def forward(request):
         path = request.url.path.removeprefix("/chat") or "/"
@@ -555,7 +563,8 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
         tab.begin("你好。")
         server.close()
         tab.question.fill("再说一遍。")
-        server = serve(*flags, port=server.port)
+        names = ["--root_path", "chat/", "--allowed_hosts", "http://ROLES.localhost:1/"]
+        server = serve(*account, *names, port=server.port)
         tab.page.goto(f"http://roles.localhost:{port}/chat/")
         sign_in("sec:ret")
         expect(tab.questions).to_have_text(["你是谁？", "你好。"])
@@ -589,7 +598,13 @@ def test_many_visitors_at_once_get_their_own_answers(server, speaker):
 
 def test_nothing_phones_home_and_strange_names_are_refused(server):
     """Runs last in this file: whatever was sent above and is here leaves the log clean."""
-    for host, status in {"localhost": 200, "LOCALHOST": 200, "evil.example": 400, "192.0.2.1": 400}.items():
+    for host, status in {
+        "localhost": 200,
+        "LOCALHOST": 200,
+        "[::1]": 200,
+        "evil.example": 400,
+        "192.0.2.1": 400,
+    }.items():
         assert httpx.get(server.url, headers={"host": f"{host}:{server.port}"}).status_code == status, host
     assert httpx.post(f"{server.url}/gradio_api/upload", files={"files": b"x"}).status_code == 413
     assert "Traceback" not in server.log, server.log

@@ -14,6 +14,8 @@ from support.dialogues.samples import first_question, read_samples
 from support.errors import UserError
 from support.model.server import Server
 
+ELSEWHERE = "http://engine.example"
+
 
 class FakeServer(ThreadingHTTPServer):
     """Lists two models, and answers every question with itself backwards, at the length the sum of its characters says."""
@@ -39,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        if self.path != "/v1/models":
+        if self.path.removeprefix(ELSEWHERE) != "/v1/models":  # which is what a proxy is asked
             return self.reply(404, {"error": {"message": "no such page"}})
         self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in ("role", "other")]})
 
@@ -112,6 +114,24 @@ def test_typed_markers_do_not_reach_a_server_and_an_answer_that_is_none_is_an_er
     monkeypatch.setattr(Handler, "reply", lambda self, status, value: reply(self, 200, {"choices": []}))
     with pytest.raises(UserError, match="no answer from it"):
         list(engine.answers([(0, [{"role": "user", "content": "好"}])], 1, 9))
+
+
+def test_another_machine_is_asked_through_the_proxy_and_this_one_never(server, monkeypatch):
+    monkeypatch.setenv("no_proxy", "other.example")
+    for here in ("127.0.0.1", "LOCALHOST", "0.0.0.0"):  # as servers print it
+        for name, proxy in {"http_proxy": "http://127.0.0.1:1", "all_proxy": "socks5://127.0.0.1:1"}.items():
+            monkeypatch.setenv(name, proxy)
+            assert Server(server.url.replace("127.0.0.1", here)).check().model == "role"
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+    for unusable in ("socks5://127.0.0.1:1", "gopher://127.0.0.1"):
+        monkeypatch.setenv("all_proxy", unusable)
+        with pytest.raises(UserError, match=f"--engine {ELSEWHERE}/v1: no answer .*(socks|scheme)"):
+            Server(f"{ELSEWHERE}/v1").check()
+    monkeypatch.delenv("all_proxy")
+    assert Server(f"{ELSEWHERE}/v1").check().model == "role"
+    monkeypatch.setenv("no_proxy", "engine.example")
+    with pytest.raises(UserError, match="no answer from it"):
+        Server(f"{ELSEWHERE}/v1").check()
 
 
 def error_of(capsys, *arguments) -> str:

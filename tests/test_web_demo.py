@@ -1,17 +1,25 @@
 """The chat page's script: its arguments, one answer on the terminal, and the settings that the page begins with."""
 
+import io
 import json
+import os
+import re
+import shutil
 import socket
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES, greedy, whole
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES
 
 import web_demo
-from support.errors import UserError
-from support.page.hosts import account_of
+from support.errors import Problems, UserError
+from support.model.answering import answer_batch, greedy
+from support.page.hosts import access, account_of
 
 
 @pytest.fixture
@@ -47,6 +55,49 @@ def test_a_port_that_is_taken_or_none(run):
             assert line.startswith(f"error: 127.0.0.1:{port}: cannot listen there (")
 
 
+def launched_with(server_name="127.0.0.1", allowed_hosts=(), root_path="") -> dict:
+    with Problems() as problems:
+        names = {"server_name": server_name, "allowed_hosts": allowed_hosts, "root_path": root_path}
+        return access(SimpleNamespace(**names, port=0, auth_file=None, ask=""), problems)
+
+
+@pytest.mark.parametrize(
+    "typed, host",
+    [
+        *[
+            (typed, "role.example")
+            for typed in ("ROLE.example", "role.example.", "role.example:9396", "*.example", "*")
+        ],
+        *[(f"https://role.example{end}", "role.example") for end in ("", "/", ":9396/")],
+        *[(typed, "[fe80::1]") for typed in ("fe80::1", "[FE80::1]", "http://[fe80:0:0::1]:9396")],
+        ("角色.中国", "xn--qf1az4m.xn--fiqs8s"),
+        ("192.168.1.5:9396", "192.168.1.5"),
+    ],
+)
+def test_a_name_that_is_allowed_may_be_typed_as_people_do(typed, host):
+    """Asked as browsers ask, with the port."""
+    app = Starlette(**launched_with(allowed_hosts=[typed])["app_kwargs"])
+    for name, allowed in {host: True, "[::1]": True, "other.test": typed == "*"}.items():
+        answer = TestClient(app).get("/", headers={"host": f"{name}:9396"})
+        assert (answer.text != "Invalid host header") == allowed, name
+    assert (
+        launched_with(server_name="::1")["server_name"] == launched_with(server_name="[::1]")["server_name"] == "[::1]"
+    )
+
+
+def test_a_path_and_names_that_cannot_be_meant(run):
+    assert {launched_with(root_path=typed)["root_path"] for typed in ("chat", "/chat", "/chat/", "//chat")} == {"/chat"}
+    assert launched_with(root_path="/")["root_path"] == ""
+    address = launched_with(root_path="https://role.example/chat/")
+    assert address["root_path"] == "https://role.example/chat"  # and gradio's own name for it may be typed
+    assert TestClient(Starlette(**address["app_kwargs"])).get("/", headers={"host": "role.example"}).status_code == 404
+    for typed in ("ftp://x/chat", "role.example/chat", "C:/Git/chat", "/a b", "/chat?x", "https:///chat"):
+        assert f"error: --root_path {typed}: must be a path" in run("--model_path", "none", "--root_path", typed)
+    names = ["a b", "*example", "a.*.b", "192.168.1.0/24", "http://[", "a..b", "1:2:3", "https://role.example/chat"]
+    told = run("--model_path", "none", "--allowed_hosts", *names)
+    assert [f"error: {name}: is no host's name" in told for name in names] == [True] * 8
+
+
 @pytest.mark.parametrize("account", [None, ":a", "a:", "guest", "a:b\nc:d"])
 def test_an_account_that_is_none(tmp_path, account):
     """A BOM before it: test_page.py."""
@@ -56,13 +107,54 @@ def test_an_account_that_is_none(tmp_path, account):
         account_of(tmp_path / "auth")
 
 
-def test_ask_prints_one_greedy_answer(run, speaker, tmp_path):
-    """A profile that leaves little room is told at the start, and stands in nobody else's way."""
+def test_ask_prints_one_greedy_answer(run, checkpoint, speaker, tmp_path):
+    """The one of predict.py, whatever generation_config.json says. A profile that leaves little room is told at the start."""
+    plain = greedy(speaker.own_settings, 256)
+    (answer, _), *_ = answer_batch(speaker.model, speaker.tokenizer, [ASKED], plain)
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    settings = json.loads((model / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "typical_p": 0.2, "epsilon_cutoff": 0.1}
+    settings |= {"suppress_tokens": speaker.tokenizer.text_to_ids(answer)[:3], "max_new_tokens": 256}
+    (model / "generation_config.json").write_text(json.dumps(settings))
     (tmp_path / "profiles.json").write_text(json.dumps({"李白": "盛唐诗人", "长人": "酒\u0301" * 3500}))
-    flags = ["--desc_path", tmp_path / "profiles.json", "--device", "cpu", "--ask", "你是谁？", "--role"]
-    printed, answer = run(*flags, "李白", fails=False), speaker.answer(ASKED, greedy(256))
-    assert printed.startswith(whole(answer) + "\nwarning: ") and "profiles.json: the profile of 长人 takes " in printed
-    assert "error: persona and question have " in run(*flags, "长人")
+    flags = ["--desc_path", tmp_path / "profiles.json", "--model_path", model, "--device", "cpu", "--ask", "你是谁？"]
+    printed = run(*flags, "--role", "李白", fails=False)
+    assert printed.startswith(f"{answer}\nwarning: ") and "profiles.json: the profile of 长人 takes " in printed
+    assert "error: persona and question have " in run(*flags, "--role", "长人")
+
+
+def test_ask_prints_an_answer_as_it_grows(run, monkeypatch, speaker):
+    """Each piece before the next one is computed; what goes before is told on stderr."""
+    terminal, flushed, seen = io.StringIO(), [""], []
+    terminal.flush = lambda: flushed.append(terminal.getvalue())
+
+    def answer(self, *_):
+        for text in ("床", "床前\n", "床前\n明月"):
+            seen.append(flushed[-1])
+            yield text, "stopped"
+        yield text, "done"
+
+    monkeypatch.setattr(web_demo.Speaker, "load", lambda *args: speaker)
+    monkeypatch.setattr(web_demo.Speaker, "answer", answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        told = run("--device", "cpu", "--ask", "你是谁？", fails=False)
+    assert seen == ["", "床", "床前\n"] and terminal.getvalue() == "床前\n明月\n"
+    assert re.fullmatch("waiting for .* …\nreading the persona of .* and the question …\n", told)
+
+
+def test_an_engine_is_asked_through_the_proxy_that_the_page_goes_past(run, monkeypatch):
+    found = []
+
+    class Engine(web_demo.Server):
+        def check(self):
+            found.append(os.environ["no_proxy"])
+            raise UserError("seen")
+
+    monkeypatch.setattr(web_demo, "Server", Engine)
+    monkeypatch.setattr(web_demo, "NO_PROXY", "a.example")
+    assert "error: seen" in run("--engine", "http://engine.example/v1", "--ask", "你是谁？")
+    assert found == ["a.example"]
 
 
 @pytest.mark.parametrize("name, password", [("0.0.0.0", False), ("0.0.0.0", True), ("127.0.0.1", False)])
@@ -70,7 +162,7 @@ def test_listening_to_others_without_a_password_is_warned_about(run, monkeypatch
     given = {}
     monkeypatch.setattr(web_demo.gr.Blocks, "launch", lambda *args, **kwargs: given.update(kwargs) or (None, "", None))
     monkeypatch.setattr(web_demo.gr.Blocks, "block_thread", lambda self: None)
-    monkeypatch.setenv("WEB_DEMO_AUTH", "guest:a:b") if password else None
+    monkeypatch.setenv("WEB_DEMO_AUTH", "\ufeffguest :a:b\r\n") if password else None
     printed = run("--device", "cpu", "--server_name", name, fails=False)
     assert (f"warning: whoever reaches {name}" in printed) == (name == "0.0.0.0" and not password)
     assert given["auth"] == (("guest", "a:b") if password else None) and given["server_name"] == name

@@ -12,6 +12,8 @@ from support.errors import UserError, blaming, first_line
 from support.model.answering import Answer
 
 CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
+# No proxy of the environment stands between this machine and itself. Servers print 0.0.0.0 as their address.
+HERE = re.compile(r"https?://((?:[\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?])(:|/|$)", re.IGNORECASE)
 
 
 def without_markers(text: str) -> str:
@@ -41,8 +43,9 @@ class Server:
         self.refused = openai.BadRequestError
         # A question may wait in the server's queue for longer than the 10 minutes of the client's own limit.
         timeout, key = openai.Timeout(None, connect=10.0), os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout)
         with self.reached():
+            http = openai.DefaultHttpxClient(trust_env=not HERE.match(self.url))
+            self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout, http_client=http)
             models = [model.id for model in self.client.with_options(timeout=60.0).models.list()]
         if not models or self.model not in (None, *models):
             raise UserError(f"--engine_model {self.model}: {self.url} serves {', '.join(models) or 'no model'}")

@@ -1,30 +1,59 @@
 """Who may call the page: under which names, and with which password; and whether it can listen."""
 
 import os
+import re
 import socket
+from ipaddress import IPv6Address
 from pathlib import Path
 
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from support.errors import UserError, blaming
+from support.errors import Problems, UserError, blaming
 
-LOCAL = ["localhost", "127.0.0.1", "::1"]
-
-
-def guards(server_name: str, allowed_hosts: list[str]) -> list[Middleware]:
-    """For gradio's app_kwargs: a name of others that points here (DNS rebinding) is refused, and so is an unknown one."""
-    names = [name.lower() for name in (*LOCAL, server_name, *allowed_hosts)]
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
+LOCAL = ["localhost", "127.0.0.1", "[::1]"]
+IPV6, NAME = r"\[?([^]/]*:[^]/]*:[^]/]*)]?", r"((?:\*\.)?[\w.-]+?|\*)\.?"  # *.example: all names below it; *: any
+HOST = re.compile(rf"(?:https?://)?(?:{IPV6}|{NAME})(?::\d+)?/?", re.IGNORECASE)
+ROOT = re.compile(r"(https?://[^/?#\s]+|(?![^/]*\.))/*([^\s:?#\\]*?)/*")  # role.example/chat is neither
 
 
-def refuse_taken_port(server_name: str, port: int):
+def access(args, problems: Problems) -> dict:
+    """What gradio's `launch` takes of the flags. What is wrong with them is added to the problems."""
+    address = args.server_name.strip("[]").lower()
+    name = f"[{address}]" if ":" in address else address
+    typed = [*args.allowed_hosts, *re.findall("^https?://[^/]+", args.root_path)]
+    hosts = [problems.of(host_of, host) for host in typed]
+    launch = {"root_path": problems.of(root_of, args.root_path), "auth": problems.of(account_of, args.auth_file)}
+    if args.ask is None:
+        problems.of(refuse_taken_port, address, args.port)
+    # A name of others that points here (DNS rebinding) is refused, and so is an unknown one.
+    guard = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, name, *hosts], www_redirect=False)
+    return launch | {"server_name": name, "server_port": args.port, "app_kwargs": {"middleware": [guard]}}
+
+
+def host_of(typed: str) -> str:
+    """The Host that a browser sends, without its port, of what people type: a URL, a port, capitals. Raises: UserError."""
+    try:
+        address, name = HOST.fullmatch(typed).groups()
+        return f"[{IPv6Address(address)}]" if address else name.lower().encode("idna").decode()
+    except (AttributeError, ValueError):  # no match; what is like an address, or a name, and is none
+        raise UserError(f"{typed}: is no host's name or address, such as role.example or 192.168.1.5") from None
+
+
+def root_of(typed: str) -> str:
+    """/chat, of chat and /chat/, too; or a whole address, which gradio takes as well. Raises: UserError."""
+    if not (found := ROOT.fullmatch(typed)):
+        raise UserError(f"--root_path {typed}: must be a path, such as /chat, or an address, https://role.example/chat")
+    return found[1] + (found[2] and f"/{found[2]}")
+
+
+def refuse_taken_port(address: str, port: int):
     """Raises: UserError where the page could not listen, before a model is loaded in vain."""
     try:
-        family = socket.AF_INET6 if ":" in server_name else socket.AF_INET
-        socket.create_server((server_name, port), family=family).close()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        socket.create_server((address, port), family=family).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"{server_name}:{port}: cannot listen there ({error}): give another --port") from error
+        raise UserError(f"{address}:{port}: cannot listen there ({error}): give another --port") from error
 
 
 def account_of(auth_file: Path | None) -> tuple[str, str] | None:
@@ -33,10 +62,10 @@ def account_of(auth_file: Path | None) -> tuple[str, str] | None:
     if auth_file:
         where = f"--auth_file {auth_file}"
         with blaming(f"{where}: cannot be read"):
-            account = auth_file.read_text(encoding="utf-8-sig").strip()
+            account = auth_file.read_text(encoding="utf-8")
     if account is None:
         return None
-    user, _, password = account.partition(":")
-    if not user or not password or "\n" in account:
+    user, _, password = account.removeprefix("\ufeff").strip().partition(":")
+    if not user or not password or "\n" in user + password:
         raise UserError(f"{where}: must hold USER:PASSWORD, neither of them empty")
-    return user, password
+    return user.strip(), password  # gradio strips what is typed as the user

@@ -8,11 +8,12 @@ from copy import deepcopy
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from baichuan.generation_utils import CACHE_NAME, messages_to_ids
 from support.errors import UserError, out_of_memory
 from support.model.adapter import load_adapter
+from support.model.answering import greedy
 from support.model.directory import ModelDirectory
 
 SHORTEST_REPLY = 16  # tokens; a question that leaves less room is too long
@@ -64,6 +65,7 @@ class Speaker:
     def __init__(self, model, tokenizer, adapter: PeftModel | None = None):
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.stand_in, self.own_settings = hasattr(model.config, "stand_in"), model.generation_config
+        model.generation_config = GenerationConfig()  # from this generate() takes what an answer's settings leave open
         self.personas = PrefixCaches()
         self.turn = threading.Lock()
 
@@ -98,7 +100,7 @@ class Speaker:
         return prompt + begun, room, len(prompt) < len(whole)
 
     def answer(self, messages: list[dict], settings: dict, begun="", strength=1.0) -> Iterator[tuple[str, str]]:
-        """Yield the answer so far and its state: "stopped", and at last "done", or "cut" at its longest.
+        """Yield the answer so far and its state: "stopped", and at last "done", or "cut" at its longest. It only grows.
 
         Closing the iterator stops the model, and frees it. What is yielded begins with `begun`.
 
@@ -107,11 +109,8 @@ class Speaker:
             strength: what the adapter's update is multiplied by; with 0 the base model answers.
         """
         ids, room, _ = self.fit(messages, settings["max_new_tokens"], begun)
-        fields = {name: value for name, value in settings.items() if name != "seed"} | {"max_new_tokens": room}
-        if not settings["do_sample"]:
-            fields |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' own: greedy has no use for them
-        config = deepcopy(self.model.generation_config)
-        config.update(**fields)
+        config = deepcopy(self.own_settings) if settings["do_sample"] else greedy(self.own_settings, room)
+        config.update(**settings | {"max_new_tokens": room})
         prompt = torch.tensor([ids], device=self.model.device)
         with self.alone(strength):
             torch.seed() if settings["seed"] == -1 else torch.manual_seed(settings["seed"])
