@@ -1,4 +1,5 @@
 """Peak memory of a merge: python3 tests/tools/bench_merge.py --gigabytes 3
+What rounding leaves of an update, and what wrong merges hold of it: python3 tests/tools/bench_merge.py --rounding
 
 A random base in bfloat16, in shards of 0.5 GB, and an adapter of rank 16 are written to a temporary directory and merged
 there by merge_params.py in a process of its own, whose resident memory is read from /proc (Linux).
@@ -36,10 +37,31 @@ def write_base_and_adapter(scratch: str, gigabytes: float) -> list[str]:
     return [directory, f"{scratch}/adapter"]
 
 
+def print_rounding():
+    """Shares as merge_params.py's proof computes them, of a random weight (standard deviation 0.02) of 1,024 rows."""
+    print("width  dtype     B       right    twice    × 0.9    × 1.1    other A")
+    for width in (128, 1024, 4096):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for spread in (3e-5, 1e-4, 3e-4, 5e-4, 1e-3, 4e-3):
+                torch.manual_seed(0)
+                weight = (0.02 * torch.randn(1024, width)).to(dtype).float()
+                a, other_a = ((2 * torch.rand(16, width) - 1) / width**0.5 for _ in range(2))  # as PEFT begins
+                b = spread * torch.randn(1024, 16)
+                update, other = 4 * b @ a, 4 * b @ other_a
+                sums = [weight + new for new in (update, update.to(dtype).float(), 0.9 * update, 1.1 * update, other)]
+                gains = [total.to(dtype).float() - weight for total in sums]
+                shares = [torch.sum(gain * update) / torch.sum(update * update) for gain in gains]
+                name = str(dtype).removeprefix("torch.")
+                print(f"{width:5}  {name:8}  {spread:.0e}", *(f"{share:8.4f}" for share in shares))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=3, help="size of the base, 10^9 bytes")
+    parser.add_argument("--rounding", action="store_true", help="print what rounding leaves of updates instead")
     args = parser.parse_args()
+    if args.rounding:
+        return print_rounding()
     with TemporaryDirectory() as scratch:
         base, adapter = write_base_and_adapter(scratch, args.gigabytes)
         flags = ["--ori_model_dir", base, "--model_dir", adapter, "--save_model_dir", f"{scratch}/merged"]
