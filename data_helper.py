@@ -222,8 +222,7 @@ def samples_of_file(path: Path, kind: str, args, characters: dict[str, dict], pr
     if card := read_card(path):
         for role, character in read_characters(path).items():
             if characters.setdefault(role, character)["description"] != character["description"]:
-                other = f"differs from its profile in {args.desc_path}"
-                raise UserError(f"{path}: the card of {role!r} {other}: remove one, or add --desc_path {path}")
+                raise UserError(f"{path}: {role!r} differs in {args.desc_path}: keep one, or add --desc_path {path}")
         return [as_sample(example, f"{path}: its examples", merge=True) for example in card_conversations(card)]
     found = list(read_samples(path, args.merge_turns, problems))
     for sample in found:

@@ -69,7 +69,7 @@ class RoleDataset:
         self.counts["kept"] = len(self)
 
     def _fit(self, messages: list[dict], room: int) -> tuple[list[dict], bool]:
-        """(messages up to the last trained answer that fits, cut to the limits; whether it is whole); none: left out."""
+        """(messages up to the last trained answer that fits, cut to the limits; whether it is whole), or none."""
         trained = [number for number, turn in enumerate(messages) if is_trained(turn)]
         messages = messages[: max(trained, default=-1) + 1]  # nothing is learned from what follows
         questions = [turn for turn in messages if turn["role"] == "user"]

@@ -159,7 +159,7 @@ def test_a_card_beside_a_profile_of_the_same_role(tmp_path, capsys):
     ]
     with pytest.raises(SystemExit):
         data_helper.main(command)
-    wrong = f"error: {tmp_path}/card.json: the card of '诸葛亮' differs from its profile in {tmp_path}/profiles-zh_desc.json"
+    wrong = f"error: {tmp_path}/card.json: '诸葛亮' differs in {tmp_path}/profiles-zh_desc.json: keep one, or add --desc_path"
     assert capsys.readouterr().err.startswith(wrong) and not (tmp_path / "train.json").exists()
     data_helper.main([*command, "--desc_path", str(tmp_path / "card.json")])
     assert persona("诸葛亮", DESCRIPTION) == json.loads((tmp_path / "train.json").read_text())["system"]

@@ -194,7 +194,7 @@ def test_a_log_of_sillytavern_is_one_conversation(tmp_path):
         write_lines(path, *records)
         assert list(read_samples(path)) == [{"role": "张飞", "system": "", "messages": messages}]
     for more, problem in [
-        ([line("关羽", "某")], "several characters speak (关羽, 张飞)"),
+        ([line("关羽", "某")], "several characters speak, 关羽, 张飞: "),
         ([line("阿明", "问3")], "its chat: does not go from a question to an answer"),
         ([line("张飞", "又答")], "its chat: turn 6 cannot be"),
         ([line(["张飞"], "又答")], "is no log of a chat"),

@@ -47,7 +47,7 @@ def card_fields(value) -> dict[str, str] | None:
 
 
 def card_profile(fields: dict, role: str) -> dict:
-    """A card as a role of the file of profiles: its description, its first words as the greeting, its nickname as a name."""
+    """A card as a role of the file of profiles: its description, its first words as the greeting, its nickname."""
     description = "\n".join(fields[name] for name in ("description", "personality", "scenario") if name in fields)
     name, names = fields.get("nickname", role), [fields["nickname"]] if "nickname" in fields else []
     greeting = spoken(fields.get("first_mes", ""), name, "你")

@@ -31,7 +31,7 @@ def filled(record: dict) -> dict:
 
 
 def plain_line_ends(value):
-    r"""Every kind of line end in a JSON value's texts as \n, which browsers send: training and the page use the same words."""
+    r"""Every kind of line end in a JSON value as \n, which browsers send: else a role is asked in other words than trained."""
     if isinstance(value, dict):
         return {key: plain_line_ends(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -74,7 +74,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(data: str | bytes, path: str | Path, line: int = 1):
-    """The JSON value that begins at a line of a file, with plain line ends; NaN is None. Raises: UserError, which names the line."""
+    """The JSON value that begins at a line of a file, with plain line ends; NaN is None. Raises: UserError with the line."""
     try:
         return plain_line_ends(json.loads(data, parse_constant=lambda _: None))
     except json.JSONDecodeError as error:
@@ -85,7 +85,7 @@ def parse_json(data: str | bytes, path: str | Path, line: int = 1):
 
 
 def read_records(path: str | Path, problems: list[str] | None = None, check=None) -> Iterator[tuple[str, dict]]:
-    """Yield (where, object) of a file of JSON lines, read as they come, or of what has to fit into memory: see `whole_value`.
+    """Yield (where, object) of a file of JSON lines, read as they come, or of a `whole_value`, which has to fit into memory.
 
     Args:
         problems: takes what is wrong with records, which are then left out.

@@ -20,8 +20,8 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     In the file a profile is its description, or an object with "description" and any of the other fields: the first
     words of the role, questions to begin with, an image beside the file, other names that people call the role.
     Those not given are "", [], "" and []. A role that is its description alone, as in RoleBench's file, goes by the
-    other names that the sample's file has for it. A profile may also be a character card, and so may the whole file,
-    which may be one profile with its "name", too.
+    other names that the sample's file has for it. A profile may also be a character card; the whole file may be a card,
+    or one profile with its "name".
 
     Raises: UserError with every problem of the file.
     """

@@ -1,11 +1,10 @@
 """Samples, in the forms that people have them, read as conversations.
 
 {"role", "system", "prompt", "response"}              a question and its answer, as data_helper.py writes them
-{"instruction", "input", "output"}                    the same with the book's keys; QUESTIONS lists more
+{"instruction", "input", "output"}                    the same with the book's keys; QUESTIONS lists all
 {"role", "system", "messages": [{"role", "content"}]} a conversation; OpenAI's form has the system text in it
 {"conversations": [{"from", "value"}]}                a conversation in ShareGPT's form
-{"prompt": [{"role", "content"}], "completion": […]}  TRL's, whose prompt is not learned
-{"name", "is_user", "mes", …} a line                  SillyTavern's log of one chat
+{"name", "is_user", "mes"} a line of a file           SillyTavern's log of one conversation
 """
 
 import json
@@ -13,7 +12,8 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from functools import cache, partial
+from contextlib import suppress
+from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 
@@ -30,15 +30,15 @@ QUESTIONS = [  # the keys of a question with its answer: system text, question, 
     ("system", "query", "response", "history"),  # ms-swift's
     ("system", "prompt", "completion"),  # TRL's
 ]
-# What says of a turn, or of a whole sample, whether it is learned; and how people write yes and no.
-MARKS = {"train", "training", "loss", "weight", "kto_tag", "label"}
+MARKS = {"train", "training", "loss", "weight", "kto_tag", "label"}  # keys of turns and of whole samples to be learned
 YES = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
-NOT_TAKEN = {  # how a part of a key begins → why a turn or a sample that has it cannot be taken
+NOT_TAKEN = {  # how a part of a key, or of a speaker, begins → why a turn or a sample that has it cannot be taken
     "chosen|reject": "belongs to pairs of a better and a worse answer: keep the better one, as messages",
     "tool|function|observation": "belongs to calls of tools, which are not learned here: remove the sample",
-    "train|learn|loss|weight|mask|superv|kto": 'may say what is learned: say it by "train": true or false, or remove it',
+    "train|learn|loss|weight|mask|superv|kto": 'may say what is learned: say it with "train": true, false, or remove it',
 }
-HARMLESS = {"role", "from", "content", "value", "name", "id", "index", "timestamp", "time", "date", "lang", "language"}
+HARMLESS = {"role", "from", "content", "value", "name", "id", "index", "timestamp", "time", "date", "language", "type"}
+HARMLESS |= {"system", "prompt", "response", "messages", "conversations", "kind", "source", "category"}
 
 
 def read_samples(path: str | Path, merge: bool = False, problems: list[str] | None = None) -> Iterator[dict]:
@@ -49,10 +49,9 @@ def read_samples(path: str | Path, merge: bool = False, problems: list[str] | No
 
     `merge` joins neighbouring turns of one speaker. `problems` and what is raised: see `read_records`.
     """
-    if log := chat_log(path):
-        yield as_sample(log, f"{path}: its chat", merge)
-    else:
-        yield from (sample for _, sample in read_records(path, problems, partial(as_sample, merge=merge)))
+    log, check = chat_log(path), partial(as_sample, merge=merge)
+    records = [(path, check(log, f"{path}: its chat"))] if log else read_records(path, problems, check)
+    yield from (sample for _, sample in records)
 
 
 def as_sample(record: dict, where: str, merge: bool = False) -> dict:
@@ -77,24 +76,18 @@ def text_of(record: dict, key: str, where: str) -> str:
 
 
 def is_marked_trained(fields: dict, where: str, speaker: str | None = None) -> bool:
-    """Whether a sample, or a turn of `speaker`, is to be trained, as far as its keys say. Raises: UserError for unclear ones."""
+    """Whether a sample, or a turn of `speaker`, is to be trained, as far as its keys say. Raises: UserError."""
     trained = True
-    for key, value in fields.items():
+    for key, value in ((key, value) for key, value in fields.items() if key.lower() not in HARMLESS):
         yes = YES.get(str(value).lower()) if key.lower() in MARKS else None
-        if yes is None and (reason := not_taken(key)):
-            raise UserError(f'{where}: "{key}" {reason}')
-        if speaker and key.lower() not in HARMLESS and (yes is None or yes and speaker != "assistant"):
-            tell(
-                f'{re.sub(r"(:[0-9]+)?: .*", "", where)}: "{key}" in turns of the {speaker} is not read, and makes none learned'
-            )
+        for words, reason in NOT_TAKEN.items():
+            if yes is None and re.search(f"(?i)(?<![a-z])({words})", key):
+                raise UserError(f'{where}: "{key}" {reason}')
+        if speaker and (yes is None or yes and speaker != "assistant"):
+            told = f'"{key}" in turns of the {speaker} is not read, and makes none learned'
+            tell(f"{re.sub('(:[0-9]+)?: .*', '', where)}: {told}")
         trained &= yes is not False
     return trained
-
-
-@cache  # of few keys, thousands of times
-def not_taken(key: str) -> str | None:
-    found = (why for part, why in NOT_TAKEN.items() if re.search(rf"(?i)(?<![a-z])(?:{part})", key))
-    return next(found, None)
 
 
 def given_turns(record: dict, where: str) -> tuple[str, list]:
@@ -110,8 +103,8 @@ def given_turns(record: dict, where: str) -> tuple[str, list]:
     for keys in QUESTIONS:
         if {*keys[1:3]} <= given <= {*keys} and is_pairs:
             system, *pair = (text_of(record, key, where) for key in keys[:3])
-            speakers = cycle(("user", "assistant"))
-            return system, [{"role": next(speakers), "content": text} for text in chain(*history, pair)]
+            said = zip(cycle(("user", "assistant")), chain(*history, pair))
+            return system, [{"role": speaker, "content": text} for speaker, text in said]
     raise UserError(
         f'{where}: no sample has the keys ({", ".join(record)[:80]}): write "messages", or "prompt" and "response", or '
         "another form of data/README.md"
@@ -119,7 +112,7 @@ def given_turns(record: dict, where: str) -> tuple[str, list]:
 
 
 def checked_turns(system: str, given: list, where: str, merge: bool) -> tuple[str, list[dict]]:
-    """The system text, which may stand beside the turns or begin them, and the turns as they are learned. Raises: UserError.
+    """The system text, which stands beside the turns or begins them, and the turns as read. Raises: UserError.
 
     merge: neighbours of one speaker are joined, with a newline between; one that is not to be trained leaves all untrained.
     """
@@ -128,14 +121,17 @@ def checked_turns(system: str, given: list, where: str, merge: bool) -> tuple[st
         at = f"{where}: turn {number}"
         fields = filled(turn) if isinstance(turn, dict) else {}
         # Its own keys decide, not the name of the list: files mix the two forms.
-        name, text = str(fields.get("role", fields.get("from"))), joined(fields.get("content", fields.get("value")))
+        name, text = str(fields.get("role", fields.get("from"))), fields.get("content", fields.get("value"))
+        with suppress(TypeError, KeyError):  # OpenAI's parts of text
+            text = "\n".join(part["text"] for part in text) if isinstance(text, list) else text
         speaker = SPEAKERS.get(name.lower())
         trained = is_marked_trained(fields if speaker else {name: "", **fields}, at, speaker)
         if speaker == "system" and text is None:
             continue
         before = turns[-1] if turns else {"role": None}
-        misplaced = speaker == before["role"] and not merge
-        misplaced |= speaker == "system" and (number > 1 or system not in ("", text))
+        misplaced = (
+            number > 1 or system not in ("", text) if speaker == "system" else speaker == before["role"] and not merge
+        )
         if speaker is None or misplaced or text_problem(text):
             raise UserError(
                 f"{at} cannot be {json.dumps(turn, ensure_ascii=False)[:80]}: write "
@@ -154,15 +150,8 @@ def checked_turns(system: str, given: list, where: str, merge: bool) -> tuple[st
     return system, turns
 
 
-def joined(content):
-    """The text of a turn; OpenAI's form may have it as a list of parts, {"type": "text", "text": …}."""
-    parts = content if isinstance(content, list) else []
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    return "\n".join(texts) if texts and len(texts) == len(parts) else content
-
-
 def chat_log(path: str | Path) -> dict | None:
-    """SillyTavern's log of one chat as a record, without what the model did not see; None: another file. Raises: UserError."""
+    """SillyTavern's log of one chat as a record, without its hidden lines; None: another file. Raises: UserError."""
     check_kind(path)
     with open(path, "rb") as file:
         if b'"is_user"' not in b"".join(islice(file, 2)):  # the first line is about the chat
@@ -174,9 +163,7 @@ def chat_log(path: str | Path) -> dict | None:
             turns.append({"role": "user" if line.get("is_user") else "assistant", "content": shown})
         roles = {line.get("name") for line in said if not line.get("is_user")}
     if len(roles) > 1:
-        raise UserError(
-            f"{path}: several characters speak ({', '.join(sorted(map(str, roles)))}): give each a file of its own"
-        )
+        raise UserError(f"{path}: several characters speak, {', '.join(sorted(map(str, roles)))}: give each a file")
     return {"role": next(iter(roles), None), "messages": turns} if turns else None
 
 
@@ -240,8 +227,8 @@ def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[di
     test = [sample for sample in samples if opening(sample) in held_out]
     if not test:
         raise UserError(
-            f"no samples for the test file: of the {len(groups):,} questions that open the {len(samples):,} samples, training "
-            "needs each: add samples that open otherwise, or name a file by --test_conversations"
+            f"no samples for the test file: of the {len(groups):,} questions that open the {len(samples):,} samples, "
+            "training needs each: add samples that open otherwise, or name a file by --test_conversations"
         )
     print(f"no test file: {len(test):,} of {len(samples):,} samples set aside, by their first question (--test_share)")
     return {"train": [sample for sample in samples if opening(sample) not in held_out], "test": test}
