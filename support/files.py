@@ -160,7 +160,7 @@ LFS_POINTER = "is a Git-LFS pointer, not the file itself: fetch it with git lfs 
 PICTURE = "is a picture without a character card: export the card anew, as PNG or JSON, or name a file of text"
 KINDS = {  # how a file begins → what it is
     b"version https://git-lfs": LFS_POINTER,
-    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"), PICTURE),  # PNG, JPEG, WebP
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8"), PICTURE),  # RIFF: WebP
     b"PAR1": "is a Parquet file: write its rows as JSON lines, with pandas, say",
     b"\x1f\x8b": "is compressed by gzip: unpack it",
     b"PK\x03\x04": "is a zip archive, as .xlsx and .docx are: save what is in it as text in UTF-8",

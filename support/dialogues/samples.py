@@ -84,7 +84,7 @@ def is_marked_trained(fields: dict, where: str, speaker: str | None = None) -> b
             if yes is None and re.search(f"(?i)(?<![a-z])({words})", key):
                 raise UserError(f'{where}: "{key}" {reason}')
         if speaker and (yes is None or yes and speaker != "assistant"):
-            told = f'"{key}" in turns of the {speaker} is not read, and makes none learned'
+            told = f'"{key}" in turns of the {speaker} is not read: answers are learned unless "train" is false'
             tell(f"{re.sub('(:[0-9]+)?: .*', '', where)}: {told}")
         trained &= yes is not False
     return trained
