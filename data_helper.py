@@ -24,7 +24,7 @@ from support.command_line import ArgumentParser, integer, number
 from support.dialogues.cards import card_conversations, read_card
 from support.dialogues.json_files import composed
 from support.dialogues.profiles import read_characters
-from support.dialogues.samples import as_sample, read_rolebench, read_samples, split_off
+from support.dialogues.samples import as_sample, is_trained, read_rolebench, read_samples, split_off
 from support.errors import Problems, UserError, blaming, entry_point
 from support.files import whole_files
 
@@ -194,6 +194,9 @@ def read_inputs(args) -> dict[str, list[dict]]:
                         problems.append(f"{path}: {role[:20]!r} has no profile in {args.desc_path}: add one")
                         continue
                     sample["system"] = persona(role, characters[role]["description"])
+                if "messages" in sample and not any(map(is_trained, sample["messages"])):
+                    left_out["not to be learned"] += 1
+                    continue
                 text = json.dumps(sample)
                 if text in seen:
                     left_out["exact duplicates"] += 1
@@ -218,8 +221,9 @@ def samples_of_file(path: Path, kind: str, args, characters: dict[str, dict], pr
         return [sample for row in rows for sample in samples(row, kind, characters, args.max_responses, args.seed)]
     if card := read_card(path):
         for role, character in read_characters(path).items():
-            characters.setdefault(role, character)
-        return [as_sample(example, f"{path}: its examples") for example in card_conversations(card)]
+            if characters.setdefault(role, character)["description"] != character["description"]:
+                raise UserError(f"{path}: {role!r} differs in {args.desc_path}: keep one, or add --desc_path {path}")
+        return [as_sample(example, f"{path}: its examples", merge=True) for example in card_conversations(card)]
     found = list(read_samples(path, args.merge_turns, problems))
     for sample in found:
         sample.pop("kind", None)

@@ -266,7 +266,7 @@ def main(argv=None):
         "sha256": adapter_digest(args.model_dir),
     }
     planned, tensors = weights.tensors, merged_tensors(weights, updates, device)
-    overwrite = args.overwrite and (args.save_model_dir / "config.json").exists()  # a model, and nothing else
+    overwrite = args.overwrite if (args.save_model_dir / "config.json").exists() else None  # a model, and nothing else
     with whole_directory(args.save_model_dir, overwrite) as directory:
         if args.format == "llama":
             llama_export.save_llama(directory, config, base.tokenizer)

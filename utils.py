@@ -69,32 +69,33 @@ class RoleDataset:
         self.counts["kept"] = len(self)
 
     def _fit(self, messages: list[dict], room: int) -> tuple[list[dict], bool]:
-        """(messages cut to the limits, whether the last answer is whole); no message where the sample is left out."""
+        """(messages up to the last trained answer that fits, cut to the limits; whether it is whole), or none."""
+        trained = [number for number, turn in enumerate(messages) if is_trained(turn)]
+        messages = messages[: max(trained, default=-1) + 1]  # nothing is learned from what follows
         questions = [turn for turn in messages if turn["role"] == "user"]
         long_question = any(len(turn["content"]) > self.max_src_len for turn in questions)
         for turn in questions:
             turn["content"] = turn["content"][: self.max_src_len]
         lengths = [1 + len(turn["content"]) for turn in messages]  # with their markers
-        excess = sum(lengths) + 1 - room  # the last answer ends with an eos
-        if self.is_skip and (long_question or excess > 0):
+        if self.is_skip and (long_question or sum(lengths) + 1 > room):
             self.counts["skipped"] += 1
             return [], False
-        self.counts["cut questions"] += long_question
-        first = 0
-        for number, turn in enumerate(messages):
-            if excess > 0 and turn["role"] == "user" and number > 0:  # the round before it goes
-                excess -= sum(lengths[first:number])
-                first = number
-        self.counts["shortened conversations"] += first > 0
-        messages, answer = messages[first:], messages[-1]
-        if len(answer["content"]) + 1 <= excess:
-            self.counts["no room for an answer"] += 1
-            return [], False
-        if excess > 0:
-            answer["content"] = answer["content"][: len(answer["content"]) - (excess - 1)]  # the first to go is the eos
-        self.counts["cut answers"] += excess > 0
-        self.counts["nothing left to train"] += not any(map(is_trained, messages))
-        return messages, excess <= 0
+        for last in reversed(trained):
+            first, excess = 0, sum(lengths[: last + 1]) + 1 - room  # the last answer ends with an eos
+            for number, turn in enumerate(messages[:last]):
+                if excess > 0 and turn["role"] == "user" and number > 0:  # the round before it goes
+                    excess -= sum(lengths[first:number])
+                    first = number
+            answer = messages[last]
+            if len(answer["content"]) + 1 > excess:
+                if excess > 0:
+                    answer["content"] = answer["content"][: len(answer["content"]) - (excess - 1)]  # first goes the eos
+                self.counts["cut questions"] += long_question
+                self.counts["shortened conversations"] += first > 0 or last < trained[-1]
+                self.counts["cut answers"] += excess > 0
+                return messages[first : last + 1], excess <= 0
+        self.counts["no room for an answer" if trained else "nothing to train"] += 1
+        return [], False
 
     def _lay_out(self, messages: list[dict], is_whole: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Messages without their persona → (ids, supervised pairs). An answer that is not whole gets no eos."""

@@ -57,15 +57,16 @@ def writing(path):
 
 
 @contextmanager
-def whole_directory(path, overwrite: bool = False):
+def whole_directory(path, overwrite: bool | None = None):
     """Yield an empty directory beside `path`; it takes that name, by rename, once its files are on disk.
 
-    What a process that was killed has left there goes. Raises: UserError where `path` holds something and is not to be
-    overwritten.
+    What a process that was killed has left there goes. `overwrite` is None where no flag could allow it.
+    Raises: UserError where `path` holds something and is not to be overwritten.
     """
     path = Path(path).resolve()  # of a link, what it names is replaced, on its disk
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already; name another directory or remove it")
+        flag = ", or add --overwrite" if overwrite is False else ""
+        raise UserError(f"{path}: exists already: name another directory, remove it{flag}")
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -156,15 +157,13 @@ def put_on_disk(*paths):
 # ---------------------------------------------------------------- reading
 
 LFS_POINTER = "is a Git-LFS pointer, not the file itself: fetch it with git lfs pull"
-PNG = "is a PNG image, where a text is needed"
+PICTURE = "is a picture without a character card: export the card anew, as PNG or JSON, or name a file of text"
 KINDS = {  # how a file begins → what it is
     b"version https://git-lfs": LFS_POINTER,
-    b"\x89PNG": PNG,
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8"), PICTURE),  # RIFF: WebP
     b"PAR1": "is a Parquet file: write its rows as JSON lines, with pandas, say",
     b"\x1f\x8b": "is compressed by gzip: unpack it",
     b"PK\x03\x04": "is a zip archive, as .xlsx and .docx are: save what is in it as text in UTF-8",
-    b"\xff\xfe": "is UTF-16: save the file as UTF-8",
-    b"\xfe\xff": "is UTF-16: save the file as UTF-8",
 }
 
 
@@ -172,6 +171,8 @@ def kind_of_file(path: str | Path) -> str | None:
     """What is wrong with the kind of a file, by its first bytes (an image, an archive, UTF-16, …); None for one to be read."""
     with open(path, "rb") as file:
         beginning = file.read(32)
+    if json.detect_encoding(beginning).startswith(("utf-16", "utf-32")):  # with a mark or without, by its zeros
+        return "is UTF-16: save the file as UTF-8"
     return next((kind for magic, kind in KINDS.items() if beginning.startswith(magic)), None)
 
 

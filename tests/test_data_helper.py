@@ -281,16 +281,17 @@ def test_a_bad_file_is_named(run):
 
 def test_a_file_of_another_kind_is_called_by_its_name(run):
     path = run.data / "mine"
-    path.write_bytes(json.dumps({"messages": TWO_ROUNDS}).encode("utf-16"))
-    for flags in (["--conversations", path], ["--desc_path", path, "--data_dir", SAMPLE]):
-        assert run.errors(*flags, roles=["all"])[0].startswith(f"{path}: is UTF-16: save the file as UTF-8")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):  # the latter two without a mark
+        path.write_bytes(json.dumps({"messages": TWO_ROUNDS}).encode(encoding))
+        for flags in (["--conversations", path], ["--desc_path", path, "--data_dir", SAMPLE]):
+            assert run.errors(*flags, roles=["all"])[0].startswith(f"{path}: is UTF-16: save the file as UTF-8")
     (run.data / GENERAL).write_bytes(gzip.compress(b"{}"))
     assert run.errors() == [f"{run.data / GENERAL}: is compressed by gzip: unpack it"]
 
 
 def test_another_layout_is_told_once(run):
     record = {"messages": TWO_ROUNDS}
-    for text in (json.dumps(record, indent=1), 2 * (json.dumps(record) + ",\n"), 2 * (json.dumps([record]) + "\n")):
+    for text in (2 * json.dumps(record, indent=1), 2 * (json.dumps(record) + ",\n"), 2 * (json.dumps([record]) + "\n")):
         run.mine.write_text(text)
         (error,) = run.errors("--conversations", run.mine, roles=["all"])
         assert error.startswith(f"{run.mine}:") and "several objects are one a line, or one array" in error
@@ -328,11 +329,11 @@ def test_a_bad_flag(run):
 
 
 def test_what_is_no_problem(run):
-    """Windows line ends, blank lines, no last line end, unknown keys with odd values, line separators within text."""
+    """Windows line ends, blank lines, no last line end, unknown keys with odd values; within text, line ends become plain."""
     line = GOOD.replace("好吗", "好\u2028\x85吗").replace("}", ', "type": NaN, "id": 7}')
     (run.data / GENERAL).write_bytes(f"\r\n{line}\r\n\r\n{GOOD}".encode())
     train, _ = run()
-    assert [line["prompt"] for line in train[1:]] == ["李白，好\u2028\x85吗？", "李白，好吗？"]
+    assert [line["prompt"] for line in train[1:]] == ["李白，好\n\n吗？", "李白，好吗？"]
 
 
 def test_arrays_byte_order_marks_and_a_clone_of_the_hubs_dataset_are_read_alike(run):
@@ -372,7 +373,8 @@ def test_conversations_of_ones_own(run):
     other = run.data / "other.json"
     lines = [{"role": "李白", "messages": turns(f"问{n}", f"答{n}", "再问", f"再答{n}")} for n in range(20)]
     branch = {"role": "李白", "messages": turns("问3", "答3", "再问", "另答")}
-    write_lines(run.mine, *lines, branch, lines[3])
+    bad = [{**lines[4], "kto_tag": False}, {"messages": [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "weight": "0"}]}]
+    write_lines(run.mine, *lines[:4], *bad, *lines[4:], branch, lines[3])
     other.write_text(json.dumps([{"system": "自己的", "role": "李白", "messages": TWO_ROUNDS, "kind": "x"}]))
     flags = ["--conversations", run.mine, other]
     train, test = run(*flags, roles=["all"])
@@ -385,7 +387,7 @@ def test_conversations_of_ones_own(run):
     assert [sample for sample in expected if sample in test] == test
     assert not {s["messages"][0]["content"] for s in train} & {s["messages"][0]["content"] for s in test}
     out = run.capsys.readouterr().out
-    assert "samples left out: 1 exact duplicates\n" in out and "2 of 22 samples set aside" in out
+    assert "samples left out: 2 not to be learned, 1 exact duplicates\n" in out and "2 of 22 samples set aside" in out
     assert run(*flags, roles=["all"]) == (train, test)
     parts = [run(*flags, "--seed", seed, roles=["all"])[1] for seed in range(5)]
     assert any(part != test for part in parts)
@@ -415,7 +417,8 @@ def test_conversations_that_cannot_be_used(run):
     (error,) = run.errors(*flags, roles=["李白"])
     assert error.startswith("--roles 李白: is none of the roles: choose from 杜甫, all")
     write_lines(run.mine, {"messages": TWO_ROUNDS}, {"messages": TWO_ROUNDS[:2]})
-    assert "no samples for the test file" in run.errors(*flags, roles=["all"])[0]  # both open with one question
+    reason = "no samples for the test file: of the 1 questions that open the 2 samples, training needs each"
+    assert run.errors(*flags, roles=["all"])[0].startswith(reason)
     assert "is an input" in run.errors(*flags, "--train_path", run.mine, roles=["all"])[0]
 
 

@@ -98,6 +98,10 @@ def test_integers_are_numbers_and_a_byte_order_mark_is_none(directory):
     model = opened.load()
     opened.refuse_to_fail_later(model)
     assert model.generation_config.user_token_id == opened.tokenizer.user_token_id == 195
+    path = directory / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(UserError, match="config.json: begins with a byte-order mark: save it as UTF-8 without one"):
+        ModelDirectory(directory).check()
 
 
 def refusals(directory: Path) -> list[str]:

@@ -18,8 +18,9 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         (directory / "part").write_text("whole")
         assert not target.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    with pytest.raises(UserError, match="exists already"), files.whole_directory(target):
-        pass
+    for overwrite, remedy in ((None, "remove it"), (False, "remove it, or add --overwrite")):
+        with pytest.raises(UserError, match=f"exists already.* {remedy}$"), files.whole_directory(target, overwrite):
+            pass
     with files.whole_directory(target, overwrite=True) as directory:
         (directory / "other").write_text("newer")
     assert [path.name for path in target.iterdir()] == ["other"]

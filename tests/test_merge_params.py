@@ -349,7 +349,9 @@ def test_the_proof_reads_the_template_that_is_written(checkpoint, adapter, merge
 
 def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsys, monkeypatch):
     target = shutil.copytree(merged, tmp_path / "taken")
-    assert "exists already" in refusal(capsys, checkpoint, adapter, target)
+    assert "exists already: name another directory, remove it, or add --overwrite" in refusal(
+        capsys, checkpoint, adapter, target
+    )
     (target / "stale").touch()
     monkeypatch.setattr(merge_params, "prove", lambda *_: (_ for _ in ()).throw(merge_params.UserError("differs")))
     refusal(capsys, checkpoint, adapter, target, "--overwrite")  # which would show that the old result is gone
@@ -359,7 +361,9 @@ def test_directories_that_are_taken(checkpoint, adapter, merged, tmp_path, capsy
 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/diary.txt").touch()
-    assert "exists already" in refusal(capsys, checkpoint, adapter, tmp_path / "notes", "--overwrite")
+    for flags in ([], ["--overwrite"]):
+        told = refusal(capsys, checkpoint, adapter, tmp_path / "notes", *flags)
+        assert "exists already" in told and "or add" not in told
     assert "config.json: is missing" in refusal(capsys, checkpoint, adapter, tmp_path / "none", "--check_only")
     copy = shutil.copytree(adapter, tmp_path / "output/adapter")
     told = refusal(capsys, tmp_path / "nowhere", copy, tmp_path / "output", "--overwrite", "--device", "tpu").split(

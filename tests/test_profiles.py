@@ -36,6 +36,22 @@ def test_a_profile_is_a_string_or_an_object(tmp_path):
     assert len(known["names"]) == 5
 
 
+def test_a_file_that_is_one_profile(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"name": "张飞", "description": "好斗\r\n", "names": ["翼德"]}), encoding="utf-8")
+    assert read_characters(path) == {"张飞": EMPTY | {"description": "好斗\n", "names": ["翼德"], "name": "张飞"}}
+    for name in ("", 5, None, "李" * 101):
+        path.write_text(json.dumps({"name": name, "description": "好斗"}), encoding="utf-8")
+        with pytest.raises(UserError, match="profile.json: the name of "):
+            read_characters(path)
+    path.write_text(json.dumps({"翼德": {"name": "张飞", "description": "好斗"}}), encoding="utf-8")
+    with pytest.raises(UserError, match="profile.json: the name of '翼德' cannot be \"张飞\""):
+        read_characters(path)
+    path.write_text(json.dumps({"description": "好斗", "greeting": "来也！"}), encoding="utf-8")
+    with pytest.raises(UserError, match="profile.json: the name of '' cannot be"):
+        read_characters(path)
+
+
 def test_a_wrong_field_of_a_profile_is_named(tmp_path):
     path = tmp_path / "profiles-zh_desc.json"
     good = {"description": "甲" * 8000, "greeting": "a"}

@@ -125,6 +125,29 @@ def test_a_question_keeps_its_beginning_and_a_cut_answer_gets_no_eos(loaded):
     assert len(data) == 0 and data.counts["no room for an answer"] == 1
 
 
+def test_a_sample_ends_on_the_last_trained_answer_that_fits(loaded):
+    """What follows it is learned by nobody and takes no room; a question that fills the row leaves the answer before it."""
+    (short,) = [
+        sample for sample in CONVERSATIONS if len(sample["messages"]) == 4 and sample["system"] == "你是孙悟空。"
+    ]
+    alone, (question, answer) = dataset(loaded, [short]), short["messages"][:2]
+    limit = len(alone.sample(0)[0]) + 1
+    tail = [question, {**answer, "content": "长" * 900, "train": False}]
+    for is_skip in (False, True):
+        data = dataset(loaded, [{**short, "messages": short["messages"] + tail}], max_len=limit, is_skip=is_skip)
+        assert [part.tolist() for part in data.sample(0)] == [part.tolist() for part in alone.sample(0)]
+        assert +data.counts == {"read": 1, "kept": 1}
+    tail = [{**question, "content": "长" * 200}, answer]  # not even with every round before it gone
+    long = {**short, "messages": short["messages"] + tail}
+    assert loaded.text_to_ids(tail[0]["content"])[limit - 4 :]
+    data = dataset(loaded, [long], max_len=limit)
+    assert [part.tolist() for part in data.sample(0)] == [part.tolist() for part in alone.sample(0)]
+    assert +data.counts == {"read": 1, "kept": 1, "shortened conversations": 1}
+    assert dataset(loaded, [long], max_len=limit, is_skip=True).counts["skipped"] == 1
+    silent = [{**turn, "train": False} for turn in short["messages"]]
+    assert dataset(loaded, [{**short, "messages": silent}]).counts == {"kept": 0, "read": 1, "nothing to train": 1}
+
+
 def test_skipping_leaves_out_what_would_be_cut(loaded):
     lengths = [len(whole(dataset(loaded), index)) for index in range(len(SAMPLES))]
     limit = sorted(lengths)[-2]

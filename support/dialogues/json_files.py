@@ -2,9 +2,13 @@
 
 import codecs
 import json
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from support.errors import UserError
@@ -17,9 +21,7 @@ def text_problem(value) -> str | None:
     """Why `value` is no usable text, or None."""
     # Half a character is an emoji that another program has cut in two: no tokenizer takes it.
     if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        return (
-            r"is missing, blank, no string or half a character (\ud800 to \udfff): write text between quotation marks"
-        )
+        return r"is missing, blank, no string or half a character (\ud800 to \udfff): write text in quotation marks"
     return None
 
 
@@ -29,7 +31,9 @@ def filled(record: dict) -> dict:
 
 
 def plain_line_ends(value):
-    r"""Every kind of line end as \n, which browsers send: else a role is asked in other words than it was trained on."""
+    r"""Every kind of line end in a JSON value as \n, which browsers send: else a role is asked in other words than trained."""
+    if isinstance(value, dict):
+        return {key: plain_line_ends(part) for key, part in value.items()}
     if isinstance(value, list):
         return [plain_line_ends(part) for part in value]
     return re.sub("\r\n|[\r\v\f\x85\u2028\u2029]", "\n", value) if isinstance(value, str) else value
@@ -38,6 +42,13 @@ def plain_line_ends(value):
 def composed(name: str) -> str:
     """A role's name with each letter and its accents as one character: as two, it looks the same and is another string."""
     return unicodedata.normalize("NFC", name)
+
+
+@cache
+def tell(line: str):
+    """Print a warning once, however often a file is read; of several processes on a host one speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("warning:", line, file=sys.stderr)
 
 
 def check_kind(path: str | Path):
@@ -63,9 +74,9 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(data: str | bytes, path: str | Path, line: int = 1):
-    """The JSON value that begins at a line of a file; pandas' NaN is None. Raises: UserError, which names the line."""
+    """The JSON value that begins at a line of a file, with plain line ends; NaN is None. Raises: UserError with the line."""
     try:
-        return json.loads(data, parse_constant=lambda _: None)
+        return plain_line_ends(json.loads(data, parse_constant=lambda _: None))
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # not UTF-8, too many digits, nested too deeply
@@ -74,7 +85,7 @@ def parse_json(data: str | bytes, path: str | Path, line: int = 1):
 
 
 def read_records(path: str | Path, problems: list[str] | None = None, check=None) -> Iterator[tuple[str, dict]]:
-    """Yield (where, object) of a file of JSON lines, read as they come, or of one JSON array, which has to fit into memory.
+    """Yield (where, object) of a file of JSON lines, read as they come, or of a `whole_value`, which has to fit into memory.
 
     Args:
         problems: takes what is wrong with records, which are then left out.
@@ -83,15 +94,14 @@ def read_records(path: str | Path, problems: list[str] | None = None, check=None
         UserError: without `problems`; and at the first line, since a file in another layout is wrong in every line.
     """
     check_kind(path)
+    values = whole_value(path)
     with open(path, "rb") as file:
-        is_array = file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        file.seek(0)
-        for number, record in enumerate(parse_json(read_text(path), path) if is_array else file, start=1):
-            where = f"{path}: sample {number}" if is_array else f"{path}:{number}"
+        for number, record in enumerate(file if values is None else values, start=1):
+            where = f"{path}:{number}" if values is None else f"{path}: sample {number}"
             try:
-                if not is_array and not record.strip():
+                if values is None and not record.strip():
                     continue
-                record = record if is_array else parse_json(record.rstrip(), path, number)
+                record = parse_json(record.rstrip(), path, number) if values is None else record
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: is not a JSON object: {LAYOUT}")
                 record = check(record, where) if check else record
@@ -101,3 +111,13 @@ def read_records(path: str | Path, problems: list[str] | None = None, check=None
                 problems += error.problems
             else:
                 yield where, record
+
+
+def whole_value(path: str | Path) -> list | None:
+    """The records of a file that is one JSON array, or one object over several lines. None: it is one of JSON lines."""
+    with open(path, "rb") as file:
+        first = next(filter(None, (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)), b"")
+    if first.startswith(b"["):
+        return parse_json(read_text(path), path)
+    with suppress(UserError):  # its lines tell what is wrong
+        return [parse_json(read_text(path), path)] if first.startswith(b"{") and not first.endswith(b"}") else None

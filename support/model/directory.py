@@ -70,6 +70,8 @@ class ModelDirectory:
         with blaming(f"{self.path}/config.json: is no {kind.__name__}"):
             if problem := other_model(self.settings):
                 raise UserError(f"{self.path}: {problem}: take Baichuan2-7B-Chat, as it was published")
+            if (self.path / "config.json").read_bytes().startswith(b"\xef\xbb\xbf"):  # transformers does not read it
+                raise UserError(f"{self.path}/config.json: begins with a byte-order mark: save it as UTF-8 without one")
             return kind.from_pretrained(self.path)
 
     @cached_property
