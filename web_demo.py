@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_helper import example_questions, persona
 from support.command_line import ArgumentParser
-from support.dialogues.json_files import composed
+from support.dialogues.json_files import composed, plain_line_ends
 from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
 from support.dialogues.samples import conversation
 from support.errors import Problems, entry_point, slow_imports
@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
     add("--root_path", default="", help="path under which a proxy serves the page, such as /chat")
     add("--auth_file", type=Path, help="file with USER:PASSWORD, to sign in with; or WEB_DEMO_AUTH in the environment")
-    add("--ask", metavar="QUESTION", help="print one greedy answer instead of serving the page")
+    add("--ask", metavar="QUESTION", type=plain_line_ends, help="print one greedy answer instead of serving the page")
     add("--role", type=composed, help="the role that --ask asks (default: the first of --desc_path)")
     return parser.parse_args(argv)
 
