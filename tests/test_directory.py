@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.errors import UserError
 from support.model.answering import greedy
 from support.model.directory import ModelDirectory
-from support.model.weights import write_weights
+from support.model.weights import Weights, write_weights
 
 
 @pytest.fixture
@@ -203,6 +203,19 @@ def test_weights_that_do_not_fit_into_memory_are_not_read(directory, monkeypatch
     monkeypatch.setattr(opened, "_load", lambda *_, **__: pytest.fail("was read"))
     with pytest.raises(UserError, match="add --load_in_4bit, or take a device with more memory"):
         opened.load(torch.bfloat16)
+
+
+def test_what_takes_long_is_told_beforehand(directory, monkeypatch, capsys):
+    opened = ModelDirectory(directory)
+    opened.refuse_to_fail_later(opened.load())
+    assert capsys.readouterr().err == ""  # of a small model, nothing
+    monkeypatch.setattr(Weights, "bytes", 2 * 10**9)
+    monkeypatch.setattr(Weights, "memory", lambda *_: 2 * 10**9)
+    monkeypatch.setattr("support.model.directory.free_memory", lambda device: 10**15)
+    opened.refuse_to_fail_later(opened.load(torch.float32))
+    assert capsys.readouterr().err == (
+        f"reading {directory}: 2 GB\n{directory}: comparing answers with and without the cache of keys and values\n"
+    )
 
 
 # ---------------------------------------------------------------- the fingerprint
