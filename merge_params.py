@@ -186,6 +186,9 @@ def gains(base: ModelDirectory, adapter: Path, merged: ModelDirectory, device) -
     for name, weight in tqdm(base.weights, "comparing weights", len(base.weights.tensors), leave=False, delay=3):
         layer = layers[name.removesuffix(".weight")]
         if not isinstance(layer, LoraLayer):
+            # The head counts by the direction of its rows: another program may have normalised it.
+            if name != "lm_head.weight" and not torch.equal(weight.to(after[name].dtype), after[name]):
+                raise ValueError(f"{name} has changed, and the adapter does not change it")
             continue
         update = layer.get_delta_weight("default")
         for (part, w), (_, new) in zip(as_written([(name, weight)]), as_written([(name, update)])):

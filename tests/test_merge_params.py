@@ -252,13 +252,17 @@ def test_logits_are_nearer_to_the_adapters_than_half_of_what_it_changes(monkeypa
             merge_params.prove(*arguments)
 
 
-def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, told",
+    [("layers.1.mlp.down_proj", "worst probe"), ("norm", "model.norm.weight has changed, and the adapter does not")],
+)
+def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, merged, tmp_path, capsys, name, told):
     copy = shutil.copytree(merged, tmp_path / "merge")
     merge(checkpoint, adapter, copy, "--check_only")
     tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    tensors[f"model.{name}.weight"] *= 1.01
     save_file(tensors, copy / "model.safetensors")
-    assert "worst probe" in refusal(capsys, checkpoint, adapter, copy, "--check_only")
+    assert told in refusal(capsys, checkpoint, adapter, copy, "--check_only")
 
 
 def test_a_conversation_is_one_probe(checkpoint, tmp_path):
