@@ -1,13 +1,16 @@
 """A run that is killed, stopped or out of disk loses nothing: resumed, it ends as if nothing had happened, bit for bit."""
 
+import fcntl
 import json
 import os
+import pty
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,7 @@ FLAGS = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2]
 FLAGS += ["--lora_dropout", 0.1, "--save_model_step", 4, "--save_total_limit", 3, "--sample_answers", 0]
 
 
-def start(arguments, processes: int = 1, event: dict | None = None) -> subprocess.Popen:
+def start(arguments, processes: int = 1, event: dict | None = None, **streams) -> subprocess.Popen:
     """train.py in a process group of its own. event: what happens to it, for killed_at.py."""
     command = ["tests/killed_at.py", *arguments, json.dumps(event)] if event else ["train.py", *arguments]
     launcher = [LAUNCHER, "--num_gpus", processes, "--master_port", free_port()] if processes > 1 else [sys.executable]
@@ -39,11 +42,24 @@ def start(arguments, processes: int = 1, event: dict | None = None) -> subproces
         [str(part) for part in launcher + command],
         cwd=ROOT,
         env=alone() | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        **(streams or {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}),
     )
+
+
+def finish_in_a_terminal(*arguments) -> tuple[subprocess.Popen, str]:
+    """Start train.py in a terminal of its own, as behind ssh, and close that when it waits for it."""
+    master, slave = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    run = start(*arguments, **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    printed = ""
+    while "waits for its terminal to be closed" not in printed:
+        printed += os.read(master, 1 << 16).decode(errors="replace")
+    os.close(master)
+    run.wait(timeout=300)
+    return run, printed
 
 
 def before(operation: str, directory, number=signal.SIGKILL, process=0, to="process") -> dict:
@@ -117,20 +133,25 @@ def assert_none_is_partial(output):
 
 
 def test_killed_and_stopped_in_the_middle_of_saves(run_arguments, uninterrupted, tmp_path):
-    """One run: killed before an adapter gets its name, told to stop, killed between a state and the removal of the older
-    one, and told to stop once more; each time it is resumed, and in the end it is as if nothing had happened.
+    """One run: killed before an adapter gets its name, in a terminal that is closed, killed between a state and the removal
+    of the older one, and told to stop; each time it is resumed, and in the end it is as if nothing had happened.
     """
     output, resume = tmp_path / "run", []
     events = [
         (signal.SIGKILL, "os.rename .epoch-1-step-4.tmp", []),
-        (signal.SIGTERM, "os.rename state/.epoch-1-step-4.tmp", ["epoch-1-step-5"]),
+        (signal.SIGHUP, "os.rename state/.epoch-1-step-4.tmp", ["epoch-1-step-5"]),
         (signal.SIGKILL, "os.rename state/epoch-1-step-8", ["epoch-1-step-8", "epoch-1-step-10"]),
         (signal.SIGINT, "os.rename state/.epoch-2-step-12.tmp", ["epoch-2-step-13"]),
     ]
     for number, operation, left in events:
         # Signals reach the whole group, and so the data loader's worker, too.
-        run = start([*run_arguments(output), *resume], event=before(operation, output, number, to="group"))
-        printed = finish(run)
+        to = "terminal" if number == signal.SIGHUP else "group"
+        asked = [*run_arguments(output), *resume], 1, before(operation, output, number, to=to)
+        if number == signal.SIGHUP:
+            run, printed = finish_in_a_terminal(*asked)
+        else:
+            run = start(*asked)
+            printed = finish(run)
         assert_none_is_partial(output)
         assert [path.name for _, path in checkpoints(output / "state")] == left, printed
         if number == signal.SIGKILL:
@@ -138,7 +159,8 @@ def test_killed_and_stopped_in_the_middle_of_saves(run_arguments, uninterrupted,
         else:
             assert run.returncode == 128 + number and "Traceback" not in printed, printed
             step = left[0].split("-")[-1]
-            assert f"stopped after step {step} of {STEPS}; the same command with --resume goes on there" in printed
+            told = f"stopped after step {step} of {STEPS}; the same command with --resume goes on there"
+            assert (told in printed) == (number != signal.SIGHUP)
         resume = ["--resume"]
     assert f"going on from {output}/state/{left[0]}" in train_to_the_end([*run_arguments(output), "--resume"])
     assert_same(output, uninterrupted(1))

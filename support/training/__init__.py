@@ -5,7 +5,7 @@ The step itself stands in train.py, samples and rows in utils.py.
 In the order of a run:
 
     arguments.py       what is wrong with the flags or the DeepSpeed file
-    processes.py       how processes meet, what precision the device has; what stops a run on Ctrl-C or SIGTERM
+    processes.py       how processes meet, what precision the device has; which signals stop a run
     fused_lora.py      LoRA's layers in few operations
     one_parameter.py   all adapters as one parameter, for DeepSpeed
     trial.py           the longest row passes before the first step: peak memory, time and disk
