@@ -84,9 +84,10 @@ with slow_imports(parse_args, __name__):
     from support.training.checkpoints import Best
     from support.training.fused_lora import fuse
     from support.training.log import Log
-    from support.training.resume import find_state, load_state, run_identity, save_state
-    from support.training.run_record import begin, diverged
+    from support.training.resume import claim, find_state, load_state, run_identity, save_state
+    from support.training.run_record import announce, diverged
     from support.training.sample_answers import sample_answers
+    from support.training.trial import try_largest_rows
 
 
 # ---------------------------------------------------------------- samples
@@ -278,10 +279,10 @@ def main(argv=None):
     # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = processes.join_processes()
     rank, world_size = processes.rank_and_world_size()
-    dtype = processes.precision(config)
-    identity = run_identity(args, directory.fingerprint, train_data, dtype)
-    done, state, losses, best = find_state(args.output_dir, identity)
-    output_dir = Path(args.output_dir)
+    output_dir, dtype = Path(args.output_dir), processes.precision(config)
+    claim(output_dir, args.dry_run)
+    identity = run_identity(args, directory.fingerprint, train_data, test_data, dtype)
+    done, state, losses, best = find_state(output_dir, identity)
 
     # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
     steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
@@ -294,9 +295,12 @@ def main(argv=None):
     if state:
         load_state(engine, state)
 
-    # 4. The longest row passes, so that a run which does not fit ends here.
+    # 4. It is said what will be trained. The largest rows pass, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
-    begin(args, engine, steps, test_rows, done, state, dtype)
+    if rank == 0:
+        announce(args, engine, steps, done, state, dtype)
+    if done < len(steps):
+        try_largest_rows(args, engine, steps, test_rows, done, dtype)
     if args.dry_run:
         return
 

@@ -251,13 +251,14 @@ import pathlib, sys
 from support.training.processes import join_processes
 from support.training.resume import claim
 join_processes()
-claim(pathlib.Path(sys.argv[1]))
+claim(pathlib.Path(sys.argv[1]), dry_run=False)
 print("claimed", flush=True)
 sys.stdin.read()
 """
 
 
 def test_two_runs_do_not_write_to_one_directory(run_arguments, finished, tmp_path, capsys):
+    """And the second one does not call damaged what the first one is about to replace."""
     output = shutil.copytree(finished, tmp_path / "run")  # which this process has not claimed
     (output / "state/.epoch-1-step-10.tmp").mkdir()  # left by a run that was killed
     with subprocess.Popen(
@@ -265,16 +266,19 @@ def test_two_runs_do_not_write_to_one_directory(run_arguments, finished, tmp_pat
     ) as other:
         assert any(b"claimed" in line for line in other.stdout)
         assert not (output / "state/.epoch-1-step-10.tmp").exists()
-        assert "another run is writing there" in error_of(short(run_arguments, output), capsys)
+        (output / "state/epoch-1-step-10/run.json").unlink()
+        for more in ([], ["--dry_run"]):
+            assert "another run is writing there" in error_of(short(run_arguments, output, *more), capsys)
         other.kill()  # which leaves the directory to the next run
-    resume.claim(output)
+    resume.claim(output, dry_run=True)
+    resume.claim(output, dry_run=False)
 
 
 def test_hosts_without_a_common_output_directory_are_refused(tmp_path, monkeypatch):
     processes.join_processes()
     monkeypatch.setattr(resume.dist, "get_rank", lambda: 1)
     with pytest.raises(OneProcessError, match="is not what the first host writes to"):
-        resume.claim(tmp_path / "run")
+        resume.claim(tmp_path / "run", dry_run=False)
 
 
 # Flags that say where things are, what is shown and kept, how fast it goes; and those that are seen in the data.
@@ -290,14 +294,14 @@ def test_another_run_is_refused(run_arguments, finished, few_samples, checkpoint
     ds_file, state = tmp_path / "ds.json", finished / "state/epoch-1-step-10"
     ds_file.write_text(json.dumps(FLOAT32 | {"gradient_clipping": 0.5}))
     directory = ModelDirectory(checkpoint)
-    data = utils.RoleDataset(read_samples(few_samples[0]), directory.tokenizer, 256, 128)
+    data, test_data = (utils.RoleDataset(read_samples(path), directory.tokenizer, 256, 128) for path in few_samples)
     changes = {
         "DeepSpeed configuration": ["--ds_file", ds_file],
         **{f"--{name}": [f"--{name}", 2] for name in ("num_train_epochs", "weight_decay", "seed", "lora_dim")},
         **{f"--{name}": [f"--{name}", 0.5] for name in ("learning_rate", "warmup_ratio", "lora_alpha", "lora_dropout")},
         **{f"--{name}": [f"--{name}", 3] for name in ("gradient_accumulation_steps", "per_device_train_batch_size")},
         "--load_in_4bit": ["--load_in_4bit"],
-        **dict.fromkeys(("training data", "base weights", "processes", "precision"), []),
+        **dict.fromkeys(("training data", "test data", "base weights", "processes", "precision"), []),
     }
     saved = json.loads((state / "run.json").read_text())["identity"]
     assert changes.keys() == saved.keys()
@@ -315,21 +319,18 @@ def test_another_run_is_refused(run_arguments, finished, few_samples, checkpoint
                 base = "0" * 16
             elif name == "precision":
                 dtype = torch.bfloat16
-            elif name == "training data":
-                elsewhere.setattr(data, "ids", data.ids[:-1])
-            identity = resume.run_identity(args, base, data, dtype)
+            elif name in ("training data", "test data"):
+                other = data if name == "training data" else test_data
+                elsewhere.setattr(other, "ids", other.ids[:-1])
+            identity = resume.run_identity(args, base, data, test_data, dtype)
         with pytest.raises(UserError) as refused:
             resume.find_state(finished, identity)
         told = f"{state}: was saved with {name} {saved[name]}, not {identity[name]}: change that back"
         assert len(refused.value.problems) == 1 and refused.value.problems[0].startswith(told)
 
 
-def test_data_are_others_that_differ_in_what_is_trained_alone(run_arguments, checkpoint, monkeypatch):
-    args = train.parse_args(run_arguments("out"))
-
-    def identity(data):
-        return resume.run_identity(args, "", data, torch.float32)["training data"]
-
+def test_data_are_others_that_differ_in_what_is_trained_alone(checkpoint, monkeypatch):
+    identity = resume.data_fingerprint
     tokenizer, spoken = (
         ModelDirectory(checkpoint).tokenizer,
         conversation("你是李白。", "你是谁？", "李白。", "酒？", "来！"),
