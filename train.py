@@ -113,10 +113,11 @@ def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDat
     if processes.is_main_process():
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
     if len(data) < needed:
-        raise UserError(
-            f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
-            f"--max_src_len {args.max_src_len}; {needed} are needed: allow more tokens, take fewer samples a step"
-        )
+        remedy = f"allow more tokens than --max_len {args.max_len} and --max_src_len {args.max_src_len}"
+        if data.counts["read"] < needed:  # however many tokens there were
+            lower = ", or lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            remedy = "add samples" + (lower if needed > 1 else "")
+        raise UserError(f"{path}: {len(data)} of {data.counts['read']} samples fit; {needed} are needed: {remedy}")
     return data
 
 
