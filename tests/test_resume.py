@@ -398,7 +398,7 @@ def test_a_state_holds_no_frozen_weights(finished):
     state = finished / "state/epoch-1-step-10"
     size = sum(path.stat().st_size for path in state.iterdir())
     adapters = sum(tensor.nbytes for tensor in adapter_weights(finished / "epoch-1-step-10").values())
-    assert size < 4 * adapters + 20_000
+    assert 4 * adapters < size < 4 * adapters + 20_000  # 16 bytes a weight, as docs/resuming.md says
     assert sorted(path.name for path in state.iterdir()) == ["process-0.pt", "run.json"]
 
 

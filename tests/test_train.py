@@ -228,7 +228,12 @@ def test_the_books_command(train_arguments, tmp_path, capsys, monkeypatch):
     train.main(train_arguments(tmp_path, *BOOK, "--save_model_step", 2))
     assert "bfloat16 on 1 × cpu" in capsys.readouterr().out
     assert watched == [(1.0, False)] * 5  # the timer would wait for the device at each step
-    assert {tensor.dtype for tensor in adapter_weights(tmp_path / "epoch-1-step-5").values()} == {torch.bfloat16}
+    weights = adapter_weights(tmp_path / "epoch-1-step-5").values()
+    assert {tensor.dtype for tensor in weights} == {torch.bfloat16}
+    state = (tmp_path / "state/epoch-1-step-5/process-0.pt").stat().st_size
+    assert 0 < state - 14 * sum(map(torch.Tensor.numel, weights)) < 20_000  # as docs/resuming.md says
+    (tmp_path / "touched").touch()  # safetensors would let nobody else read what it writes
+    assert len({path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}) == 1
 
 
 def test_the_books_command_under_the_launcher(train_arguments, tmp_path, monkeypatch):
