@@ -7,7 +7,10 @@ ADAPTER := $(DEMO)/run/epoch-30-step-180
 say = @printf '\n── %s\n' "$(strip $(1))"
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup update lint test demo clean
+# A second demo would remove what the first one writes. (macOS has no flock.)
+ALONE := $(if $(shell command -v flock),flock --nonblock --conflict-exit-code 75 Makefile)
+
+.PHONY: help setup update lint test demo walk clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -36,7 +39,11 @@ test: lint ## lint, then the tests, JOBS=2 at a time
 
 # The demo walks the scripts in the order of the README. Each stage writes its target whole or not at all, and training
 # goes on from its last epoch, so a demo that was stopped goes on where it was. New code or packages start it anew.
-demo: $(DEMO)/merged/config.json ## data → stand-in → training → merge → chat page; CHECK=1 ends before the page
+demo: ## data → stand-in → training → merge → chat page; CHECK=1 ends before the page
+	@$(ALONE) $(MAKE) --no-print-directory walk || \
+		{ test $$? -ne 75 || echo "error: make demo runs in another terminal: wait for its end" >&2; false; }
+
+walk: $(DEMO)/merged/config.json
 	$(call say,Before and after: the same question to both models. 训练前后，同一个问题)
 	python3 -m tests.tools.taught --train_path $(DEMO)/train.json --before $(STAND_IN) --after $(DEMO)/merged
 ifndef CHECK

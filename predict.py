@@ -128,7 +128,7 @@ def recorded_samples(questions: list[Question]) -> list[dict]:
 def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
     settings = answer_settings(args, candidate, questions)
-    file = AnswerFile(candidate.output, settings, len(questions), args.overwrite)
+    file = AnswerFile(candidate.output, settings, questions, args.overwrite)
     if file.changed:
         told = f"was answered under other settings ({', '.join(file.changed)}): all is answered anew"
         print(f"{file.path}: {told}", file=sys.stderr)
@@ -152,7 +152,7 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
     with tqdm(total=len(questions), initial=known, desc=candidate.name, unit=" answers") as progress:
         for number, own in found:
             if number not in file.answers:
-                file.add(number, questions[number], own)
+                file.add(number, own)
                 progress.update()
     return file.in_order()
 

@@ -21,6 +21,8 @@ from support.dialogues.samples import read_samples
 from support.errors import Problems, UserError, entry_point, first_line, slow_imports
 from support.training.arguments import read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 
+DS_FILE = Path(__file__).with_name("ds_zero2_no_offload.json")
+
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
@@ -52,7 +54,7 @@ def parse_args(argv=None):
     packing = "tree: rows that hold once what samples share; none: padded rows of per_device_train_batch_size samples"
     add("--packing", default="tree", choices=["tree", "none"], help=packing)
     add("--max_pack_len", type=tokens_or_auto, default="auto", help="tokens of such a row at most; auto: least cost")
-    add("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed configuration; sets precision")
+    add("--ds_file", default=str(DS_FILE), help="DeepSpeed configuration; sets precision")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
     add("--show_loss_step", type=count, default=10, help="steps between two reports of the loss")
@@ -82,9 +84,10 @@ with slow_imports(parse_args, __name__):
     from support.training.checkpoints import Best
     from support.training.fused_lora import fuse
     from support.training.log import Log
-    from support.training.resume import find_state, load_state, run_identity, save_state
-    from support.training.run_record import begin, diverged
+    from support.training.resume import claim, find_state, load_state, run_identity, save_state
+    from support.training.run_record import announce, diverged
     from support.training.sample_answers import sample_answers
+    from support.training.trial import try_largest_rows
 
 
 # ---------------------------------------------------------------- samples
@@ -110,10 +113,11 @@ def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDat
     if processes.is_main_process():
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items() if count))
     if len(data) < needed:
-        raise UserError(
-            f"{path}: {len(data)} of {data.counts['read']} samples fit into --max_len {args.max_len} and "
-            f"--max_src_len {args.max_src_len}; {needed} are needed: allow more tokens, take fewer samples a step"
-        )
+        remedy = f"allow more tokens than --max_len {args.max_len} and --max_src_len {args.max_src_len}"
+        if data.counts["read"] < needed:  # however many tokens there were
+            lower = ", or lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            remedy = "add samples" + (lower if needed > 1 else "")
+        raise UserError(f"{path}: {len(data)} of {data.counts['read']} samples fit; {needed} are needed: {remedy}")
     return data
 
 
@@ -276,10 +280,10 @@ def main(argv=None):
     # 2. The processes meet, and agree on what this run is and from where it goes on.
     device = processes.join_processes()
     rank, world_size = processes.rank_and_world_size()
-    dtype = processes.precision(config)
-    identity = run_identity(args, directory.fingerprint, train_data, dtype)
-    done, state, losses, best = find_state(args.output_dir, identity)
-    output_dir = Path(args.output_dir)
+    output_dir, dtype = Path(args.output_dir), processes.precision(config)
+    claim(output_dir, args.dry_run)
+    identity = run_identity(args, directory.fingerprint, train_data, test_data, dtype)
+    done, state, losses, best = find_state(output_dir, identity)
 
     # 3. The rows that will be read, the frozen base with its adapters, and DeepSpeed with the optimizer.
     steps, test_rows = lay_out(args, directory.config, device, train_data, test_data)
@@ -292,9 +296,12 @@ def main(argv=None):
     if state:
         load_state(engine, state)
 
-    # 4. The longest row passes, so that a run which does not fit ends here.
+    # 4. It is said what will be trained. The largest rows pass, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
-    begin(args, engine, steps, test_rows, done, state, dtype)
+    if rank == 0:
+        announce(args, engine, steps, done, state, dtype)
+    if done < len(steps):
+        try_largest_rows(args, engine, steps, test_rows, done, dtype)
     if args.dry_run:
         return
 

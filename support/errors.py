@@ -1,11 +1,12 @@
 """A script's errors: one line for each problem, and no traceback."""
 
+import errno
 import functools
 import os
 import re
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 class UserError(Exception):
@@ -53,11 +54,8 @@ def entry_point(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
-                stream.reconfigure(errors="backslashreplace")
         warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user could act on them
-        with errors_as_lines():
+        with errors_as_lines(), lasting_output():
             return main(argv)
 
     return wrapper
@@ -72,9 +70,45 @@ def slow_imports(parse_args, name: str):
     if name != "__main__":
         yield
         return
-    with errors_as_lines():
+    with errors_as_lines(), lasting_output():
         parse_args()
         yield
+
+
+class Lasting:
+    """A stream that outlives its reader: what is printed to a terminal that was closed, or to a broken pipe, goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows \u5b59, not a traceback
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._unless_gone(self.stream.write, text) or 0
+
+    def flush(self):
+        self._unless_gone(self.stream.flush)
+
+    def _unless_gone(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is still buffered goes there, too
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+
+
+@contextmanager
+def lasting_output():
+    """Use around a script: it goes on when nobody can read any more what it prints. A run of hours is worth more."""
+    with redirect_stdout(sys.stdout and Lasting(sys.stdout)), redirect_stderr(sys.stderr and Lasting(sys.stderr)):
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
 
 
 @contextmanager

@@ -78,8 +78,15 @@ def whole_directory(path, overwrite: bool | None = None):
 
 
 def rename_directory(temporary: Path, path: Path):
-    """Rename a finished directory once its files are on disk. Whatever had the name before is removed."""
-    put_on_disk(*temporary.rglob("*"), temporary)
+    """Rename a finished directory once its files are on disk. Whatever had the name before is removed.
+
+    Who may read its files is what the umask allows, as it is for the directory; safetensors would keep them to their owner.
+    """
+    inside = [*temporary.rglob("*")]
+    for file in filter(Path.is_file, inside):
+        with suppress(OSError):  # some disks have no modes
+            file.chmod(temporary.stat().st_mode & 0o666)
+    put_on_disk(*inside, temporary)
     if path.exists():
         remove_directory(path)
     temporary.rename(path)

@@ -5,7 +5,8 @@ EVENT is a JSON object:
     process     which process it happens to
     operation   before which operation, as this script writes them: "os.rename state/.epoch-1-step-4.tmp"; "" for none
     signal      the signal to be sent, or 0 for a disk that is full
-    to          who gets the signal: that process, the "group" of all processes, or the "command" that started them
+    to          who gets the signal: that process, the "group" of all processes, or the "command" that started them;
+                or nobody, and it waits until its "terminal" is closed
 
 An operation is what Python tells its audit hooks of: to open, rename or remove something, to make or read a directory.
 At the end the operations are printed, one a line.
@@ -18,6 +19,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -43,6 +45,10 @@ def happens():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if event["to"] == "group":
         os.killpg(0, event["signal"])
+    elif event["to"] == "terminal":
+        print("waits for its terminal to be closed", flush=True)
+        with suppress(OSError):  # which it is then
+            os.read(0, 1)
     elif event["to"] == "command":
         launcher = psutil.Process(os.getppid())
         os.kill(os.getpgrp(), event["signal"])

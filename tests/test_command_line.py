@@ -19,9 +19,10 @@ WORKING = {  # arguments that are right as far as argparse sees
 }
 
 
-def run(script: str, *arguments: str, options=(), path="") -> subprocess.CompletedProcess:
+def run(script: str, *arguments: str, options=(), path="", cwd=ROOT, **more) -> subprocess.CompletedProcess:
     command = [sys.executable, *options, *script.split(), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(path)}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(path)} | more
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,21 @@ def test_arguments_are_read_first(script, no_slow_modules):
     wrong = run(script, *WORKING.get(script, []), "--no_such_flag", path=no_slow_modules)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: unrecognized arguments: --no_such_flag (--help explains every flag)\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_readable_in_a_terminal_without_chinese_and_from_elsewhere(script, no_slow_modules, tmp_path):
+    """And names, of the files that come with the project, those beside the script."""
+    name = script if script.startswith("-m") else str(ROOT / script)
+    path = os.pathsep.join([str(no_slow_modules), str(ROOT)])  # for -m, which looks for the project there
+    shown = run(name, "--help", path=path, cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="500")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    ours = re.findall(r"\(default: (\S+)\)", shown.stdout)
+    for default in ours:
+        if (ROOT / default).is_file() and not default.startswith("data/t"):  # train.json and test.json are the user's
+            assert os.path.isabs(default), default
+    wrong = run(script, *WORKING.get(script, []), "--孙", path=no_slow_modules, PYTHONIOENCODING="ascii")
+    assert wrong.returncode == 2 and wrong.stderr.startswith(r"error: unrecognized arguments: --\u5b59 ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])

@@ -7,6 +7,7 @@ output is whole, or exit status 2 and a line for each problem: no traceback, no 
 import copy
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -497,6 +498,21 @@ def test_errors_are_lines_and_a_status(capsys, raised, code, lines):
         main([])
     assert error.value.code == code
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_script_outlives_who_reads_it(tmp_path):
+    """Both of its streams are a pipe that nobody reads any more; with a full disk that is an error, as ever."""
+    source = "from support.errors import entry_point\n@entry_point\ndef main(argv):\n    for _ in range(9): print('x' * 9000)\n"
+    source += "    print('y', file=__import__('sys').stderr, flush=True)\n    open(argv, 'w').write('done')\nmain({!r})"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", source.format(str(tmp_path / "end"))]
+    assert subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing).returncode == 0
+    os.close(writing)
+    assert (tmp_path / "end").read_text() == "done"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: No space left on device")
 
 
 def test_a_defect_keeps_its_traceback():

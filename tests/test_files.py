@@ -3,6 +3,8 @@
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from support import files
 from support.errors import UserError
@@ -24,6 +26,22 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     with files.whole_directory(target, overwrite=True) as directory:
         (directory / "other").write_text("newer")
     assert [path.name for path in target.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_files_of_a_directory_may_be_read_by_whom_the_umask_allows(tmp_path, umask):
+    """Those of safetensors, and copies of files with modes of their own, as those that open() makes."""
+    before = os.umask(umask)
+    try:
+        with files.whole_directory(tmp_path / "new") as directory:
+            (directory / "deeper").mkdir()
+            save_file({"a": torch.zeros(1)}, directory / "deeper/a.safetensors")
+            (directory / "b").touch(mode=0o400)
+            (directory / "c").write_text("")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*")}
+    assert modes == {"deeper": 0o777 & ~umask, **dict.fromkeys(("a.safetensors", "b", "c"), 0o666 & ~umask)}
 
 
 def test_what_a_killed_process_left_behind_goes(tmp_path):

@@ -109,8 +109,11 @@ assert "baichuan" not in sys.modules and "utils" not in sys.modules
         assert (expected - logits(model, BaichuanTokenizer.from_pretrained(checkpoint))).abs().max() > 0.1
 
 
-def test_result_is_complete(checkpoint, merged):
-    """What the base has, the result has; what the user set in its JSON files is there."""
+def test_result_is_complete(checkpoint, merged, tmp_path):
+    """What the base has, the result has; what the user set in its JSON files is there. Others may read it as any new file."""
+    (tmp_path / "touched").touch()
+    directories = (Path(checkpoint), merged, tmp_path)
+    assert len({path.stat().st_mode for directory in directories for path in directory.iterdir()}) == 1
     names = {path.name for path in Path(checkpoint).iterdir()}
     assert {path.name for path in merged.iterdir()} == names
     for name in ("generation_config.json", "tokenizer.model", "chat_template.jinja"):

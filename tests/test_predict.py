@@ -119,6 +119,48 @@ def test_interrupted_runs_continue(checkpoint, few_samples, tmp_path, monkeypatc
     assert output.read_bytes().startswith(on_disk[0][: on_disk[0].rfind(b"\n", 0, -9) + 1])
 
 
+def test_no_answer_is_lost_whatever_is_cut_off(checkpoint, few_samples, tmp_path, monkeypatch, capsys):
+    """Only what is missing is answered again, and the settings stand above all of them, however the two files were left."""
+    output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
+    run(checkpoint, few_samples, output)
+    whole, table = output.read_bytes(), capsys.readouterr().out
+    lines, expected = whole.splitlines(keepends=True), answers_of(output)
+    answered, answer_batch = [], predict.answer_batch
+    other = [lines[0].replace(b'"max_new_tokens": 4', b'"max_new_tokens": 9'), *lines[1:]]
+
+    def counted(model, tokenizer, batch, config):
+        answered.extend(batch)
+        return answer_batch(model, tokenizer, batch, config)
+
+    monkeypatch.setattr(predict, "answer_batch", counted)
+    nothing = None
+    for at_path, at_part, missing in (
+        (lines[:-1], nothing, 1),
+        ([*lines[:-1], lines[-1][:9]], nothing, 1),
+        ([whole[:-1]], nothing, 0),  # without the last newline
+        (lines[:-2], [lines[0], lines[-1]], 1),  # both files hold some
+        (lines[:-2], other[:3], 2),  # under other settings answers are of no use
+        (other, lines[:-1], 1),
+        (nothing, [lines[0][:9]], 5),
+        (nothing, [lines[0][:40]], 5),
+        (lines[:-1], [lines[0][:40]], 1),
+        (lines[:-1], [], 1),
+        (lines[:1], [], 5),
+        (nothing, [lines[0][:-1]], 5),
+        ([], nothing, 5),
+    ):
+        for path, content in ((output, at_path), (part, at_part)):
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(b"".join(content))
+        answered.clear()
+        run(checkpoint, few_samples, output, "--batch_size", 1)
+        assert len(answered) == missing and not part.exists(), (at_path, at_part)
+        assert output.read_bytes().startswith(lines[0]) and answers_of(output) == expected
+        told = capsys.readouterr()
+        assert told.out == table and "under other settings" not in told.err
+
+
 def test_answers_under_other_settings_are_not_mixed(checkpoint, few_samples, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     run(checkpoint, few_samples, output)

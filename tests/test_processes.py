@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def test_without_bfloat16_training_falls_back_and_says_so(monkeypatch, capsys, d
     assert processes.precision(asked_for()) == torch.float32
     monkeypatch.setattr(processes, "has_bfloat16", lambda: True)
     assert processes.precision(asked_for(bf16=True)) == torch.bfloat16
+
+
+# ---------------------------------------------------------------- what ends a run
+
+
+def test_a_run_is_asked_to_stop_by_each_signal_that_is_not_ignored():
+    before = {number: signal.getsignal(number) for number in processes.ENDING}
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2} == before.keys()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        for number in processes.ENDING:
+            with processes.stop_requests() as asked_to_stop:
+                assert asked_to_stop() is None
+                os.kill(os.getpid(), number)
+                assert asked_to_stop() == (None if number == signal.SIGHUP else number)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert all(signal.getsignal(number) == before[number] for number in before if number != signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
 
 
 # ---------------------------------------------------------------- two hosts

@@ -1,6 +1,9 @@
 """Tools that no other test runs: what a training step launches on a GPU, and the check of one, on the CPU."""
 
+import fcntl
 import json
+import shutil
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -21,6 +24,17 @@ def test_a_step_takes_few_operations():
     config = json.loads((ROOT / "ds_zero2_no_offload.json").read_text())
     assert config["bf16"]["check_grad_overflow"] is False and config["zero_optimization"]["overlap_comm"] is False
     assert config["timers"]["throughput"]["enabled"] is False
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock")
+def test_a_second_demo_leaves_the_first_one_alone(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "output_dir/demo").mkdir(parents=True)
+    with open(tmp_path / "Makefile") as makefile:
+        fcntl.flock(makefile, fcntl.LOCK_EX)
+        second = subprocess.run(["make", "demo", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True)
+    assert second.returncode == 2 and second.stdout == "" and (tmp_path / "output_dir/demo").exists()
+    assert second.stderr.startswith("error: make demo runs in another terminal: wait for its end\n")
 
 
 def test_gpu_check_tells_what_failed_and_goes_on(tmp_path):

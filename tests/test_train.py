@@ -228,7 +228,12 @@ def test_the_books_command(train_arguments, tmp_path, capsys, monkeypatch):
     train.main(train_arguments(tmp_path, *BOOK, "--save_model_step", 2))
     assert "bfloat16 on 1 × cpu" in capsys.readouterr().out
     assert watched == [(1.0, False)] * 5  # the timer would wait for the device at each step
-    assert {tensor.dtype for tensor in adapter_weights(tmp_path / "epoch-1-step-5").values()} == {torch.bfloat16}
+    weights = adapter_weights(tmp_path / "epoch-1-step-5").values()
+    assert {tensor.dtype for tensor in weights} == {torch.bfloat16}
+    state = (tmp_path / "state/epoch-1-step-5/process-0.pt").stat().st_size
+    assert 0 < state - 14 * sum(map(torch.Tensor.numel, weights)) < 20_000  # as docs/resuming.md says
+    (tmp_path / "touched").touch()  # safetensors would let nobody else read what it writes
+    assert len({path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}) == 1
 
 
 def test_the_books_command_under_the_launcher(train_arguments, tmp_path, monkeypatch):
@@ -331,11 +336,18 @@ def test_numbers_out_of_their_range_are_refused():
 
 
 def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsys):
+    """The message names the cause: the limits, or the batch."""
     tokenizer, samples = ModelDirectory(checkpoint).tokenizer, list(read_samples(few_samples[0]))
-    for flags in (["--max_len", 40], ["--max_src_len", 1, "--is_skip"]):
+    batch = "add samples, or lower --per_device_train_batch_size or --gradient_accumulation_steps"
+    for flags, given, told in (
+        (["--max_len", 40], samples, "0 of 41 samples fit; 8 are needed: allow more tokens than --max_len 40"),
+        (["--max_src_len", 1, "--is_skip"], samples, "0 of 41 samples fit; 8 are needed: allow more tokens"),
+        (["--per_device_train_batch_size", 20], samples, f"41 of 41 samples fit; 80 are needed: {batch}"),
+        ([], [], "0 of 0 samples fit; 8 are needed: add samples"),
+    ):
         args = train.parse_args(train_arguments("out", *flags))
-        with pytest.raises(train.UserError, match="t.json: 0 of 41 samples fit .*; 8 are needed"):
-            train.read_data(args, tokenizer, "t.json", samples, train.step_size(args))
+        with pytest.raises(train.UserError, match=f"^t.json: {told}"):
+            train.read_data(args, tokenizer, "t.json", given, train.step_size(args))
 
 
 @pytest.mark.parametrize(
@@ -346,6 +358,10 @@ def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsy
         ({"zero_optimization": {"stage": 3}}, "stage must be 2"),
         ({"bf16": True}, "is not laid out like ds_zero2_no_offload.json"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled must be true or false"),
+        (
+            {"optimizer": {"type": "Muon", "params": {}}},
+            "Muon looks at whole matrices, and all adapters are one vector",
+        ),
         ({"optimizer": {"type": "AdamW", "params": 3}}, "is not laid out like ds_zero2_no_offload.json"),
         (
             {"gradient_clipping": "auto"},
@@ -367,6 +383,7 @@ def test_wrong_deepspeed_files(tmp_path, change, message):
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}},
         {"optimizer": {"type": "AdamW", "params": {"momentum": 1}}},
+        {"optimizer": {"type": "SGD", "params": {}}},
     ],
 )
 def test_what_deepspeed_refuses_is_one_line(train_arguments, tmp_path, checkpoint, change, monkeypatch):
@@ -379,8 +396,13 @@ def test_what_deepspeed_refuses_is_one_line(train_arguments, tmp_path, checkpoin
     model = train.model_with_adapters(
         args, ModelDirectory(checkpoint), processes.precision(config), torch.device("cpu")
     )
-    with pytest.raises(train.UserError, match=f"{path}: DeepSpeed refuses the configuration: "):
+    with pytest.raises(train.UserError, match=f"{path}: DeepSpeed refuses the configuration: ") as refused:
         train.start_engine(model, config, args, 5)
+    assert "torch_adam" not in str(refused.value)
+    if "SGD" in str(change):
+        assert "zero_allow_untested_optimizer" in str(refused.value)
+        path.write_text(json.dumps(FLOAT32 | change | {"zero_allow_untested_optimizer": True}))
+        train.start_engine(model, arguments.read_deepspeed_config(path), args, 5)
 
 
 def test_a_file_without_an_optimizer_gets_one_that_needs_no_compiler(tmp_path):

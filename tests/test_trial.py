@@ -15,13 +15,11 @@ from support.errors import UserError
 from support.model.directory import ModelDirectory
 from support.training import processes, trial
 
-FORECAST = (
-    r"peak ([\d.]+) GB of ([\d.,]+) GB; 5 steps, about 0:00:\d\d; saves ([\d.]+) MB each, ([\d.]+) MB in all on a disk"
-)
+FORECAST = r"peak ([\d.]+ [GM]B) of ([\d.,]+) GB; 5 steps, about 0:00:\d\d; saves ([\d.]+) MB each, ([\d.]+) MB in all on a disk"
 
 
 @pytest.mark.parametrize("flags", [[], ["--packing", "none"], ["--max_pack_len", "256"]], ids=" ".join)
-def test_the_longest_row_is_found(train_arguments, checkpoint, samples, flags, monkeypatch):
+def test_the_largest_rows_are_found(train_arguments, checkpoint, samples, flags, monkeypatch):
     """That of all steps, laid out one by one; from the middle of an epoch on, too. Of split steps, nearly that."""
     monkeypatch.setattr(trial, "LOOKED_AT", 8)  # of 50 steps
     monkeypatch.setattr(train, "row_cost", lambda config, device: lambda length: 1000 + length)  # as few as possible
@@ -30,18 +28,19 @@ def test_the_longest_row_is_found(train_arguments, checkpoint, samples, flags, m
     data = utils.RoleDataset(read_samples(samples[0]), directory.tokenizer, 256, 128)
     steps, _ = train.lay_out(args, directory.config, torch.device("cpu"), data, data)
     for done in (0, len(steps) - 12):
-        row, passes = trial.longest_row(steps, done)
+        most_supervised, row, passes = trial.largest_rows(steps, done)
         batches = [batch for step in range(done, len(steps)) for batch in steps[step][0]]
-        longest = max(map(trial.tokens, batches))
-        assert (0.9 if "--max_pack_len" in flags else 1) * longest <= trial.tokens(row) <= longest
+        for found, size in ((row, trial.tokens), (most_supervised, trial.supervised)):
+            most = max(map(size, batches))
+            assert (0.9 if "--max_pack_len" in flags else 1) * most <= size(found) <= most
         costs = [len(batch["input_ids"]) * (1000 + batch["input_ids"].shape[1]) for batch in [row, *batches]]
         assert passes == pytest.approx(sum(costs[1:]) / costs[0], rel=0.2)
 
 
 @pytest.fixture
 def begun(train_arguments, checkpoint, few_samples):
-    """What train.py has when the trial begins, with dropout: (engine, steps, test rows)."""
-    args = train.parse_args(train_arguments("out", "--lora_dropout", 0.3))
+    """What train.py has when the trial begins, with dropout: what it gives to `try_largest_rows`."""
+    args = train.parse_args(train_arguments("out", "--lora_dropout", 0.3, "--max_pack_len", 256))
     directory, config = ModelDirectory(checkpoint), train.read_deepspeed_config(args.ds_file)
     device = processes.join_processes()
     data = [utils.RoleDataset(read_samples(path), directory.tokenizer, 256, 128) for path in few_samples]
@@ -49,12 +48,13 @@ def begun(train_arguments, checkpoint, few_samples):
     model = train.model_with_adapters(args, directory, torch.float32, torch.device("cpu"))
     engine = train.start_engine(model, config, args, len(steps))
     engine.train()
-    return engine, steps, test_rows
+    return args, engine, steps, test_rows, 0, torch.float32
 
 
-def test_a_trial_changes_nothing(begun, monkeypatch):
+def test_a_trial_changes_nothing(begun, monkeypatch, capsys):
     """Neither weights nor gradients nor the mode, nor the random numbers, though dropout draws some."""
-    engine, steps, test_rows = begun
+    _, engine, steps, test_rows, _, _ = begun
+    test_rows[0]["loss_positions"] = test_rows[0]["loss_positions"].repeat(20, 1)  # the most of all, on few tokens
     seen, forward = [], modeling_baichuan.MLP.forward
 
     def watched(mlp, x):
@@ -64,22 +64,53 @@ def test_a_trial_changes_nothing(begun, monkeypatch):
     monkeypatch.setattr(modeling_baichuan.MLP, "forward", watched)
     before = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     random = torch.get_rng_state()
-    line = trial.try_longest_row(engine, steps, test_rows, 0, "sdpa")
+    trial.try_largest_rows(*begun)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.module.state_dict().items())
     assert all(parameter.grad is None for parameter in engine.module.parameters())
     assert all(module.training for module in engine.module.modules())
-    longest, _ = trial.longest_row(steps, 0)
-    passed = {(True, True, trial.tokens(longest)), (False, False, max(map(trial.tokens, test_rows)))}
-    assert set(seen) == passed  # it was not for want of a row, nor of dropout
-    peak, total = map(float, re.match(r"peak ([\d.]+) GB of ([\d.]+) GB; 5 steps, about 0:00", line).groups())
-    assert 0.05 < peak < total
+    rows = [batch for step in range(len(steps)) for batch in steps[step][0]]
+    passed = [(True, True, row) for row in largest_by_hand(rows)]
+    passed += [(False, False, row) for row in largest_by_hand(test_rows)]
+    assert list(dict.fromkeys(seen)) == list(dict.fromkeys(passed))  # it was not for want of a row, nor of dropout
+    assert len({row for _, _, row in passed[-2:]}) == 2
+    told = capsys.readouterr()
+    peak, total = re.match(r"peak ([\d.]+) MB of ([\d.]+) GB; 5 steps, about 0:00:\d\d; saves ", told.out).groups()
+    assert 50 < float(peak) < 1000 * float(total) and told.err == ""
+
+
+def largest_by_hand(rows) -> list[int]:
+    """Tokens of the row with the most supervised ones, and of the longest row."""
+    sizes = [(len(row["loss_positions"]), row["input_ids"].shape[1]) for row in rows]
+    return [max(sizes)[1], max(size for _, size in sizes)]
+
+
+def test_a_trial_that_takes_long_says_what_it_does(begun, monkeypatch, capsys):
+    class Timer:
+        """Whose time is over at once."""
+
+        def __init__(self, seconds, function, arguments, options):
+            self.ring = lambda: function(*arguments, **options)
+            assert seconds >= 2
+
+        def start(self):
+            self.ring()
+
+        def cancel(self):
+            told.append(capsys.readouterr())
+
+    told = []
+    monkeypatch.setattr(trial, "Timer", Timer)
+    trial.try_largest_rows(*begun)
+    assert [(each.out, each.err) for each in told] == [
+        ("", "trying the largest rows, to see what memory and time the run takes\n")
+    ]
 
 
 def test_too_little_memory_is_told_with_the_flags_that_help(begun, monkeypatch):
     monkeypatch.setattr(trial.psutil, "virtual_memory", lambda: SimpleNamespace(total=300_000))
     with pytest.raises(UserError, match="--gradient_checkpointing or --load_in_4bit, or lower --max_len and --max_p"):
-        trial.try_longest_row(*begun, 0, "sdpa")
+        trial.try_largest_rows(*begun)
 
 
 def test_a_row_that_does_not_fit_is_told_before_the_first_step(train_arguments, tmp_path, monkeypatch, capsys):
@@ -110,5 +141,5 @@ def test_a_dry_run_writes_nothing_and_says_what_the_disk_will_take(train_argumen
     states = [path.stat().st_size for path in (tmp_path / "run").rglob("*.pt")]
     assert [pytest.approx(float(said[3]) * 1e6, rel=0.05)] * 3 == sizes
     assert float(said[4]) * 1e6 == pytest.approx(sum(sizes) + 2 * sum(states), rel=0.1)  # two at a time
-    told = [trial.in_bytes(size) for size in (72e6, 0.3e9, 19.33e9, 2.1e12)]
-    assert told == ["72.00 MB", "0.3 GB", "19.3 GB", "2,100.0 GB"]
+    told = [trial.in_bytes(size) for size in (72e6, 143e6, 19.33e9, 2.1e12)]
+    assert told == ["72.00 MB", "143.00 MB", "19.3 GB", "2,100.0 GB"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from support.errors import blaming
-from support.files import fingerprint, put_on_disk
+from support.files import fingerprint, put_on_disk, whole_files
 from support.model.adapter import adapter_digest, load_adapter, read_adapter
 from support.model.answering import Answer
 from support.model.directory import ModelDirectory
@@ -119,40 +119,48 @@ class AnswerFile:
     Args:
         overwrite: answer anew, whatever the files hold.
     Attributes:
-        answers: {number of the question: its answer}, as far as they are known.
+        answers: {number of the question: its answer}, as far as they are known from either file.
     """
 
-    def __init__(self, path: Path, settings: dict, total: int, overwrite: bool = False):
+    def __init__(self, path: Path, settings: dict, questions: Sequence, overwrite: bool = False):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
-        self.settings, self.total, self.overwrite = settings, total, overwrite
+        self.settings, self.questions, self.overwrite, self.begun = settings, questions, overwrite, False
         self.answers, self.changed = {}, []
         for file in (self.path, self.part):
             found, answers = read_answers(file)
-            if found and not overwrite and not self.complete:
+            if found == settings and not overwrite:
+                self.answers, self.changed = self.answers | answers, []
+            elif found and not (overwrite or self.answers):
                 self.changed = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
-                self.answers = {} if self.changed else answers
 
     @property
     def complete(self) -> bool:
-        return len(self.answers) == self.total
+        return len(self.answers) == len(self.questions)
 
     def in_order(self) -> list[Answer]:
-        return [self.answers[number] for number in range(self.total)]
+        return [self.answers[number] for number in range(len(self.questions))]
 
-    def add(self, number: int, question, answer: Answer):
+    def add(self, number: int, answer: Answer):
         """Write an answer down, with the role and the prompt of its question for who reads the file."""
-        if not self.answers:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.answers[number] = answer
+        if self.begun:
+            with open(self.part, "a", encoding="utf-8") as file:
+                file.write(self._line(number))
+        else:  # with those that were known, in whichever file
             if self.overwrite:
                 self.path.unlink(missing_ok=True)  # a run without --overwrite goes on from this one
-            self.part.write_text(as_line({"settings": self.settings}), encoding="utf-8")
-        self.answers[number] = answer
-        line = {"question": number, "role": question.role, "prompt": question.prompt, "answer": answer.text}
-        with open(self.part, "a", encoding="utf-8") as file:
-            file.write(as_line({**line, "stopped": answer.stopped}))
+            with whole_files(self.part) as (file,):
+                file.write(as_line({"settings": self.settings}))
+                file.writelines(map(self._line, self.answers))
+            self.begun = True
         if self.complete:
             put_on_disk(self.part)
             self.part.replace(self.path)
+
+    def _line(self, number: int) -> str:
+        question, answer = self.questions[number], self.answers[number]
+        asked = {"question": number, "role": question.role, "prompt": question.prompt}
+        return as_line({**asked, "answer": answer.text, "stopped": answer.stopped})
 
 
 def as_line(record: dict) -> str:
@@ -160,18 +168,18 @@ def as_line(record: dict) -> str:
 
 
 def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
-    """The settings, and the answers by the number of the question. A last line that was cut off is removed.
+    """The settings, None where there are none yet, and the answers by the number of the question.
 
-    Raises: UserError: the file is something else.
+    A last line that was cut off does not count. Raises: UserError: the file is something else.
     """
-    if not path.exists() or not path.stat().st_size:
-        return None, {}
-    with blaming(f"{path}: is no file of answers, so name another --output_path"), open(path, "r+b") as file:
-        settings, answers = dict(json.loads(file.readline())["settings"]), {}
-        for line in file:
-            if line.endswith(b"\n"):
-                found = json.loads(line)
-                answers[found["question"]] = Answer(found["answer"], found["stopped"])
-            else:
-                file.truncate(file.tell() - len(line))
-    return settings, answers
+    records, lines = [], path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with blaming(f"{path}: is no file of answers, so name another --output_path"):
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                ours = records or b'{"settings": '.startswith(line[:13])
+                if line.endswith(b"\n") or not ours:
+                    raise
+        settings = dict(records.pop(0)["settings"]) if records else None
+        return settings, {found["question"]: Answer(found["answer"], found["stopped"]) for found in records}

@@ -8,6 +8,8 @@ from support.errors import Problems, UserError, blaming
 from support.files import read_object, unwritable
 from support.training.checkpoints import checkpoints, newest_state
 
+OF_MATRICES = {"adafactor", "lamb", "muadam", "muadamw", "muon", "musgd"}  # see one_parameter.py
+
 
 def tokens_or_auto(text: str) -> int:
     return MOST_TOKENS if text == "auto" else integer(1)(text)
@@ -54,5 +56,10 @@ def read_deepspeed_config(path) -> dict:
                 raise UserError(f"{path}: {key}.enabled must be true or false")
         config["gradient_clipping"] = float(config.get("gradient_clipping", 0))
         optimizer = {"type": "AdamW", "params": {}} | config.get("optimizer", {})
-        config["optimizer"] = optimizer | {"params": {"torch_adam": True, **optimizer["params"]}}  # needs no compiler
+        if optimizer["type"].lower() in OF_MATRICES:
+            wrong = f"{optimizer['type']} looks at whole matrices, and all adapters are one vector here"
+            raise UserError(f"{path}: optimizer.type: {wrong}: choose AdamW, say")
+        if optimizer["type"].lower() in ("adam", "adamw"):
+            optimizer["params"] = {"torch_adam": True} | optimizer["params"]  # needs no compiler
+        config["optimizer"] = optimizer
     return {"steps_per_print": 10**9} | config

@@ -2,18 +2,33 @@
 
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 def peak_memory_gb() -> float:
-    """The most that this process has held so far, in 10⁹ bytes: of tensors on its GPU, or resident without one."""
+    """The most that this process has held since `reset_peak_memory`, in 10⁹ bytes: of tensors on its GPU, or of its own.
+
+    Its own is what is resident less what it maps or shares: pages of a checkpoint that the system takes back when it needs
+    them. Linux knows the peak of the sum alone; what is mapped now is subtracted, which between two steps is the same.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return (peak - psutil.Process().memory_info().shared) / 1e9
+
+
+def reset_peak_memory():
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # not every sandbox lets one write there
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 class Log:
@@ -48,7 +63,7 @@ class Log:
         values = {"train_loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values |= {"samples_per_second": samples_s, "tokens_per_second": self.tokens / (now - self.start)}
         self.show(step, values | {"peak_memory_gb": peak_memory_gb()})
-        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{samples_s:.1f}")
+        self.bar.set_postfix(loss=f"{loss:.3f}", samples_s=f"{samples_s:.3g}")
         self.losses, self.samples, self.tokens, self.start = [], 0, 0, now
 
     def show(self, step: int, values: dict[str, float | str]):

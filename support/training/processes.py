@@ -101,12 +101,17 @@ def one_line_for_each_end():
         raise
 
 
+# What ends a run: Ctrl-C, `kill`, a terminal that is closed, and what clusters send some time before they kill.
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
 @contextmanager
 def stop_requests():
     """Yield a function that returns the signal by which the run was asked to stop, or None.
 
-    Inside `with`, Ctrl-C and SIGTERM no longer kill, so that the run can save first. The end of the `deepspeed` command
-    counts as SIGTERM: killed, it leaves its children behind, unseen, and on the same output directory.
+    Inside `with`, the signals of ENDING no longer kill, so that the run can save first. What is ignored, as SIGHUP is under
+    nohup, stays ignored. The end of the `deepspeed` command counts as SIGTERM: it leaves its children behind, unseen, and
+    on the same output directory.
     """
     requests, launcher = [], find_launcher()
 
@@ -115,7 +120,7 @@ def stop_requests():
             requests.append(signal.SIGTERM)
         return requests[0] if requests else None
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
     handlers = [signal.signal(number, lambda number, _: requests.append(number)) for number in numbers]
     try:
         yield asked_to_stop
@@ -137,8 +142,8 @@ def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
     """The steps from number `first` on, laid out by a process beside the one that trains."""
 
     def leave_signals_to_parent(worker_id: int):
-        # Ctrl-C, and SIGTERM from the launcher, reach every process; the one that trains decides what becomes of its workers.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # They may reach every process; the one that trains decides what becomes of its workers.
+        for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
 
     return DataLoader(

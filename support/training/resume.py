@@ -23,16 +23,17 @@ from support.training.processes import rank_and_world_size
 from utils import RoleDataset
 
 
-def claim(output_dir: Path):
+def claim(output_dir: Path, dry_run: bool):
     """Keep other runs out of `output_dir`, and remove what killed ones left half-written. Called by all processes.
 
+    It comes before anything is read there, which another run may be replacing. A dry run makes no lock, but heeds one.
     A `deepspeed` command that is killed leaves its processes behind. The lock ends with the first of them.
     Raises: UserError, also on a host that sees another directory by that name.
     """
     path = output_dir / ".lock"
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and not (dry_run and not path.exists()):
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,25 +44,29 @@ def claim(output_dir: Path):
         for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
             shutil.rmtree(left)
     dist.barrier()
-    if not path.exists():
+    if not (dry_run or path.exists()):
         raise OneProcessError(
             f"{output_dir}: is not what the first host writes to: all need the same one, on a shared disk"
         )
 
 
-def run_identity(args, base: str, train_data: RoleDataset, dtype: torch.dtype) -> dict:
-    """All that decides the result of a run to the last bit. `base` is the base model's fingerprint."""
+def run_identity(args, base: str, train_data: RoleDataset, test_data: RoleDataset, dtype: torch.dtype) -> dict:
+    """All that decides the result of a run to the last bit, and which adapter is its best. `base`: the model's fingerprint."""
     flags = ("num_train_epochs", "learning_rate", "weight_decay", "warmup_ratio", "seed", "load_in_4bit")
     flags += ("lora_dim", "lora_alpha", "lora_dropout", "gradient_accumulation_steps", "per_device_train_batch_size")
-    arrays = (train_data.ids, train_data.starts, train_data.pairs, train_data.pair_starts, train_data.persona)
     return {
-        "training data": fingerprint(*arrays, str(train_data.personas)),
+        "training data": data_fingerprint(train_data),
+        "test data": data_fingerprint(test_data),
         "base weights": base,
         "processes": rank_and_world_size()[1],
         "DeepSpeed configuration": fingerprint(json.dumps(read_object(args.ds_file), sort_keys=True)),
         "precision": str(dtype),
         **{f"--{name}": getattr(args, name) for name in flags},
     }
+
+
+def data_fingerprint(data: RoleDataset) -> str:
+    return fingerprint(data.ids, data.starts, data.pairs, data.pair_starts, data.persona, str(data.personas))
 
 
 def find_state(output_dir, identity: dict) -> tuple[int, Path | None, list[float], Best]:

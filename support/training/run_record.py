@@ -12,39 +12,28 @@ import torch
 from support.errors import UserError
 from support.files import whole_files
 from support.training.checkpoints import newest_state
-from support.training.resume import claim
-from support.training.trial import disk_needed, try_longest_row
 from utils import Steps
 
 OF_ONE_START = ("resume", "dry_run", "local_rank", "config")  # flags that no later run should repeat
 
 
-def begin(args, engine, steps: Steps, test_rows: list[dict], done: int, state: Path | None, dtype: torch.dtype):
-    """Take the output directory, say what will be trained, keep the flags, and let the longest row pass. Raises: UserError.
+def announce(args, engine, steps: Steps, done: int, state: Path | None, dtype: torch.dtype):
+    """Say what will be trained, and keep the flags. On the main process.
 
-    done: steps of the state that the run goes on from.
+    done: steps of `state`, from which the run goes on.
     """
-    output_dir, main_process = Path(args.output_dir), steps.rank == 0
+    engine.module.print_trainable_parameters()
+    each = f"{steps.step_size} samples, {steps.steps_per_epoch:,} an epoch"
+    where = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {engine.device.type}"
+    print(f"{len(steps):,} steps of {each}; {where}; to {args.output_dir}")
+    if state:
+        print(f"going on from {state}")
+    elif args.resume:
+        print(f"{args.output_dir}: no state is saved there yet; starting anew")
+    if done == len(steps):
+        print(f"{args.output_dir}: is complete, nothing is left to do")
     if not args.dry_run:
-        claim(output_dir)
-    if main_process:
-        engine.module.print_trainable_parameters()
-        each = f"{steps.step_size} samples, {steps.steps_per_epoch:,} an epoch"
-        where = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {engine.device.type}"
-        print(f"{len(steps):,} steps of {each}; {where}; to {output_dir}")
-        if state:
-            print(f"going on from {state}")
-        elif args.resume:
-            print(f"{output_dir}: no state is saved there yet; starting anew")
-        if done == len(steps):
-            print(f"{output_dir}: is complete, nothing is left to do")
-        if not args.dry_run:
-            keep_record(args)
-    if done < len(steps):
-        memory_and_time = try_longest_row(engine, steps, test_rows, done, args.attn_implementation)
-        if main_process:
-            numbers, _ = engine.module.get_nb_trainable_parameters()
-            print(f"{memory_and_time}; {disk_needed(numbers, dtype.itemsize, steps, done, args)}")
+        keep_record(args)
 
 
 def keep_record(args):

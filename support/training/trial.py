@@ -1,10 +1,13 @@
 """Before the first step: does the run fit into memory and onto the disk, and about how long will it take?
 
-The longest row that the run will meet passes forward and backward through the model. It leaves nothing behind.
+The largest rows that the run will meet pass forward and backward through the model. They leave nothing behind.
 """
 
+import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 
 import numpy as np
 import psutil
@@ -13,32 +16,36 @@ import torch.distributed as dist
 
 from support.errors import UserError
 from support.files import free_bytes
-from support.training.log import peak_memory_gb
+from support.training.log import peak_memory_gb, reset_peak_memory
+from support.training.processes import is_main_process
 from utils import Steps, evaluation, model_inputs
 
 LOOKED_AT = 32  # steps of each kind that are laid out: all of a large file would take minutes
+SILENT = 5  # seconds that pass before it is said what takes so long
 
 
-def try_longest_row(engine, steps: Steps, test_rows: list[dict], done: int, attn_implementation: str) -> str:
-    """Let the longest row pass, and say what memory and time the run will take. No weight and no random number changes.
+def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: int, dtype: torch.dtype):
+    """Let the largest rows pass, and say what the run will take. No weight and no random number changes.
 
-    test_rows: those of this process. done: steps that are behind; at least one is left.
+    test_rows: those of this process. done: steps that are behind; at least one is left. dtype: of the adapters.
     Raises: UserError, on every process, where the run does not fit on one of them.
     """
     model, device = engine.module, engine.device
-    row, passes = longest_row(steps, done)
     gpus = [device] if device.type == "cuda" else []
-    if gpus:
-        torch.cuda.reset_peak_memory_stats(device)  # loading in four bits may have taken more
-    with torch.random.fork_rng(gpus):
-        for _ in range(2):  # the first pass loads kernels, or compiles
+    reset_peak_memory()  # loading may have taken more
+    with (
+        torch.random.fork_rng(gpus),
+        said_if_slow("trying the largest rows, to see what memory and time the run takes"),
+    ):
+        most_supervised, longest, passes = largest_rows(steps, done)
+        for row in (most_supervised, longest):  # the first pass loads kernels, or compiles
             start = time.perf_counter()
-            model(**model_inputs(row, device, attn_implementation), use_cache=False).loss.backward()
+            model(**model_inputs(row, device, args.attn_implementation), use_cache=False).loss.backward()
             if gpus:
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
-    model.zero_grad()
-    evaluation(model, sorted(test_rows, key=tokens)[-1:], device, attn_implementation)
+        model.zero_grad()
+        evaluation(model, largest(test_rows), device, args.attn_implementation)
     trained = model.get_nb_trainable_parameters()[0]
     moments = 0 if engine.optimizer.optimizer.state else 8 * trained / steps.world  # of the first step
     if gpus:
@@ -54,15 +61,29 @@ def try_longest_row(engine, steps: Steps, test_rows: list[dict], done: int, attn
             f"the run takes {in_bytes(peak)} of memory and may use {in_bytes(available)} on this device: add "
             "--gradient_checkpointing or --load_in_4bit, or lower --max_len and --max_pack_len"
         )
-    left = len(steps) - done
-    return f"peak {in_bytes(peak)} of {in_bytes(total)}; {left:,} steps, about {timedelta(seconds=round(seconds))}"
+    if is_main_process():
+        time_left = f"{len(steps) - done:,} steps, about {timedelta(seconds=round(seconds))}"
+        disk = disk_needed(trained, dtype.itemsize, steps, done, args)
+        print(f"peak {in_bytes(peak)} of {in_bytes(total)}; {time_left}; {disk}")
 
 
-def longest_row(steps: Steps, done: int) -> tuple[dict, float]:
-    """Of the steps after `done`: the row with the most tokens, and how many of its passes they will take together.
+@contextmanager
+def said_if_slow(text: str):
+    timer = Timer(SILENT, print, [text], {"file": sys.stderr})
+    if is_main_process():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
-    The row is looked for in the steps with the most tokens, each persona counted once, and in those with the longest
-    samples. The mean of all steps is that of some in between.
+
+def largest_rows(steps: Steps, done: int) -> tuple[dict, dict, float]:
+    """Of the steps after `done`: the rows with the most supervised tokens (which decide what the logits take) and with the
+    most tokens (what the layers take); and how many passes of the latter all rows will take together.
+
+    They are looked for in the steps with the most tokens, each persona counted once, with the most supervised ones, and
+    with the longest samples. The mean of all steps is that of some in between.
     """
     data, personas = steps.data, np.array([len(persona) for persona in steps.data.personas])
     order, own = steps.order[done:], np.diff(data.starts)
@@ -70,19 +91,30 @@ def longest_row(steps: Steps, done: int) -> tuple[dict, float]:
     first = np.diff(persona, axis=1, prepend=-1) > 0
     together = own[order].sum(1) + (personas[persona] * first).sum(1)
     longest = (own + personas[data.persona])[order].max(1)
-    chosen = {*np.argsort(together)[-LOOKED_AT:], *np.argsort(longest)[-LOOKED_AT:]}
-    row = max((batch for step in chosen for batch in steps[done + int(step)][0]), key=tokens)
+    kinds = (together, longest, data.supervised[order].sum(1))
+    chosen = {int(step) for kind in kinds for step in np.argsort(kind)[-LOOKED_AT:]}
+    rows = [batch for step in sorted(chosen) for batch in steps[done + step][0]]
+    row = max(rows, key=tokens)
 
     def cost(batch) -> float:
         return len(batch["input_ids"]) * steps.collator.cost(batch["input_ids"].shape[1])
 
     some = np.linspace(done, len(steps) - 1, LOOKED_AT).astype(int)
     mean = sum(cost(batch) for step in some for batch in steps[int(step)][0]) / LOOKED_AT
-    return row, len(order) * mean / cost(row)
+    return max(rows, key=supervised), row, len(order) * mean / cost(row)
+
+
+def largest(rows: list[dict]) -> list[dict]:
+    """The row with the most supervised tokens and the one with the most tokens, which may be the same; of no rows none."""
+    return list({id(row): row for size in (supervised, tokens) for row in sorted(rows, key=size)[-1:]}.values())
 
 
 def tokens(batch: dict) -> int:
     return batch["input_ids"].numel()
+
+
+def supervised(batch: dict) -> int:
+    return len(batch["loss_positions"])
 
 
 def disk_needed(numbers: int, itemsize: int, steps: Steps, done: int, args) -> str:
@@ -97,4 +129,4 @@ def disk_needed(numbers: int, itemsize: int, steps: Steps, done: int, args) -> s
 
 
 def in_bytes(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
