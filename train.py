@@ -21,8 +21,6 @@ from support.dialogues.samples import read_samples
 from support.errors import Problems, UserError, entry_point, first_line, slow_imports
 from support.training.arguments import read_deepspeed_config, refuse_wrong_arguments, tokens_or_auto
 
-DS_FILE = Path(__file__).with_name("ds_zero2_no_offload.json")
-
 
 def parse_args(argv=None):
     parser = ArgumentParser(description="Fine-tune Baichuan2 with LoRA adapters on prompt/response samples.")
@@ -54,7 +52,8 @@ def parse_args(argv=None):
     packing = "tree: rows that hold once what samples share; none: padded rows of per_device_train_batch_size samples"
     add("--packing", default="tree", choices=["tree", "none"], help=packing)
     add("--max_pack_len", type=tokens_or_auto, default="auto", help="tokens of such a row at most; auto: least cost")
-    add("--ds_file", default=str(DS_FILE), help="DeepSpeed configuration; sets precision")
+    ds_file = str(Path(__file__).with_name("ds_zero2_no_offload.json"))
+    add("--ds_file", default=ds_file, help="DeepSpeed configuration; sets precision")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./output_dir", help="adapters, TensorBoard events, states to resume")
     add("--show_loss_step", type=count, default=10, help="steps between two reports of the loss")
@@ -115,8 +114,7 @@ def read_data(args, tokenizer, path: str, samples, needed: int) -> utils.RoleDat
     if len(data) < needed:
         remedy = f"allow more tokens than --max_len {args.max_len} and --max_src_len {args.max_src_len}"
         if data.counts["read"] < needed:  # however many tokens there were
-            lower = ", or lower --per_device_train_batch_size or --gradient_accumulation_steps"
-            remedy = "add samples" + (lower if needed > 1 else "")
+            remedy = "add samples, or lower --per_device_train_batch_size or --gradient_accumulation_steps"
         raise UserError(f"{path}: {len(data)} of {data.counts['read']} samples fit; {needed} are needed: {remedy}")
     return data
 

@@ -55,7 +55,7 @@ def entry_point(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user could act on them
-        with errors_as_lines(), lasting_output():
+        with errors_as_lines():
             return main(argv)
 
     return wrapper
@@ -70,7 +70,7 @@ def slow_imports(parse_args, name: str):
     if name != "__main__":
         yield
         return
-    with errors_as_lines(), lasting_output():
+    with errors_as_lines():
         parse_args()
         yield
 
@@ -84,13 +84,8 @@ class Lasting:
             stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self._unless_gone(self.stream.write, text) or 0
-
-    def flush(self):
-        self._unless_gone(self.stream.flush)
+        found = getattr(self.stream, name)
+        return functools.partial(self._unless_gone, found) if name in ("write", "flush") else found
 
     def _unless_gone(self, function, *arguments):
         try:
@@ -102,20 +97,15 @@ class Lasting:
 
 
 @contextmanager
-def lasting_output():
-    """Use around a script: it goes on when nobody can read any more what it prints. A run of hours is worth more."""
-    with redirect_stdout(sys.stdout and Lasting(sys.stdout)), redirect_stderr(sys.stderr and Lasting(sys.stderr)):
-        try:
-            yield
-        finally:
-            print(end="", flush=True)
-
-
-@contextmanager
 def errors_as_lines():
-    """Errors that are no defect of the program end the process with a line each; others keep their traceback."""
+    """Errors that are no defect of the program end the process with a line each; others keep their traceback.
+
+    A run goes on when nobody can read any more what it prints.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stdout and Lasting(sys.stdout)), redirect_stderr(sys.stderr and Lasting(sys.stderr)):
+            yield
+            print(end="", flush=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as shells report Ctrl-C
     except Exception as error:

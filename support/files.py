@@ -78,10 +78,8 @@ def whole_directory(path, overwrite: bool | None = None):
 
 
 def rename_directory(temporary: Path, path: Path):
-    """Rename a finished directory once its files are on disk. Whatever had the name before is removed.
-
-    Who may read its files is what the umask allows, as it is for the directory; safetensors would keep them to their owner.
-    """
+    """Rename a finished directory once its files are on disk. Whatever had the name before is removed."""
+    # The umask decides who may read them, as it did for the directory. safetensors would let nobody else.
     inside = [*temporary.rglob("*")]
     for file in filter(Path.is_file, inside):
         with suppress(OSError):  # some disks have no modes

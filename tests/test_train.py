@@ -360,7 +360,7 @@ def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsy
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled must be true or false"),
         (
             {"optimizer": {"type": "Muon", "params": {}}},
-            "Muon looks at whole matrices, and all adapters are one vector",
+            "Muon looks at matrices, and adapters are one vector here",
         ),
         ({"optimizer": {"type": "AdamW", "params": 3}}, "is not laid out like ds_zero2_no_offload.json"),
         (

@@ -28,9 +28,10 @@ def test_the_largest_rows_are_found(train_arguments, checkpoint, samples, flags,
     data = utils.RoleDataset(read_samples(samples[0]), directory.tokenizer, 256, 128)
     steps, _ = train.lay_out(args, directory.config, torch.device("cpu"), data, data)
     for done in (0, len(steps) - 12):
-        most_supervised, row, passes = trial.largest_rows(steps, done)
+        largest, passes = trial.largest_rows(steps, done)
+        most_supervised, row = largest[0], largest[-1]
         batches = [batch for step in range(done, len(steps)) for batch in steps[step][0]]
-        for found, size in ((row, trial.tokens), (most_supervised, trial.supervised)):
+        for found, size in ((row, trial.tokens), (most_supervised, lambda row: len(row["loss_positions"]))):
             most = max(map(size, batches))
             assert (0.9 if "--max_pack_len" in flags else 1) * most <= size(found) <= most
         costs = [len(batch["input_ids"]) * (1000 + batch["input_ids"].shape[1]) for batch in [row, *batches]]
@@ -103,7 +104,7 @@ def test_a_trial_that_takes_long_says_what_it_does(begun, monkeypatch, capsys):
     monkeypatch.setattr(trial, "Timer", Timer)
     trial.try_largest_rows(*begun)
     assert [(each.out, each.err) for each in told] == [
-        ("", "trying the largest rows, to see what memory and time the run takes\n")
+        ("", "trying the largest rows, for the memory and time of the run\n")
     ]
 
 

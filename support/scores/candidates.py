@@ -178,8 +178,7 @@ def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
             try:
                 records.append(json.loads(line))
             except ValueError:
-                ours = records or b'{"settings": '.startswith(line[:13])
-                if line.endswith(b"\n") or not ours:
+                if line.endswith(b"\n") or not (records or b'{"settings": '.startswith(line[:13])):
                     raise
         settings = dict(records.pop(0)["settings"]) if records else None
         return settings, {found["question"]: Answer(found["answer"], found["stopped"]) for found in records}

@@ -29,17 +29,11 @@ def refuse_wrong_arguments(args, model_directory):
         if problem := unwritable(args.output_dir):
             problems.append(f"--output_dir {args.output_dir}: cannot be written: {problem}")
         elif not args.resume and (newest_state(args.output_dir)[1] or checkpoints(args.output_dir)):
-            problems.append(
-                f"{args.output_dir}: holds a run already; --resume goes on with it, or name another directory"
-            )
+            problems.append(f"{args.output_dir}: holds a run already; --resume goes on with it, or name another one")
         if args.packing == "tree" and args.max_pack_len < args.max_len:
-            problems.append(
-                f"--max_pack_len {args.max_pack_len} is less than --max_len {args.max_len}, of a whole sample"
-            )
+            problems.append(f"--max_pack_len {args.max_pack_len} is less than --max_len {args.max_len}, of a sample")
         if args.packing == "tree" and args.attn_implementation == "flash_attention_2":
-            problems.append(
-                "--attn_implementation flash_attention_2 knows no rows of trees: choose sdpa, or --packing none"
-            )
+            problems.append("--attn_implementation flash_attention_2: knows no trees: take sdpa, or --packing none")
 
 
 def read_deepspeed_config(path) -> dict:
@@ -57,8 +51,9 @@ def read_deepspeed_config(path) -> dict:
         config["gradient_clipping"] = float(config.get("gradient_clipping", 0))
         optimizer = {"type": "AdamW", "params": {}} | config.get("optimizer", {})
         if optimizer["type"].lower() in OF_MATRICES:
-            wrong = f"{optimizer['type']} looks at whole matrices, and all adapters are one vector here"
-            raise UserError(f"{path}: optimizer.type: {wrong}: choose AdamW, say")
+            raise UserError(
+                f"{path}: {optimizer['type']} looks at matrices, and adapters are one vector here: take AdamW"
+            )
         if optimizer["type"].lower() in ("adam", "adamw"):
             optimizer["params"] = {"torch_adam": True} | optimizer["params"]  # needs no compiler
         config["optimizer"] = optimizer

@@ -12,10 +12,8 @@ from tqdm import tqdm
 
 
 def peak_memory_gb() -> float:
-    """The most that this process has held since `reset_peak_memory`, in 10⁹ bytes: of tensors on its GPU, or of its own.
-
-    Its own is what is resident less what it maps or shares: pages of a checkpoint that the system takes back when it needs
-    them. Linux knows the peak of the sum alone; what is mapped now is subtracted, which between two steps is the same.
+    """The most that this process has held since `reset_peak_memory`, in 10⁹ bytes: of tensors on its GPU; or, without one,
+    resident, less the files that it maps now, whose pages the system takes back when it needs them.
     """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9

@@ -17,6 +17,8 @@ from support.device import refuse_unusable_gpu, set_up_cuda
 from support.errors import OneProcessError, UserError, first_line, out_of_memory
 from utils import Steps
 
+SAVES_MEMORY = "add --gradient_checkpointing or --load_in_4bit, or lower --max_len and --max_pack_len"
+
 
 def rank_and_world_size() -> tuple[int, int]:
     """Which process this is, and how many there are, as the launcher tells them."""
@@ -89,10 +91,8 @@ def one_line_for_each_end():
         if not isinstance(error, RuntimeError):
             raise
         if out_of_memory(error):
-            raise OneProcessError(
-                "the device has too little memory free: add --gradient_checkpointing or --load_in_4bit, or lower "
-                "--max_len and --max_pack_len; --resume goes on from what is saved"
-            ) from error
+            told = f"the device has too little memory free: {SAVES_MEMORY}; --resume goes on from what is saved"
+            raise OneProcessError(told) from error
         if isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
             raise UserError(
                 f"the connection to another process failed or broke off ({first_line(error)[-200:]}): its own message "

@@ -37,17 +37,14 @@ def claim(output_dir: Path, dry_run: bool):
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            remedy = "wait for its end, or name another --output_dir"
-            raise UserError(f"{output_dir}: another run is writing there; {remedy}") from None
+            raise UserError(f"{output_dir}: another run is writing there: wait, or name another --output_dir") from None
         except OSError:
             pass  # some network disks have no locks
         for left in [*output_dir.glob(".epoch-*.tmp"), *output_dir.glob("state/.epoch-*.tmp")]:
             shutil.rmtree(left)
     dist.barrier()
     if not (dry_run or path.exists()):
-        raise OneProcessError(
-            f"{output_dir}: is not what the first host writes to: all need the same one, on a shared disk"
-        )
+        raise OneProcessError(f"{output_dir}: is not what the first host writes to: all need one on a shared disk")
 
 
 def run_identity(args, base: str, train_data: RoleDataset, test_data: RoleDataset, dtype: torch.dtype) -> dict:

@@ -18,10 +18,7 @@ OF_ONE_START = ("resume", "dry_run", "local_rank", "config")  # flags that no la
 
 
 def announce(args, engine, steps: Steps, done: int, state: Path | None, dtype: torch.dtype):
-    """Say what will be trained, and keep the flags. On the main process.
-
-    done: steps of `state`, from which the run goes on.
-    """
+    """Say what will be trained, going on from `state` after `done` steps, and keep the flags. On the main process."""
     engine.module.print_trainable_parameters()
     each = f"{steps.step_size} samples, {steps.steps_per_epoch:,} an epoch"
     where = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {engine.device.type}"

@@ -17,11 +17,10 @@ import torch.distributed as dist
 from support.errors import UserError
 from support.files import free_bytes
 from support.training.log import peak_memory_gb, reset_peak_memory
-from support.training.processes import is_main_process
+from support.training.processes import SAVES_MEMORY, is_main_process
 from utils import Steps, evaluation, model_inputs
 
 LOOKED_AT = 32  # steps of each kind that are laid out: all of a large file would take minutes
-SILENT = 5  # seconds that pass before it is said what takes so long
 
 
 def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: int, dtype: torch.dtype):
@@ -33,12 +32,9 @@ def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: in
     model, device = engine.module, engine.device
     gpus = [device] if device.type == "cuda" else []
     reset_peak_memory()  # loading may have taken more
-    with (
-        torch.random.fork_rng(gpus),
-        said_if_slow("trying the largest rows, to see what memory and time the run takes"),
-    ):
-        most_supervised, longest, passes = largest_rows(steps, done)
-        for row in (most_supervised, longest):  # the first pass loads kernels, or compiles
+    with torch.random.fork_rng(gpus), said_if_slow("trying the largest rows, for the memory and time of the run"):
+        rows, passes = largest_rows(steps, done)
+        for row in (rows[0], rows[-1]):  # the first pass loads kernels, or compiles
             start = time.perf_counter()
             model(**model_inputs(row, device, args.attn_implementation), use_cache=False).loss.backward()
             if gpus:
@@ -57,19 +53,17 @@ def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: in
     dist.all_gather_object(found, (1e9 * peak_memory_gb() + moments, total, available, seconds * passes))
     peak, total, available, seconds = max(found, key=lambda numbers: numbers[0] - numbers[2])
     if peak > available:
-        raise UserError(
-            f"the run takes {in_bytes(peak)} of memory and may use {in_bytes(available)} on this device: add "
-            "--gradient_checkpointing or --load_in_4bit, or lower --max_len and --max_pack_len"
-        )
+        told = f"the run takes {in_bytes(peak)} of memory and may use {in_bytes(available)} on this device"
+        raise UserError(f"{told}: {SAVES_MEMORY}")
     if is_main_process():
-        time_left = f"{len(steps) - done:,} steps, about {timedelta(seconds=round(seconds))}"
+        told = f"peak {in_bytes(peak)} of {in_bytes(total)}; {len(steps) - done:,} steps"
         disk = disk_needed(trained, dtype.itemsize, steps, done, args)
-        print(f"peak {in_bytes(peak)} of {in_bytes(total)}; {time_left}; {disk}")
+        print(f"{told}, about {timedelta(seconds=round(seconds))}; {disk}")
 
 
 @contextmanager
 def said_if_slow(text: str):
-    timer = Timer(SILENT, print, [text], {"file": sys.stderr})
+    timer = Timer(5, print, [text], {"file": sys.stderr})
     if is_main_process():
         timer.start()
     try:
@@ -78,9 +72,8 @@ def said_if_slow(text: str):
         timer.cancel()
 
 
-def largest_rows(steps: Steps, done: int) -> tuple[dict, dict, float]:
-    """Of the steps after `done`: the rows with the most supervised tokens (which decide what the logits take) and with the
-    most tokens (what the layers take); and how many passes of the latter all rows will take together.
+def largest_rows(steps: Steps, done: int) -> tuple[list[dict], float]:
+    """Of the steps after `done`: the `largest` rows, and how many passes of the longest one all will take together.
 
     They are looked for in the steps with the most tokens, each persona counted once, with the most supervised ones, and
     with the longest samples. The mean of all steps is that of some in between.
@@ -93,28 +86,24 @@ def largest_rows(steps: Steps, done: int) -> tuple[dict, dict, float]:
     longest = (own + personas[data.persona])[order].max(1)
     kinds = (together, longest, data.supervised[order].sum(1))
     chosen = {int(step) for kind in kinds for step in np.argsort(kind)[-LOOKED_AT:]}
-    rows = [batch for step in sorted(chosen) for batch in steps[done + step][0]]
-    row = max(rows, key=tokens)
+    rows = largest([batch for step in sorted(chosen) for batch in steps[done + step][0]])
 
     def cost(batch) -> float:
         return len(batch["input_ids"]) * steps.collator.cost(batch["input_ids"].shape[1])
 
     some = np.linspace(done, len(steps) - 1, LOOKED_AT).astype(int)
     mean = sum(cost(batch) for step in some for batch in steps[int(step)][0]) / LOOKED_AT
-    return max(rows, key=supervised), row, len(order) * mean / cost(row)
+    return rows, len(order) * mean / cost(rows[-1])
 
 
 def largest(rows: list[dict]) -> list[dict]:
-    """The row with the most supervised tokens and the one with the most tokens, which may be the same; of no rows none."""
-    return list({id(row): row for size in (supervised, tokens) for row in sorted(rows, key=size)[-1:]}.values())
+    """The row with the most supervised tokens, for the logits, and the longest one, for the layers; or the one that is both."""
+    sizes = (lambda row: len(row["loss_positions"]), tokens)
+    return list({id(row): row for size in sizes for row in sorted(rows, key=size)[-1:]}.values())
 
 
 def tokens(batch: dict) -> int:
     return batch["input_ids"].numel()
-
-
-def supervised(batch: dict) -> int:
-    return len(batch["loss_positions"])
 
 
 def disk_needed(numbers: int, itemsize: int, steps: Steps, done: int, args) -> str:
