@@ -31,7 +31,7 @@ class BaichuanConfig(PreTrainedConfig):
     """Sizes of the decoder; the fields and their names are those of the published config.json.
 
     Raises:
-        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is out of its range.
+        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of twice num_attention_heads, or a size is out of its range.
     """
 
     model_type = "baichuan"
@@ -64,9 +64,6 @@ class BaichuanConfig(PreTrainedConfig):
             most = 1000 if name == "num_hidden_layers" else 2**24  # a damaged file must not fill the memory
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be at least 1 and at most {most}, not {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"the head size {self.head_dim} is odd; rotary positions pair its two halves")
+        if self.hidden_size % (2 * self.num_attention_heads):  # rotary positions pair the two halves of a head
+            sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{sizes}: the first must be a multiple of twice the second")
