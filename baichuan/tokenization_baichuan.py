@@ -140,18 +140,13 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         if args or any(kwargs.values()):
             raise ValueError(f"with tokenize=True this is not supported: {', '.join(kwargs) or 'positional arguments'}")
         batched = not isinstance(conversation[0], dict)
-        ids = [
-            messages_to_ids(
-                self, messages, max_length if truncation else None, add_generation_prompt=add_generation_prompt
-            )
-            for messages in (conversation if batched else [conversation])
-        ]
+        conversations = conversation if batched else [conversation]
+        room = max_length if truncation else None
+        ids = [messages_to_ids(self, messages, room, add_generation_prompt) for messages in conversations]
         if not batched and not padding and return_tensors is None:
             encoded = {"input_ids": ids[0], "attention_mask": [1] * len(ids[0])}
         else:
-            encoded = self.pad(
-                {"input_ids": ids}, padding=padding, max_length=max_length, return_tensors=return_tensors
-            )
+            encoded = self.pad({"input_ids": ids}, padding, max_length, return_tensors=return_tensors)
         return encoded if return_dict else encoded["input_ids"]
 
 
