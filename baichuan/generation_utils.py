@@ -15,10 +15,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 def messages_to_ids(
-    tokenizer,
-    messages: Sequence[dict],
-    max_length: int | None = None,
-    add_generation_prompt: bool = True,
+    tokenizer, messages: Sequence[dict], max_length: int | None = None, add_generation_prompt: bool = True
 ) -> list[int]:
     """Lay a conversation out as the model reads it.
 

@@ -174,9 +174,8 @@ class ModelDirectory:
         path, questions = adapter or self.path, ("你好", "你是谁？从哪里来？")
         prompts = [messages_to_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in questions]
         if self.weights.bytes > 10**9 and model.device.type == "cpu":  # takes minutes
-            print(
-                f"{path}: comparing answers with and without the cache of keys and values", file=sys.stderr, flush=True
-            )
+            told = "comparing answers with and without the cache of keys and values"
+            print(f"{path}: {told}", file=sys.stderr, flush=True)
         training = model.training
         model.eval()
         with blaming(f"{path}: no answer can be generated with its weights"):

@@ -148,9 +148,8 @@ def main(argv=None):
         with writing(args.save_dir):
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
-    print(
-        f"{args.save_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences"
-    )
+    made = f"{model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences"
+    print(f"{args.save_dir}: {made}")
 
 
 if __name__ == "__main__":
