@@ -12,8 +12,7 @@ TESTED = ("5.10", "5.24")  # lowest and highest minor release of transformers un
 def refuse_untested_transformers(version: str = transformers.__version__):
     """A release that renames an argument makes a model answer nonsense without a word, so an unknown one is refused.
 
-    Raises:
-        ImportError: names the remedy. BAICHUAN_ANY_TRANSFORMERS=1 in the environment insists.
+    Raises: ImportError: names the remedy. BAICHUAN_ANY_TRANSFORMERS=1 in the environment insists.
     """
     lowest, highest, found = (tuple(map(int, text.split(".")[:2])) for text in (*TESTED, version))
     if not lowest <= found <= highest and os.environ.get("BAICHUAN_ANY_TRANSFORMERS") != "1":
@@ -30,8 +29,7 @@ refuse_untested_transformers()
 class BaichuanConfig(PreTrainedConfig):
     """Sizes of the decoder; the fields and their names are those of the published config.json.
 
-    Raises:
-        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of twice num_attention_heads, or a size is out of its range.
+    Raises: StrictDataclassError: a field has the wrong type, a size is out of its range, or heads have no even size.
     """
 
     model_type = "baichuan"

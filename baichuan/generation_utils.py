@@ -51,9 +51,7 @@ def messages_to_ids(
     if max_length is not None:
         room = max_length - len(system)
         if rounds and room < 1:
-            raise ValueError(
-                f"the system text has {len(system)} tokens and leaves no room for a question in {max_length}"
-            )
+            raise ValueError(f"the system text ({len(system)} tokens) leaves no room for a question in {max_length}")
         while len(rounds) > 1 and sum(map(len, rounds)) > room:
             del rounds[0]
         if rounds:
@@ -64,15 +62,12 @@ def messages_to_ids(
 def turn_markers(holder) -> dict[str, int]:
     """The ids that open a user's and an assistant's turn, of a tokenizer or a generation_config.
 
-    Raises:
-        ValueError: it does not know them.
+    Raises: ValueError: it does not know them.
     """
     markers = {role: getattr(holder, f"{role}_token_id", None) for role in ("user", "assistant")}
     for role, marker in markers.items():
         if not isinstance(marker, int):
-            raise ValueError(
-                f"{role}_token_id is not known: take generation_config.json of Baichuan2-7B-Chat into its directory"
-            )
+            raise ValueError(f"{role}_token_id is not known: take generation_config.json of Baichuan2-7B-Chat, too")
     return markers
 
 

@@ -236,8 +236,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
         The cache of keys and values comes under the name that the installed transformers uses, see `CACHE_NAME`.
 
-        Raises:
-            TypeError: an argument that nothing here knows. To ignore it would be to answer wrongly in silence.
+        Raises: TypeError: an argument that nothing here knows. To ignore it would be to answer wrongly in silence.
         """
         if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument: {', '.join(sorted(unknown))}")

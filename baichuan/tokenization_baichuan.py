@@ -129,8 +129,7 @@ class BaichuanTokenizer(PreTrainedTokenizer):
     ):
         """Messages → ids through `messages_to_ids`, so that no text becomes a marker; the text with tokenize=False.
 
-        Raises:
-            ValueError: malformed messages, or a template of the caller's own, which only rendering to text can follow.
+        Raises: ValueError: malformed messages, or a template of the caller's own, which only rendering to text can follow.
         """
         if not tokenize:
             return super().apply_chat_template(
