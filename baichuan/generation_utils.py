@@ -84,9 +84,6 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     return role, content
 
 
-# ---------------------------------------------------------------- a conversation → its answer
-
-
 class ChatMixin:
     """Adds `chat()`, the published model's entry point, to a model with transformers' `generate`."""
 

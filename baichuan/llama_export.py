@@ -45,9 +45,6 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
     (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-# ---------------------------------------------------------------- the model
-
-
 def llama_config(config: BaichuanConfig) -> LlamaConfig:
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
     same += ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -71,9 +68,6 @@ def llama_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple
             yield name, F.normalize(tensor.float(), eps=1e-12).to(tensor.dtype)
         else:
             yield name, tensor
-
-
-# ---------------------------------------------------------------- the tokenizer
 
 
 def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:

@@ -233,9 +233,6 @@ def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[di
     return {"train": [sample for sample in samples if opening(sample) not in held_out], "test": test}
 
 
-# ---------------------------------------------------------------- RoleBench's files
-
-
 def read_rolebench(path: str | Path, problems: list[str] | None = None) -> list[dict]:
     """Read a RoleBench file, which may be empty: {"role", "question", "generated": [answer, …]} a line, and keys not used here.
 

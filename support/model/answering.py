@@ -182,9 +182,6 @@ def unusable_settings(settings: dict) -> list[str]:
     return found or [together]
 
 
-# ---------------------------------------------------------------- as many as the memory holds
-
-
 def rows_that_fit(model, tokens: int) -> int:
     """How many rows of so many tokens can be answered side by side: their keys and values fit into half the free memory.
 

@@ -57,9 +57,6 @@ def breaks(answer: str, role: str) -> bool:
     return False
 
 
-# ---------------------------------------------------------------- measuring
-
-
 def read_attacks(path: Path) -> list[dict]:
     """The attacks and boundary questions of a file. Raises: UserError with all that is wrong."""
     with Problems() as problems:

@@ -80,9 +80,6 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
     return {role: own.most_common(1)[0][0] for role, own in systems.items()}
 
 
-# ---------------------------------------------------------------- scores
-
-
 def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Accuracy, margin and chance, (n,) each, among the roles that have an answer among those taken, (n,) bool.
 
@@ -128,9 +125,6 @@ def persona_scores(said: Said) -> dict[str, Score]:
     if shared.any() and not shared.all():
         scores["who_said_it_shared"] = accuracy_of(said.take(shared))
     return scores
-
-
-# ---------------------------------------------------------------- while training
 
 
 def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str, float]:
