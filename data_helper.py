@@ -121,6 +121,9 @@ def example_questions(desc_path: str, characters: dict[str, dict], count: int = 
     return examples
 
 
+# ---------------------------------------------------------------- from the hub
+
+
 def download(data_dir: Path) -> None:
     """Fetch the files `data_dir` lacks; each appears whole, by rename. Raises: UserError."""
     from huggingface_hub import hf_hub_download, logging  # here, since only --download may touch the network
