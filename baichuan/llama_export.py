@@ -39,9 +39,8 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
         "add_prefix_space": False,
         "added_tokens_decoder": {id: token.__getstate__() for id, token in fast.get_added_tokens_decoder().items()},
     }
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
     (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 

@@ -69,9 +69,8 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)
         changes = proto.normalizer_spec.name != "identity" or proto.normalizer_spec.add_dummy_prefix
         if proto.pieces and changes:
-            raise ValueError(
-                f"{self.vocab_file} changes the text before it cuts it, as Baichuan 1's does: take Baichuan2's"
-            )
+            told = "changes the text before it cuts it, as Baichuan 1's does: take Baichuan2's"
+            raise ValueError(f"{self.vocab_file} {told}")
         for piece in proto.pieces:
             if RESERVED.fullmatch(piece.piece):
                 piece.type = piece.CONTROL
@@ -132,9 +131,8 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         Raises: ValueError: malformed messages, or a template of the caller's own, which only rendering to text can follow.
         """
         if not tokenize:
-            return super().apply_chat_template(
-                conversation, *args, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
-            )
+            kwargs |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+            return super().apply_chat_template(conversation, *args, **kwargs)
         kwargs.pop("sanitize_control_tokens", None)  # it always is so here
         if args or any(kwargs.values()):
             raise ValueError(f"with tokenize=True this is not supported: {', '.join(kwargs) or 'positional arguments'}")

@@ -92,9 +92,7 @@ class RoomyLayer(DynamicLayer):
         self.block = None
 
 
-def greedy_ids(
-    model, prompts, shared: Sequence[int], max_new_tokens: int, ends: list[int], pad: int
-) -> list[list[int]]:
+def greedy_ids(model, prompts, shared, max_new_tokens: int, ends: list[int], pad: int) -> list[list[int]]:
     """The most likely tokens after each prompt, up to the one that ends the answer, which is among them.
 
     `generate` gives the same tokens (`greedy`) and takes longer: here the persona is read once for all prompts that begin with

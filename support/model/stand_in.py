@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-import sys
 from io import BytesIO
 
 from support.command_line import ArgumentParser, integer
@@ -153,4 +152,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

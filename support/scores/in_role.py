@@ -6,7 +6,7 @@ question has two answers beside it, "in_character" and "modern". "{role}" in a t
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from support.dialogues.json_files import read_records, text_problem
 from support.dialogues.samples import as_sample, unsupervised
 from support.errors import Problems, UserError
+from support.scores.likelihood import Likelihood
 from support.scores.table import Items, Score
 
 # Beginnings of an answer that stays in the role, and of one that breaks it, of about the same length.
@@ -95,10 +96,7 @@ def ended(sample: dict, text: str) -> dict:
 
 
 def in_role_scores(
-    likelihood: Callable[[list[dict]], list[np.ndarray]],
-    attacks: list[dict],
-    personas: dict[str, str],
-    answers: Sequence[str],
+    likelihood: Likelihood, attacks: list[dict], personas: dict[str, str], answers: Sequence[str]
 ) -> dict[str, Score]:
     """Likelihoods (see likelihood.py) of staying and of breaking, and the phrases of the answers to the crossed attacks."""
     scores = {}

@@ -6,7 +6,6 @@ words, exactly and without a judge.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +47,7 @@ def heard(nats: np.ndarray) -> np.ndarray:
     return likeliest / likeliest.sum(axis=1, keepdims=True)
 
 
-def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples: list[dict]) -> Said:
+def read_personas(likelihood: Likelihood, samples: list[dict]) -> Said:
     """Read the answers of samples, as `read_samples` yields them, under every role's persona, and under none.
 
     Under its own persona a sample keeps its own system text, under another's it gets the one of `personas_of`. An answer
