@@ -131,11 +131,8 @@ class ModelDirectory:
     def load(self, dtype: torch.dtype | None = None, attn_implementation="sdpa", device=CPU, four_bit: bool = False):
         """The model on the CPU, in evaluation mode; by default in the dtype of its weights.
 
-        Args:
-            device: where it will compute.
-            four_bit: hold the decoder's linear layers in four bits; the model is then on `device` already.
-        Raises:
-            UserError: also where the weights do not fit into the device's memory.
+        device: where it will compute. four_bit: hold the decoder's linear layers in four bits; it is then there already.
+        Raises: UserError, also where the weights do not fit into the device's memory.
         """
         self.check()
         dtype = dtype or self.weights.dtype
