@@ -78,14 +78,9 @@ def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-    fast = Tokenizer(
-        BPE(
-            vocab={piece: id for id, (piece, _, _) in enumerate(pieces)},
-            merges=merges({piece: score for piece, score, type in pieces if type == kind.NORMAL}),
-            unk_token=tokenizer.unk_token,
-            byte_fallback=True,
-        )
-    )
+    vocab = {piece: id for id, (piece, _, _) in enumerate(pieces)}
+    pairs = merges({piece: score for piece, score, type in pieces if type == kind.NORMAL})
+    fast = Tokenizer(BPE(vocab, pairs, unk_token=tokenizer.unk_token, byte_fallback=True))
     # SentencePiece writes a space as U+2581.
     fast.normalizer = normalizers.Replace(" ", "▁")
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
