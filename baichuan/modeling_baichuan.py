@@ -69,7 +69,7 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rows[..., :length].masked_fill_(mask, 0)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """softmax(q kᵀ · scaling + mask) v, step by step; (b, h, l, d) → (b, l, h, d). For reading attention weights."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -100,9 +100,7 @@ class Attention(nn.Module):
             kwargs["cache"] = paged_cache
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
-        )
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
 
