@@ -243,9 +243,8 @@ def show_samples(args):
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    if args.show is not None:
-        show_samples(args)
-        return
+    if args.show:
+        return show_samples(args)
     if args.download:
         download(args.data_dir)
     written = read_inputs(args)

@@ -253,8 +253,7 @@ def main(argv=None):
     print(f"base     {args.ori_model_dir}: {size}")
     print(f"adapter  {args.model_dir}: rank {ranks}, changes {len(updates)} of the tensors")
     if args.check_only:
-        prove(args, base, ModelDirectory(args.save_model_dir), probes, device)
-        return
+        return prove(args, base, ModelDirectory(args.save_model_dir), probes, device)
 
     config = deepcopy(base.config)
     config.dtype = weights.dtype
