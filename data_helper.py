@@ -106,14 +106,13 @@ def samples(row: dict, kind: str, characters: dict[str, dict], max_responses: in
     return [{"role": role, "system": "", "prompt": prompt, "response": answers[i], "kind": kind} for i in drawn]
 
 
-def example_questions(desc_path: str, roles, count: int = 4) -> dict[str, list[str]]:
-    """A few short questions for each role, from the training file beside its description if there is one."""
+def example_questions(desc_path: str, characters: dict[str, dict], count: int = 4) -> dict[str, list[str]]:
+    """A few short questions for each character, from the training file beside its description if there is one."""
     try:
-        characters = read_characters(desc_path)
         rows = read_rolebench(Path(desc_path).with_name("rolebench-zh_role_specific_train.jsonl"))
     except UserError:  # the page can do without
-        characters, rows = {}, []
-    examples = {role: [] for role in roles}
+        rows = []
+    examples = {role: [] for role in characters}
     for row in rows:
         if (role := row["role"]) in examples:
             question = without_address(row["question"], [role, *characters[role]["names"]])
@@ -244,9 +243,8 @@ def show_samples(args):
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    if args.show is not None:
-        show_samples(args)
-        return
+    if args.show:
+        return show_samples(args)
     if args.download:
         download(args.data_dir)
     written = read_inputs(args)

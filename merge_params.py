@@ -227,8 +227,7 @@ def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple
     texts = [ids for _, ids in probes]
     expected, alone = adapter_logits(base, args.model_dir, texts, device)
     gc.collect()  # a GPU may hold one of the models, not both
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     found = logits_of(load_in_float32(merged, device), texts)
     result, base_alone, dtype = compare_logits(expected, found), compare_logits(expected, alone), merged.weights.dtype
     most, most_divergence = BOUNDS[dtype]
@@ -253,13 +252,11 @@ def main(argv=None):
     device, base, updates, probes = read_inputs(args)
     weights = base.weights
     ranks = " and ".join(map(str, sorted({len(update.a) for update in updates.values()})))
-    print(
-        f"base     {args.ori_model_dir}: {len(weights.tensors)} tensors, {weights.bytes / 1e9:.3g} GB, {weights.dtype}"
-    )
+    size = f"{len(weights.tensors)} tensors, {weights.bytes / 1e9:.3g} GB, {weights.dtype}"
+    print(f"base     {args.ori_model_dir}: {size}")
     print(f"adapter  {args.model_dir}: rank {ranks}, changes {len(updates)} of the tensors")
     if args.check_only:
-        prove(args, base, ModelDirectory(args.save_model_dir), probes, device)
-        return
+        return prove(args, base, ModelDirectory(args.save_model_dir), probes, device)
 
     config = deepcopy(base.config)
     config.dtype = weights.dtype

@@ -12,8 +12,7 @@ TESTED = ("5.10", "5.24")  # lowest and highest minor release of transformers un
 def refuse_untested_transformers(version: str = transformers.__version__):
     """A release that renames an argument makes a model answer nonsense without a word, so an unknown one is refused.
 
-    Raises:
-        ImportError: names the remedy. BAICHUAN_ANY_TRANSFORMERS=1 in the environment insists.
+    Raises: ImportError: names the remedy. BAICHUAN_ANY_TRANSFORMERS=1 in the environment insists.
     """
     lowest, highest, found = (tuple(map(int, text.split(".")[:2])) for text in (*TESTED, version))
     if not lowest <= found <= highest and os.environ.get("BAICHUAN_ANY_TRANSFORMERS") != "1":
@@ -30,8 +29,7 @@ refuse_untested_transformers()
 class BaichuanConfig(PreTrainedConfig):
     """Sizes of the decoder; the fields and their names are those of the published config.json.
 
-    Raises:
-        StrictDataclassError: a field has the wrong type, hidden_size is no multiple of num_attention_heads, the head size is odd, or a size is out of its range.
+    Raises: StrictDataclassError: a field has the wrong type, a size is out of its range, or heads have no even size.
     """
 
     model_type = "baichuan"
@@ -64,9 +62,6 @@ class BaichuanConfig(PreTrainedConfig):
             most = 1000 if name == "num_hidden_layers" else 2**24  # a damaged file must not fill the memory
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be at least 1 and at most {most}, not {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"the head size {self.head_dim} is odd; rotary positions pair its two halves")
+        if self.hidden_size % (2 * self.num_attention_heads):  # rotary positions pair the two halves of a head
+            sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{sizes}: the first must be a multiple of twice the second")

@@ -15,10 +15,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 def messages_to_ids(
-    tokenizer,
-    messages: Sequence[dict],
-    max_length: int | None = None,
-    add_generation_prompt: bool = True,
+    tokenizer, messages: Sequence[dict], max_length: int | None = None, add_generation_prompt: bool = True
 ) -> list[int]:
     """Lay a conversation out as the model reads it.
 
@@ -54,9 +51,7 @@ def messages_to_ids(
     if max_length is not None:
         room = max_length - len(system)
         if rounds and room < 1:
-            raise ValueError(
-                f"the system text has {len(system)} tokens and leaves no room for a question in {max_length}"
-            )
+            raise ValueError(f"the system text ({len(system)} tokens) leaves no room for a question in {max_length}")
         while len(rounds) > 1 and sum(map(len, rounds)) > room:
             del rounds[0]
         if rounds:
@@ -67,15 +62,12 @@ def messages_to_ids(
 def turn_markers(holder) -> dict[str, int]:
     """The ids that open a user's and an assistant's turn, of a tokenizer or a generation_config.
 
-    Raises:
-        ValueError: it does not know them.
+    Raises: ValueError: it does not know them.
     """
     markers = {role: getattr(holder, f"{role}_token_id", None) for role in ("user", "assistant")}
     for role, marker in markers.items():
         if not isinstance(marker, int):
-            raise ValueError(
-                f"{role}_token_id is not known: take generation_config.json of Baichuan2-7B-Chat into its directory"
-            )
+            raise ValueError(f"{role}_token_id is not known: take generation_config.json of Baichuan2-7B-Chat, too")
     return markers
 
 
@@ -90,9 +82,6 @@ def _role_and_content(message: dict, number: int) -> tuple[str, str | Sequence[i
     if not isinstance(content, (str, list, tuple)):
         raise ValueError(f"the content of message {number} must be text, not {type(content).__name__}")
     return role, content
-
-
-# ---------------------------------------------------------------- a conversation → its answer
 
 
 class ChatMixin:

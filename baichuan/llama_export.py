@@ -39,13 +39,9 @@ def save_llama(directory: Path, config: BaichuanConfig, tokenizer: BaichuanToken
         "add_prefix_space": False,
         "added_tokens_decoder": {id: token.__getstate__() for id, token in fast.get_added_tokens_decoder().items()},
     }
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
     (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-
-
-# ---------------------------------------------------------------- the model
 
 
 def llama_config(config: BaichuanConfig) -> LlamaConfig:
@@ -73,9 +69,6 @@ def llama_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple
             yield name, tensor
 
 
-# ---------------------------------------------------------------- the tokenizer
-
-
 def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     """The same tokenizer in the `tokenizers` library, except that text can spell eos and the turn markers.
 
@@ -85,14 +78,9 @@ def fast_tokenizer(tokenizer: BaichuanTokenizer) -> Tokenizer:
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece
-    fast = Tokenizer(
-        BPE(
-            vocab={piece: id for id, (piece, _, _) in enumerate(pieces)},
-            merges=merges({piece: score for piece, score, type in pieces if type == kind.NORMAL}),
-            unk_token=tokenizer.unk_token,
-            byte_fallback=True,
-        )
-    )
+    vocab = {piece: id for id, (piece, _, _) in enumerate(pieces)}
+    pairs = merges({piece: score for piece, score, type in pieces if type == kind.NORMAL})
+    fast = Tokenizer(BPE(vocab, pairs, unk_token=tokenizer.unk_token, byte_fallback=True))
     # SentencePiece writes a space as U+2581.
     fast.normalizer = normalizers.Replace(" ", "▁")
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

@@ -69,7 +69,7 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rows[..., :length].masked_fill_(mask, 0)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """softmax(q kᵀ · scaling + mask) v, step by step; (b, h, l, d) → (b, l, h, d). For reading attention weights."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -100,9 +100,7 @@ class Attention(nn.Module):
             kwargs["cache"] = paged_cache
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
-        )
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
 
@@ -236,8 +234,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
         The cache of keys and values comes under the name that the installed transformers uses, see `CACHE_NAME`.
 
-        Raises:
-            TypeError: an argument that nothing here knows. To ignore it would be to answer wrongly in silence.
+        Raises: TypeError: an argument that nothing here knows. To ignore it would be to answer wrongly in silence.
         """
         if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument: {', '.join(sorted(unknown))}")
@@ -301,16 +298,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
             loss, a float32 scalar (cross-entropy in nats, plus z_loss_weight · mean max-logit²), with logits None;
             or logits (b, kept, V) in the model's dtype.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache=cache,
-            **kwargs,
-        )
+        tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        tokens |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(**tokens, past_key_values=past_key_values, use_cache=use_cache, cache=cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or loss_positions is not None:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizer
 from .generation_utils import messages_to_ids
 
 RESERVED = re.compile(r"<reserved_\d+>")  # the pieces from which the published model takes its turn markers
+DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+DEFAULTS |= {"clean_up_tokenization_spaces": False, "split_special_tokens": True}
 
 
 class BaichuanTokenizer(PreTrainedTokenizer):
@@ -36,16 +38,10 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         self,
         vocab_file: str,
         generation_config_file: str | None = None,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<unk>",
         user_token_id: int | None = None,
         assistant_token_id: int | None = None,
         add_bos_token: bool = False,
         add_eos_token: bool = False,
-        clean_up_tokenization_spaces: bool = False,
-        split_special_tokens: bool = True,
         **kwargs,
     ):
         kwargs.pop("sp_model_kwargs", None)  # in the published file, always empty
@@ -61,19 +57,9 @@ class BaichuanTokenizer(PreTrainedTokenizer):
             user_token_id, assistant_token_id = settings.get("user_token_id"), settings.get("assistant_token_id")
         self.user_token_id = user_token_id
         self.assistant_token_id = assistant_token_id
-        super().__init__(
-            unk_token=unk_token,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            user_token_id=user_token_id,
-            assistant_token_id=assistant_token_id,
-            add_bos_token=add_bos_token,
-            add_eos_token=add_eos_token,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            split_special_tokens=split_special_tokens,
-            **kwargs,
-        )
+        kwargs |= {"user_token_id": user_token_id, "assistant_token_id": assistant_token_id}
+        kwargs |= {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}  # all of these are saved
+        super().__init__(**DEFAULTS | kwargs)
         if user_token_id is not None:  # whatever template the files hold, this is the layout that the model knows
             self.chat_template = chat_template(*self.convert_ids_to_tokens([user_token_id, assistant_token_id]))
 
@@ -83,9 +69,8 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         proto = sentencepiece_model_pb2.ModelProto.FromString(model)
         changes = proto.normalizer_spec.name != "identity" or proto.normalizer_spec.add_dummy_prefix
         if proto.pieces and changes:
-            raise ValueError(
-                f"{self.vocab_file} changes the text before it cuts it, as Baichuan 1's does: take Baichuan2's"
-            )
+            told = "changes the text before it cuts it, as Baichuan 1's does: take Baichuan2's"
+            raise ValueError(f"{self.vocab_file} {told}")
         for piece in proto.pieces:
             if RESERVED.fullmatch(piece.piece):
                 piece.type = piece.CONTROL
@@ -143,29 +128,22 @@ class BaichuanTokenizer(PreTrainedTokenizer):
     ):
         """Messages → ids through `messages_to_ids`, so that no text becomes a marker; the text with tokenize=False.
 
-        Raises:
-            ValueError: malformed messages, or a template of the caller's own, which only rendering to text can follow.
+        Raises: ValueError: malformed messages, or a template of the caller's own, which only rendering to text can follow.
         """
         if not tokenize:
-            return super().apply_chat_template(
-                conversation, *args, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
-            )
+            kwargs |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+            return super().apply_chat_template(conversation, *args, **kwargs)
         kwargs.pop("sanitize_control_tokens", None)  # it always is so here
         if args or any(kwargs.values()):
             raise ValueError(f"with tokenize=True this is not supported: {', '.join(kwargs) or 'positional arguments'}")
         batched = not isinstance(conversation[0], dict)
-        ids = [
-            messages_to_ids(
-                self, messages, max_length if truncation else None, add_generation_prompt=add_generation_prompt
-            )
-            for messages in (conversation if batched else [conversation])
-        ]
+        conversations = conversation if batched else [conversation]
+        room = max_length if truncation else None
+        ids = [messages_to_ids(self, messages, room, add_generation_prompt) for messages in conversations]
         if not batched and not padding and return_tensors is None:
             encoded = {"input_ids": ids[0], "attention_mask": [1] * len(ids[0])}
         else:
-            encoded = self.pad(
-                {"input_ids": ids}, padding=padding, max_length=max_length, return_tensors=return_tensors
-            )
+            encoded = self.pad({"input_ids": ids}, padding, max_length, return_tensors=return_tensors)
         return encoded if return_dict else encoded["input_ids"]
 
 

@@ -34,13 +34,12 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     known = json.loads(SAMPLE_PROFILES.read_text(encoding="utf-8"))
     characters, problems = {}, []
     for key, profile in profiles.items():
-        role, given = composed(key), {"description": None}
+        role = composed(key)
         if fields := card or card_fields(profile):
-            given |= filled(card_profile(fields, role))
-        elif isinstance(profile, dict):
-            given |= filled(profile)
-        else:
-            given |= {"description": profile, "names": known.get(role, {}).get("names", [])}
+            profile = card_profile(fields, role)
+        elif not isinstance(profile, dict):
+            profile = {"description": profile, "names": known.get(role, {}).get("names", [])}
+        given = {"description": None, **filled(profile)}
         for field, value in {"name": role, **given}.items():
             texts = value if field in ("questions", "names") else [value]
             most = MAX_NAME if field == "name" else MAX_DESCRIPTION

@@ -37,8 +37,7 @@ NOT_TAKEN = {  # how a part of a key, or of a speaker, begins → why a turn or 
     "tool|function|observation": "belongs to calls of tools, which are not learned here: remove the sample",
     "train|learn|loss|weight|mask|superv|kto": 'may say what is learned: say it with "train": true, false, or remove it',
 }
-HARMLESS = {"role", "from", "content", "value", "name", "id", "index", "timestamp", "time", "date", "language", "type"}
-HARMLESS |= {"system", "prompt", "response", "messages", "conversations", "kind", "source", "category"}
+HARMLESS = {*"role from content value name id index timestamp time date language type kind source category".split()}
 
 
 def read_samples(path: str | Path, merge: bool = False, problems: list[str] | None = None) -> Iterator[dict]:
@@ -232,9 +231,6 @@ def split_off(samples: list[dict], share: float, seed: int) -> dict[str, list[di
         )
     print(f"no test file: {len(test):,} of {len(samples):,} samples set aside, by their first question (--test_share)")
     return {"train": [sample for sample in samples if opening(sample) not in held_out], "test": test}
-
-
-# ---------------------------------------------------------------- RoleBench's files
 
 
 def read_rolebench(path: str | Path, problems: list[str] | None = None) -> list[dict]:

@@ -80,8 +80,6 @@ def adapter_digest(directory: Path) -> str:
     return file_digest(adapter_file(directory))
 
 
-# ---------------------------------------------------------------- on what it was trained
-
 TRAINING = "training.json"  # beside an adapter; adapter_config.json is PEFT's, and knows no such fields
 
 

@@ -92,9 +92,7 @@ class RoomyLayer(DynamicLayer):
         self.block = None
 
 
-def greedy_ids(
-    model, prompts, shared: Sequence[int], max_new_tokens: int, ends: list[int], pad: int
-) -> list[list[int]]:
+def greedy_ids(model, prompts, shared, max_new_tokens: int, ends: list[int], pad: int) -> list[list[int]]:
     """The most likely tokens after each prompt, up to the one that ends the answer, which is among them.
 
     `generate` gives the same tokens (`greedy`) and takes longer: here the persona is read once for all prompts that begin with
@@ -156,23 +154,17 @@ def unusable_settings(settings: dict) -> list[str]:
     there already) and by `answer_batch` (several side by side, drawn).
     """
     ids, reader = torch.ones(2, 3, dtype=torch.long), SimpleNamespace(put=lambda ids: None, end=lambda: None)
-
-    def generate(settings: dict, rows: int, **options):
-        config = GenerationConfig.from_dict(settings)
-        output = model.generate(
-            ids[:rows],
-            attention_mask=ids[:rows],
-            generation_config=config,
-            stopping_criteria=[lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)],
-            **options,
-        )
-        if not isinstance(output, torch.Tensor) or len(output) != rows:
-            raise ValueError("it gives other things than one answer to a question")
+    first_token_ends = {"stopping_criteria": [lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)]}
 
     def problem(settings: dict) -> str | None:
+        streamed = {"streamer": reader, CACHE_NAME: DynamicCache(config=model.config)}
         try:
-            generate(settings, 1, streamer=reader, **{CACHE_NAME: DynamicCache(config=model.config)})
-            generate({**settings, "do_sample": True}, 2)
+            for rows, own, options in ((1, settings, streamed), (2, {**settings, "do_sample": True}, {})):
+                tokens = {"input_ids": ids[:rows], "attention_mask": ids[:rows]}
+                config = GenerationConfig.from_dict(own)
+                output = model.generate(**tokens, generation_config=config, **first_token_ends, **options)
+                if not isinstance(output, torch.Tensor) or len(output) != rows:
+                    raise ValueError("it gives other things than one answer to a question")
         except Exception as error:  # of whatever class transformers and torch have for it
             return first_line(error)
 
@@ -181,16 +173,11 @@ def unusable_settings(settings: dict) -> list[str]:
         model = BaichuanForCausalLM(BaichuanConfig(vocab_size=1000, **sizes)).eval()
         if not (together := problem(settings)):
             return []
-        alone = {key: problem({"eos_token_id": 2, key: value}) for key, value in settings.items()}
-    found = [
-        f"{key} = {json.dumps(settings[key], ensure_ascii=False)} cannot be used here: {reason}"
-        for key, reason in alone.items()
-        if reason
-    ]
+        found = []
+        for key, value in settings.items():
+            if reason := problem({"eos_token_id": 2, key: value}):
+                found.append(f"{key} = {json.dumps(value, ensure_ascii=False)} cannot be used here: {reason}")
     return found or [together]
-
-
-# ---------------------------------------------------------------- as many as the memory holds
 
 
 def rows_that_fit(model, tokens: int) -> int:

@@ -131,11 +131,8 @@ class ModelDirectory:
     def load(self, dtype: torch.dtype | None = None, attn_implementation="sdpa", device=CPU, four_bit: bool = False):
         """The model on the CPU, in evaluation mode; by default in the dtype of its weights.
 
-        Args:
-            device: where it will compute.
-            four_bit: hold the decoder's linear layers in four bits; the model is then on `device` already.
-        Raises:
-            UserError: also where the weights do not fit into the device's memory.
+        device: where it will compute. four_bit: hold the decoder's linear layers in four bits; it is then there already.
+        Raises: UserError, also where the weights do not fit into the device's memory.
         """
         self.check()
         dtype = dtype or self.weights.dtype
@@ -174,9 +171,8 @@ class ModelDirectory:
         path, questions = adapter or self.path, ("你好", "你是谁？从哪里来？")
         prompts = [messages_to_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in questions]
         if self.weights.bytes > 10**9 and model.device.type == "cpu":  # takes minutes
-            print(
-                f"{path}: comparing answers with and without the cache of keys and values", file=sys.stderr, flush=True
-            )
+            told = "comparing answers with and without the cache of keys and values"
+            print(f"{path}: {told}", file=sys.stderr, flush=True)
         training = model.training
         model.eval()
         with blaming(f"{path}: no answer can be generated with its weights"):

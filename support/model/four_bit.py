@@ -10,6 +10,8 @@ computed in float32 here whatever they are held in, and the rest would only take
 
 from importlib.util import find_spec
 
+from transformers import BitsAndBytesConfig
+
 from support.errors import UserError
 
 BLOCK = 64  # weights that share a scale
@@ -18,9 +20,7 @@ BLOCK = 64  # weights that share a scale
 def check_four_bit(model_directory):
     """Raises: UserError where --load_in_4bit cannot work with this installation or this model."""
     if find_spec("bitsandbytes") is None:
-        raise UserError(
-            "--load_in_4bit: needs bitsandbytes, which is not installed: pip install -r requirements-4bit.txt -c constraints.txt"
-        )
+        raise UserError("--load_in_4bit: needs bitsandbytes: pip install -r requirements-4bit.txt -c constraints.txt")
     config = model_directory.config
     if config.hidden_size % BLOCK or config.intermediate_size % BLOCK:
         sizes = f"hidden_size {config.hidden_size} or intermediate_size {config.intermediate_size}"
@@ -29,8 +29,6 @@ def check_four_bit(model_directory):
 
 def loading(dtype, device) -> dict:
     """Arguments of `from_pretrained` that make the decoder's linear layers four-bit ones, on `device`."""
-    from transformers import BitsAndBytesConfig
-
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-import sys
 from io import BytesIO
 
 from support.command_line import ArgumentParser, integer
@@ -148,10 +147,9 @@ def main(argv=None):
         with writing(args.save_dir):
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
-    print(
-        f"{args.save_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences"
-    )
+    made = f"{model.num_parameters():,} parameters, {len(tokenizer):,} pieces, {len(sentences):,} sentences"
+    print(f"{args.save_dir}: {made}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -99,11 +99,9 @@ def write_weights(
 ):
     """Write safetensors files of at most `shard_bytes` (but for a larger tensor), and their index if there are several.
 
-    Args:
-        planned: the tensors, or their shapes and dtypes alone, on the meta device.
-        tensors: then their values, one by one; a file is written as soon as it has all of its own.
-    Raises:
-        UserError: a file cannot be written.
+    planned: the tensors, or their shapes and dtypes alone, on the meta device.
+    tensors: then their values, one by one; a file is written as soon as it has all of its own.
+    Raises: UserError: a file cannot be written.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in planned.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)

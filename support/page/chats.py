@@ -69,9 +69,6 @@ def settle(chat: dict, grown: dict, ended: bool = True) -> str:
     return ""
 
 
-# ---------------------------------------------------------------- what is read of it
-
-
 def said(chat: dict, count: int, greeted: bool, whose: str = "text") -> list[dict]:
     """The first `count` turns as messages. whose: whose answers, the tuned model's (text) or the base model's."""
     messages = [{"role": "assistant", "content": chat["greeting"]}] if greeted and chat["greeting"] else []

@@ -19,10 +19,9 @@ TEXTS = {language: {key: pair[n] for key, pair in PAIRS.items()} for n, language
 I18N = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
 MARKS = ("−−−", "−−", "−", None, "+", "++", "+++")  # how much likelier fine-tuning made a word
 COLOURS = dict(zip(filter(None, MARKS), ("#c8502a", "#e08a5c", "#eeb08a", "#8fc9a3", "#4fae78", "#1f8a52")))
+GREENS = "#f1f6f4 #dfebe6 #c1d9d0 #97bfb1 #6a9f8e #4b8472 #2f5d50 #2a5448 #24463d #1f3a33 #12221e"
 THEME = gr.themes.Base(
-    primary_hue=gr.themes.Color(
-        *("#f1f6f4 #dfebe6 #c1d9d0 #97bfb1 #6a9f8e #4b8472 #2f5d50 #2a5448 #24463d #1f3a33 #12221e".split())
-    ),
+    primary_hue=gr.themes.Color(*GREENS.split()),
     neutral_hue="stone",
     radius_size="lg",
     font=["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"],

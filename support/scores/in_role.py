@@ -1,16 +1,12 @@
 """Does a role stay in its role? Attacks, and questions about what it cannot know.
 
-    attacks = read_attacks(path)
-    answers = …  # texts, to crossed(attacks, personas)
-    scores = in_role_scores(likelihood, attacks, personas, answers)
-
 An attack tries to make a role say that it is a model; a boundary question asks a person of the past about the present.
 Both are lines of data/sample/attacks-zh.jsonl: {"kind", "messages"}, the last message being the user's. A boundary
 question has two answers beside it, "in_character" and "modern". "{role}" in a text stands for the role's name.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ import numpy as np
 from support.dialogues.json_files import read_records, text_problem
 from support.dialogues.samples import as_sample, unsupervised
 from support.errors import Problems, UserError
+from support.scores.likelihood import Likelihood
 from support.scores.table import Items, Score
 
 # Beginnings of an answer that stays in the role, and of one that breaks it, of about the same length.
@@ -61,9 +58,6 @@ def breaks(answer: str, role: str) -> bool:
     return False
 
 
-# ---------------------------------------------------------------- measuring
-
-
 def read_attacks(path: Path) -> list[dict]:
     """The attacks and boundary questions of a file. Raises: UserError with all that is wrong."""
     with Problems() as problems:
@@ -102,10 +96,7 @@ def ended(sample: dict, text: str) -> dict:
 
 
 def in_role_scores(
-    likelihood: Callable[[list[dict]], list[np.ndarray]],
-    attacks: list[dict],
-    personas: dict[str, str],
-    answers: Sequence[str],
+    likelihood: Likelihood, attacks: list[dict], personas: dict[str, str], answers: Sequence[str]
 ) -> dict[str, Score]:
     """Likelihoods (see likelihood.py) of staying and of breaking, and the phrases of the answers to the crossed attacks."""
     scores = {}

@@ -102,9 +102,6 @@ class Texts(NamedTuple):
         return ids, np.stack((np.arange(len(ids) - 1), ids[1:]), axis=1)
 
 
-# ---------------------------------------------------------------- what training has cost
-
-
 def read_plain_text(path: Path) -> list[str]:
     """The paragraphs of a UTF-8 file: its lines that are not blank. Raises: UserError."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]

@@ -1,15 +1,11 @@
 """Does the persona decide the words? Who said it, and what the persona is worth, from the model's own likelihoods.
 
-    said = read_personas(Likelihood(model, tokenizer), samples)
-    scores = persona_scores(said)
-
 The answer that was recorded for a role is read under the persona of every role. It counts as said by the role under
 whose persona it is the likeliest: how often that is the role it was recorded for tells whether the persona decides the
 words, exactly and without a judge.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +47,7 @@ def heard(nats: np.ndarray) -> np.ndarray:
     return likeliest / likeliest.sum(axis=1, keepdims=True)
 
 
-def read_personas(likelihood: Callable[[list[dict]], list[np.ndarray]], samples: list[dict]) -> Said:
+def read_personas(likelihood: Likelihood, samples: list[dict]) -> Said:
     """Read the answers of samples, as `read_samples` yields them, under every role's persona, and under none.
 
     Under its own persona a sample keeps its own system text, under another's it gets the one of `personas_of`. An answer
@@ -81,9 +77,6 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
         if sample["role"] in most:
             systems[sample["role"]][sample["system"]] += 1
     return {role: own.most_common(1)[0][0] for role, own in systems.items()}
-
-
-# ---------------------------------------------------------------- scores
 
 
 def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,9 +124,6 @@ def persona_scores(said: Said) -> dict[str, Score]:
     if shared.any() and not shared.all():
         scores["who_said_it_shared"] = accuracy_of(said.take(shared))
     return scores
-
-
-# ---------------------------------------------------------------- while training
 
 
 def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str, float]:

@@ -28,9 +28,8 @@ def write(path: Path, language: str, questions: Sequence, measured: dict[str, An
     order = np.argsort(-rouge_l, kind="stable").tolist()
     count = min(SHOWN, len(order) // 2)
     groups = {"best": order[:count], "worst": order[::-1][:count], "others": sorted(order[count : len(order) - count])}
-    form = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    form = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     form.globals.update(table=table, scale=scale, copy=COPY, language=language, text=table.texts(language))
     page = form.get_template("report.html").render(questions=questions, measured=measured, groups=groups, **shown)
     with whole_files(path) as (file,):

@@ -1,9 +1,4 @@
-"""One shape for all measures, and one table.
-
-scores = {"baseline": {"rouge_l": Score(items, values), …}, "model": {"rouge_l": …}}
-rows = compare(scores, resamples=1000, seed=1234)
-print(*table(rows, list(scores), texts("en")), sep="\n")
-"""
+"""One shape for all measures, and one table."""
 
 import json
 import os
@@ -114,7 +109,7 @@ def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: 
     The bootstrap draws the same clusters for all models, so their differences are paired (Efron & Tibshirani 1993).
 
     Args:
-        models: of each model, by its name, its scores by the measure's name, all on the same items.
+        models: {"baseline": {"rouge_l": Score, …}, "model": {"rouge_l": …}}, all on the same items.
         by, label: take the items of one role, kind or round alone.
     """
     rows, first = [], next(iter(models.values()))

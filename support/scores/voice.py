@@ -9,10 +9,8 @@ from support.dialogues.samples import is_trained, read_samples
 COPY = 0.5  # of an answer's characters in one piece of a training answer: from here on it is called a copy
 
 
-def read_training(
-    path: Path, questions: Sequence, text: dict[str, str]
-) -> tuple["Style | None", "Recall | None", list[str]]:
-    """What style and copies are measured with, as far as the training samples allow, and remarks on what is left out.
+def read_training(path: Path, questions: Sequence, text: dict[str, str]) -> tuple:
+    """(Style or None, Recall or None, remarks): what style and copies are measured with, and what is left out of that.
 
     text: see `table.texts`. Raises: UserError.
     """
