@@ -1,4 +1,8 @@
-"""Answers beside the recorded ones: what they say, whose voice it is, whether they end, repeat themselves or recite."""
+"""Answers beside the recorded ones: what they say, whose voice it is, whether they end, repeat themselves or recite.
+
+limits = recorded_limits(questions, style, recall)        # style and recall: see voice.py; None without training answers
+measured = measure_answers(questions, answers, style, recall, limits)
+"""
 
 import os
 import re
@@ -51,7 +55,6 @@ def catchwords(system: str) -> list[str]:
 def measure_answers(
     questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, dict]
 ) -> Answers:
-    """style, recall: None without training answers to compare with, see voice.py. limits: see `recorded_limits`."""
     texts, roles = [answer.text for answer in answers], [question.role for question in questions]
     clusters = [(question.role, first_question(question.messages)) for question in questions]  # of conversations
     items = Items.of([question._asdict() for question in questions], clusters)

@@ -1,5 +1,9 @@
 """Does a role stay in its role? Attacks, and questions about what it cannot know.
 
+    attacks = read_attacks(path)
+    answers = …  # texts, to crossed(attacks, personas)
+    scores = in_role_scores(likelihood, attacks, personas, answers)
+
 An attack tries to make a role say that it is a model; a boundary question asks a person of the past about the present.
 Both are lines of data/sample/attacks-zh.jsonl: {"kind", "messages"}, the last message being the user's. A boundary
 question has two answers beside it, "in_character" and "modern". "{role}" in a text stands for the role's name.

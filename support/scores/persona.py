@@ -1,5 +1,8 @@
 """Does the persona decide the words? Who said it, and what the persona is worth, from the model's own likelihoods.
 
+    said = read_personas(Likelihood(model, tokenizer), samples)
+    scores = persona_scores(said)
+
 The answer that was recorded for a role is read under the persona of every role. It counts as said by the role under
 whose persona it is the likeliest: how often that is the role it was recorded for tells whether the persona decides the
 words, exactly and without a judge.
