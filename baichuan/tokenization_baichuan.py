@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizer
 from .generation_utils import messages_to_ids
 
 RESERVED = re.compile(r"<reserved_\d+>")  # the pieces from which the published model takes its turn markers
-DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-DEFAULTS |= {"clean_up_tokenization_spaces": False, "split_special_tokens": True}
 
 
 class BaichuanTokenizer(PreTrainedTokenizer):
@@ -38,10 +36,16 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         self,
         vocab_file: str,
         generation_config_file: str | None = None,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
         user_token_id: int | None = None,
         assistant_token_id: int | None = None,
         add_bos_token: bool = False,
         add_eos_token: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+        split_special_tokens: bool = True,
         **kwargs,
     ):
         kwargs.pop("sp_model_kwargs", None)  # in the published file, always empty
@@ -57,9 +61,19 @@ class BaichuanTokenizer(PreTrainedTokenizer):
             user_token_id, assistant_token_id = settings.get("user_token_id"), settings.get("assistant_token_id")
         self.user_token_id = user_token_id
         self.assistant_token_id = assistant_token_id
-        kwargs |= {"user_token_id": user_token_id, "assistant_token_id": assistant_token_id}
-        kwargs |= {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}  # all of these are saved
-        super().__init__(**DEFAULTS | kwargs)
+        super().__init__(
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            user_token_id=user_token_id,
+            assistant_token_id=assistant_token_id,
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            split_special_tokens=split_special_tokens,
+            **kwargs,
+        )
         if user_token_id is not None:  # whatever template the files hold, this is the layout that the model knows
             self.chat_template = chat_template(*self.convert_ids_to_tokens([user_token_id, assistant_token_id]))
 
