@@ -14,6 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from support.device import free_memory
 from support.errors import UserError
 from support.files import free_bytes
 from support.training.log import peak_memory_gb, reset_peak_memory
@@ -45,10 +46,11 @@ def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: in
     trained = model.get_nb_trainable_parameters()[0]
     moments = 0 if engine.optimizer.optimizer.state else 8 * trained / steps.world  # of the first step
     if gpus:
-        free, total = torch.cuda.mem_get_info(device)
-        available = free + torch.cuda.memory_reserved(device)
+        total, held = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
     else:
-        available = total = psutil.virtual_memory().total
+        own = psutil.Process().memory_info()
+        total, held = psutil.virtual_memory().total, own.rss - own.shared
+    available = held + free_memory(device)
     found = [None] * steps.world
     dist.all_gather_object(found, (1e9 * peak_memory_gb() + moments, total, available, seconds * passes))
     peak, total, available, seconds = max(found, key=lambda numbers: numbers[0] - numbers[2])
