@@ -203,9 +203,12 @@ def prove_weights(args, base: ModelDirectory, merged: ModelDirectory, device: to
     with blaming(f"{args.save_model_dir}: is not this base with this adapter"):
         products = gains(base, args.model_dir, merged, device)
         shares = {name: (product / product[2]).tolist() for name, product in products.items() if product[2]}
-        worst = max(shares, key=lambda name: abs(shares[name][0] - shares[name][1]))
-        share, right, _ = shares[worst]
-        if not abs(share - right) <= SLACK:
+        wrong = {
+            name: abs(share - right) for name, (share, right, _) in shares.items() if not abs(share - right) <= SLACK
+        }
+        if wrong:
+            worst = max(wrong, key=wrong.get)
+            share, right, _ = shares[worst]
             raise ValueError(f"{worst} has gained {share:.3f} of its update, where a right merge gains {right:.3f}")
     _, left, whole = sum(products.values()).tolist()
     if left < LEAST * whole:

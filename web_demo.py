@@ -77,6 +77,8 @@ def read_inputs(args) -> tuple:
             character["portrait"] = problems.of(portrait, role, image)
         if model and args.adapter_path:
             problems.of(read_adapter, model, args.adapter_path)
+        if args.ask is not None and not args.ask.strip():
+            problems.append("--ask: is blank: write a question")
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         callers = access(args, problems)

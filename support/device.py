@@ -70,11 +70,11 @@ def free_memory(device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-# Of control groups, with which Linux bounds containers, of version 2 and 1: where they lie, the name of the bound, of what
-# is used, and of those pages of files therein which make room.
+# Of control groups, with which Linux bounds containers, of version 2 and 1: where they lie, the names of the bound and of
+# what is used, and how the names begin of the pages of files therein, which make room.
 CONTROL_GROUPS = {
-    "": ("memory.max", "memory.current", "file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    "": ("memory.max", "memory.current", ""),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
 
 
@@ -86,10 +86,10 @@ def free_in_container(mounted=Path("/sys/fs/cgroup"), mine=Path("/proc/self/cgro
         most, used, files = CONTROL_GROUPS.get(controllers, CONTROL_GROUPS[""])
         own = mounted / controllers / group.lstrip("/")
         for directory in (own, *own.parents):  # a container may know its own group as the uppermost one
-            with suppress(OSError, ValueError):  # no such file, or the bound "max"
+            with suppress(OSError, ValueError, KeyError):  # no such file, or the bound "max"
                 pages = dict(entry.split() for entry in (directory / "memory.stat").read_text().splitlines())
                 bound, taken = (int((directory / name).read_text()) for name in (most, used))
-                free = min(free, bound - taken + int(pages.get(files, 0)))
+                free = min(free, bound - taken + sum(int(pages[f"{files}{kind}active_file"]) for kind in ("", "in")))
     return free
 
 

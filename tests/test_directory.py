@@ -201,7 +201,7 @@ def test_weights_that_do_not_fit_into_memory_are_not_read(directory, monkeypatch
         opened.load(device=gpu)
     monkeypatch.setenv("LOCAL_SIZE", "2")  # two processes of the launcher on this host
     monkeypatch.setattr(opened, "_load", lambda *_, **__: pytest.fail("was read"))
-    with pytest.raises(UserError, match="add --load_in_4bit, or take a device with more memory"):
+    with pytest.raises(UserError, match="take a device with more memory, or add --load_in_4bit"):
         opened.load(torch.bfloat16)
 
 

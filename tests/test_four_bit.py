@@ -130,7 +130,7 @@ def test_the_page_answers_in_four_bits_with_an_adapter(checkpoint, tmp_path, cap
             rounded.get_submodule(name).weight.data = values
     rounded.save_pretrained(tmp_path / "rounded")
     directory.tokenizer.save_pretrained(tmp_path / "rounded")
-    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    adapter = make_adapter(checkpoint, tmp_path / "adapter", spread=0.3)
     asked = [
         "--adapter_path",
         adapter,

@@ -267,8 +267,8 @@ def test_the_mask_is_converted_once_and_needs_no_copy(checkpoint, monkeypatch):
         used.append(attn_mask)
         return attend(*arguments, attn_mask=attn_mask, **others)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = ModelDirectory(checkpoint).load(torch.bfloat16)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     with torch.no_grad():
         model(input_ids=torch.arange(3, 3 + length)[None], attention_mask=sees, use_cache=False)
     assert len(used) == model.config.num_hidden_layers > 1

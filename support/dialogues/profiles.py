@@ -27,7 +27,7 @@ def read_characters(path: str | Path) -> dict[str, dict]:
     """
     card = read_card(path)
     profiles = {card["name"]: card} if card else parse_json(read_text(path), path)
-    if isinstance(profiles, dict) and "description" in profiles and profiles.keys() <= {*FIELDS}:  # of one role
+    if isinstance(profiles, dict) and isinstance(profiles.get("description"), str):  # of one role
         profiles = {str(profiles.get("name") or ""): profiles}
     if not isinstance(profiles, dict) or not profiles:
         raise UserError(f'{path}: holds no role: write {{"role": {PROFILE}}}')

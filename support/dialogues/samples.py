@@ -34,8 +34,8 @@ MARKS = {"train", "training", "loss", "weight", "kto_tag", "label"}  # keys of t
 YES = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
 NOT_TAKEN = {  # how a part of a key, or of a speaker, begins → why a turn or a sample that has it cannot be taken
     "chosen|reject": "belongs to pairs of a better and a worse answer: keep the better one, as messages",
-    "tool|function|observation": "belongs to calls of tools, which are not learned here: remove the sample",
-    "train|learn|loss|weight|mask|superv|kto": 'may say what is learned: say it with "train": true, false, or remove it',
+    "(tools?|functions?|observation)(?![a-z])": "belongs to calls of tools, which are not learned here: remove the sample",
+    "train(?!er)|learn(?!ing_rate)|loss|weight|mask|superv|kto": 'may say what is learned: say it with "train": true, false, or remove it',
 }
 HARMLESS = {*"role from content value name id index timestamp time date language type kind source category".split()}
 

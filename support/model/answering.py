@@ -147,7 +147,7 @@ def greedy(generation_config: GenerationConfig, max_new_tokens: int) -> Generati
     )
 
 
-def unusable_settings(settings: dict) -> list[str]:
+def unusable_settings(settings: dict, vocab_size: int) -> list[str]:
     """What is wrong with the settings of a generation_config.json: a line for each key with which nobody here can answer.
 
     They are tried on a model of two dimensions, as an answer is generated on the page (streamed, from a cache that is
@@ -170,7 +170,7 @@ def unusable_settings(settings: dict) -> list[str]:
 
     sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.random.fork_rng(devices=[]):
-        model = BaichuanForCausalLM(BaichuanConfig(vocab_size=1000, **sizes)).eval()
+        model = BaichuanForCausalLM(BaichuanConfig(vocab_size=vocab_size, **sizes)).eval()
         if not (together := problem(settings)):
             return []
         found = []

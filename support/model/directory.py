@@ -80,7 +80,7 @@ class ModelDirectory:
         settings = read_object(path) if path.exists() else {}
         if settings.get("temperature") == 0:
             settings |= {"do_sample": False, "temperature": 1.0, "top_k": 1}  # which is greedy, even for who samples
-        if problems := unusable_settings(settings):
+        if problems := unusable_settings(settings, self.config.vocab_size):
             raise UserError(*(f"{path}: {problem}" for problem in problems))
         config = GenerationConfig.from_dict(settings)
         with blaming(str(path)):
@@ -141,7 +141,8 @@ class ModelDirectory:
             needed *= int(os.environ.get("LOCAL_SIZE", 1))  # processes on this host, as the launcher says
         if needed > free:
             told = f"its weights take {needed / 1e9:.3g} GB as {dtype}, and {device} has {free / 1e9:.3g} GB free"
-            raise UserError(f"{self.path}: {told}: add --load_in_4bit, or take a device with more memory")
+            remedy = "take a device with more memory" + (", or add --load_in_4bit" if not four_bit else "")
+            raise UserError(f"{self.path}: {told}: {remedy}")
         if needed > 10**9:  # takes some seconds
             print(f"reading {self.path}: {self.weights.bytes / 1e9:.3g} GB", file=sys.stderr, flush=True)
         settings = loading(dtype, device) if four_bit else {}

@@ -19,13 +19,12 @@ ROOT = re.compile(r"(https?://[^/?#\s]+|(?![^/]*\.))/*([^\s:?#\\]*?)/*")  # role
 
 def access(args, problems: Problems) -> dict:
     """What gradio's `launch` takes of the flags. What is wrong with them is added to the problems."""
-    address = args.server_name.strip("[]").lower()
-    name = f"[{address}]" if ":" in address else address
+    name = problems.of(host_of, args.server_name) or ""
     typed = [*args.allowed_hosts, *re.findall("^https?://[^/]+", args.root_path)]
     hosts = [problems.of(host_of, host) for host in typed]
     launch = {"root_path": problems.of(root_of, args.root_path), "auth": problems.of(account_of, args.auth_file)}
     if args.ask is None:
-        problems.of(refuse_taken_port, address, args.port)
+        problems.of(refuse_taken_port, name.strip("[]"), args.port)
     # A name of others that points here (DNS rebinding) is refused, and so is an unknown one.
     guard = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, name, *hosts], www_redirect=False)
     return launch | {"server_name": name, "server_port": args.port, "app_kwargs": {"middleware": [guard]}}
@@ -53,7 +52,9 @@ def refuse_taken_port(address: str, port: int):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         socket.create_server((address, port), family=family).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"{address}:{port}: cannot listen there ({error}): give another --port") from error
+        raise UserError(
+            f"{address}:{port}: cannot listen there ({error}): give another --port or --server_name"
+        ) from error
 
 
 def account_of(auth_file: Path | None) -> tuple[str, str] | None:
