@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 from data_helper import example_questions, persona
-from support.command_line import ArgumentParser
+from support.command_line import ArgumentParser, said_if_slow
 from support.dialogues.json_files import composed, plain_line_ends
 from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
 from support.dialogues.samples import conversation
@@ -297,15 +297,17 @@ def main(argv=None):
     args = parse_args(argv)
     device, characters, callers = read_inputs(args)
     model, source = (args.model_path, args.adapter_path, device, args.load_in_4bit), args.engine or args.model_path
-    print(f"waiting for {source} …", file=sys.stderr)
     os.environ["no_proxy"] = NO_PROXY  # which a client keeps as it finds it
     speaker = Server(args.engine).check() if args.engine else Speaker.load(*model)
     if args.ask is not None:
-        role, shown = args.role or next(iter(characters)), ""
+        role = args.role or next(iter(characters))
         messages = conversation(persona(role, characters[role]["description"]), args.ask)
         longest = speaker.own_settings.max_new_tokens or SETTINGS["max_new_tokens"][-1]
-        print(f"reading the persona of {role} and the question …", file=sys.stderr)
-        for text, _ in speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest}):
+        answer = speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})
+        with said_if_slow(f"reading the persona of {role} and the question"):
+            shown, _ = next(answer)
+        print(shown, end="", flush=True)
+        for text, _ in answer:
             print(text[len(shown) :], end="", flush=True)
             shown = text
         return print()

@@ -1,8 +1,11 @@
-"""The command line of a script: flags with their help, what a file of flags adds, and numbers within their range."""
+"""The command line of a script: flags with their help, files of flags, numbers within their range; what takes long is said."""
 
 import argparse
 import math
+import os
 import sys
+from contextlib import contextmanager
+from threading import Timer
 
 from support.errors import UserError
 from support.files import read_object
@@ -74,3 +77,15 @@ def number(least: float = 0, below: float = math.inf, positive: bool = False):
         return value
 
     return parse
+
+
+@contextmanager
+def said_if_slow(what: str):
+    """Use around what may take long: after five seconds it is said on stderr, by one of several processes on a host."""
+    timer = Timer(5, print, [f"{what} …"], {"file": sys.stderr, "flush": True})
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

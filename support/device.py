@@ -9,8 +9,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from support.errors import UserError
 
 MOST_TOKENS = 8192  # of a row of trees at most, however little it would cost
@@ -62,6 +60,8 @@ def set_up_cuda():
 
 def free_memory(device) -> int:
     """Bytes that this process may still take on a device."""
+    import psutil
+
     if device.type == "cpu":
         return min(psutil.virtual_memory().available + psutil.swap_memory().free, free_in_container())
     import torch

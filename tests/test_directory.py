@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PUBLISHED
+from conftest import PUBLISHED, ImpatientTimer
 from safetensors.torch import load_file
 
 from support.errors import UserError
 from support.model.answering import greedy
 from support.model.directory import ModelDirectory
-from support.model.weights import Weights, write_weights
+from support.model.weights import write_weights
 
 
 @pytest.fixture
@@ -209,12 +209,11 @@ def test_what_takes_long_is_told_beforehand(directory, monkeypatch, capsys):
     opened = ModelDirectory(directory)
     opened.refuse_to_fail_later(opened.load())
     assert capsys.readouterr().err == ""  # of a small model, nothing
-    monkeypatch.setattr(Weights, "bytes", 2 * 10**9)
-    monkeypatch.setattr(Weights, "memory", lambda *_: 2 * 10**9)
-    monkeypatch.setattr("support.model.directory.free_memory", lambda device: 10**15)
+    monkeypatch.setattr("support.command_line.Timer", ImpatientTimer)
     opened.refuse_to_fail_later(opened.load(torch.float32))
     assert capsys.readouterr().err == (
-        f"reading {directory}: 2 GB\n{directory}: comparing answers with and without the cache of keys and values\n"
+        f"reading {directory}, 0.00145 GB …\n"
+        f"comparing answers of {directory} with and without the cache of keys and values …\n"
     )
 
 

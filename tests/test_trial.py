@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import adapter_weights
+from conftest import ImpatientTimer, adapter_weights
 
 import train
 import utils
@@ -86,25 +86,9 @@ def largest_by_hand(rows) -> list[int]:
 
 
 def test_a_trial_that_takes_long_says_what_it_does(begun, monkeypatch, capsys):
-    class Timer:
-        """Whose time is over at once."""
-
-        def __init__(self, seconds, function, arguments, options):
-            self.ring = lambda: function(*arguments, **options)
-            assert seconds >= 2
-
-        def start(self):
-            self.ring()
-
-        def cancel(self):
-            told.append(capsys.readouterr())
-
-    told = []
-    monkeypatch.setattr(trial, "Timer", Timer)
+    monkeypatch.setattr("support.command_line.Timer", ImpatientTimer)
     trial.try_largest_rows(*begun)
-    assert [(each.out, each.err) for each in told] == [
-        ("", "trying the largest rows, for the memory and time of the run\n")
-    ]
+    assert capsys.readouterr().err == "trying the largest rows, for the memory and time of the run …\n"
 
 
 def test_too_little_memory_is_told_with_the_flags_that_help(begun, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ImpatientTimer
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES
@@ -136,11 +137,12 @@ def test_ask_prints_an_answer_as_it_grows(run, monkeypatch, speaker):
 
     monkeypatch.setattr(web_demo.Speaker, "load", lambda *args: speaker)
     monkeypatch.setattr(web_demo.Speaker, "answer", answer)
+    monkeypatch.setattr("support.command_line.Timer", ImpatientTimer)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         told = run("--device", "cpu", "--ask", "你是谁？", fails=False)
     assert seen == ["", "床", "床前\n"] and terminal.getvalue() == "床前\n明月\n"
-    assert re.fullmatch("waiting for .* …\nreading the persona of .* and the question …\n", told)
+    assert re.fullmatch("reading the persona of .* and the question …\n", told)
 
 
 def test_an_engine_is_asked_through_the_proxy_that_the_page_goes_past(run, monkeypatch):

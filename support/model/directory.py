@@ -1,7 +1,6 @@
 """A model directory, opened and checked once: config.json, generation_config.json, tokenizer, weights."""
 
 import os
-import sys
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import messages_to_ids, turn_markers
+from support.command_line import said_if_slow
 from support.device import free_memory
 from support.errors import Problems, UserError, blaming
 from support.files import fingerprint, kind_of_file, read_object
@@ -143,10 +143,9 @@ class ModelDirectory:
             told = f"its weights take {needed / 1e9:.3g} GB as {dtype}, and {device} has {free / 1e9:.3g} GB free"
             remedy = "take a device with more memory" + (", or add --load_in_4bit" if not four_bit else "")
             raise UserError(f"{self.path}: {told}: {remedy}")
-        if needed > 10**9:  # takes some seconds
-            print(f"reading {self.path}: {self.weights.bytes / 1e9:.3g} GB", file=sys.stderr, flush=True)
         settings = loading(dtype, device) if four_bit else {}
-        model = self._load(self.path, dtype=dtype, attn_implementation=attn_implementation, **settings)
+        with said_if_slow(f"reading {self.path}, {self.weights.bytes / 1e9:.3g} GB"):
+            model = self._load(self.path, dtype=dtype, attn_implementation=attn_implementation, **settings)
         keep_as_loaded(model)
         model.generation_config = deepcopy(self.generation_config)
         return model
@@ -171,12 +170,10 @@ class ModelDirectory:
         """
         path, questions = adapter or self.path, ("你好", "你是谁？从哪里来？")
         prompts = [messages_to_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in questions]
-        if self.weights.bytes > 10**9 and model.device.type == "cpu":  # takes minutes
-            told = "comparing answers with and without the cache of keys and values"
-            print(f"{path}: {told}", file=sys.stderr, flush=True)
         training = model.training
         model.eval()
-        with blaming(f"{path}: no answer can be generated with its weights"):
+        told = f"comparing answers of {path} with and without the cache of keys and values"
+        with said_if_slow(told), blaming(f"{path}: no answer can be generated with its weights"):
             error = cache_error(model, prompts, self.tokenizer.pad_token_id)
         model.train(training)
         if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 4e-6 and 0.03; 1.5 without a cache

@@ -42,10 +42,10 @@ def parse_args(argv=None):
 with slow_imports(parse_args, __name__):
     import sentencepiece
     import torch
+    import transformers
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import trange
     from transformers import GenerationConfig, set_seed
-    from transformers.utils import logging
 
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 
@@ -143,7 +143,7 @@ def main(argv=None):
         model.generation_config = GenerationConfig(**ids, **sampling, max_new_tokens=256)
         if args.steps:
             pretrain(model, tokenizer, sentences, args.steps, args.batch_size, args.seed)
-        logging.disable_progress_bar()  # over some tensors it shows nothing
+        transformers.logging.disable_progress_bar()  # over some tensors it shows nothing
         with writing(args.save_dir):
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)

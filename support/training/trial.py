@@ -3,17 +3,15 @@
 The largest rows that the run will meet pass forward and backward through the model. They leave nothing behind.
 """
 
-import sys
 import time
-from contextlib import contextmanager
 from datetime import timedelta
-from threading import Timer
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 
+from support.command_line import said_if_slow
 from support.device import free_memory
 from support.errors import UserError
 from support.files import free_bytes
@@ -61,17 +59,6 @@ def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: in
         told = f"peak {in_bytes(peak)} of {in_bytes(total)}; {len(steps) - done:,} steps"
         disk = disk_needed(trained, dtype.itemsize, steps, done, args)
         print(f"{told}, about {timedelta(seconds=round(seconds))}; {disk}")
-
-
-@contextmanager
-def said_if_slow(text: str):
-    timer = Timer(5, print, [text], {"file": sys.stderr})
-    if is_main_process():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def largest_rows(steps: Steps, done: int) -> tuple[list[dict], float]:
