@@ -186,12 +186,12 @@ def test_cards_that_cannot_be_used(tmp_path, capsys):
             (name, "is a damaged picture, or carries a damaged card")
             for name in ("cut.png", "half.png", "end.png", "text.png")
         ),
-        ("nobody.json", "the description of 'name' cannot be"),
+        ("nobody.json", "the name of '' cannot be"),
         ("empty.json", "the description of '空' cannot be"),
     ]:
         with pytest.raises(UserError) as refused:
             read_characters(tmp_path / name)
-        (error,) = refused.value.problems
+        error = refused.value.problems[0]
         assert error.startswith(f"{tmp_path / name}: {problem}")
     quiet = tmp_path / "quiet.json"
     quiet.write_text(json.dumps({**FIELDS, "mes_example": "{{user}}: 您好"}))
