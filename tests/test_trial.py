@@ -75,8 +75,9 @@ def test_a_trial_changes_nothing(begun, monkeypatch, capsys):
     assert list(dict.fromkeys(seen)) == list(dict.fromkeys(passed))  # it was not for want of a row, nor of dropout
     assert len({row for _, _, row in passed[-2:]}) == 2
     told = capsys.readouterr()
-    peak, total = re.match(r"peak ([\d.]+) MB of ([\d.]+) GB; 5 steps, about 0:00:\d\d; saves ", told.out).groups()
-    assert 50 < float(peak) < 1000 * float(total) and told.err == ""
+    form = r"peak ([\d.]+) ([MG]B) of ([\d.]+) GB; 5 steps, about 0:00:\d\d; saves "
+    peak, unit, total = re.match(form, told.out).groups()
+    assert 50 < float(peak) * {"MB": 1, "GB": 1000}[unit] < 1000 * float(total) and told.err == ""
 
 
 def largest_by_hand(rows) -> list[int]:

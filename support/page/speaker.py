@@ -65,7 +65,9 @@ class Speaker:
     def __init__(self, model, tokenizer, adapter: PeftModel | None = None):
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.stand_in, self.own_settings = hasattr(model.config, "stand_in"), model.generation_config
-        model.generation_config = GenerationConfig()  # from this generate() takes what an answer's settings leave open
+        model.generation_config = (
+            GenerationConfig()
+        )  # generate() would take from it what an answer's settings leave open
         self.personas = PrefixCaches()
         self.turn = threading.Lock()
 

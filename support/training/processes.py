@@ -109,8 +109,8 @@ ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.S
 def stop_requests():
     """Yield a function that returns the signal by which the run was asked to stop, or None.
 
-    Inside `with`, the signals of ENDING no longer kill, so that the run can save first. What is ignored, as SIGHUP is under
-    nohup, stays ignored. The end of the `deepspeed` command counts as SIGTERM: it leaves its children behind, unseen, and
+    Inside `with`, the signals of ENDING no longer kill, so that the run can save first. Under nohup SIGHUP
+    stays ignored. The end of the `deepspeed` command counts as SIGTERM: it leaves its children behind, unseen, and
     on the same output directory.
     """
     requests, launcher = [], find_launcher()
@@ -120,7 +120,8 @@ def stop_requests():
             requests.append(signal.SIGTERM)
         return requests[0] if requests else None
 
-    numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in ENDING if number != signal.SIGHUP or not under_nohup]
     handlers = [signal.signal(number, lambda number, _: requests.append(number)) for number in numbers]
     try:
         yield asked_to_stop

@@ -110,8 +110,11 @@ def ways_to_generate(model, tokenizer, prompts: list[list[int]], expected: list[
         return [list(model.chat(tokenizer, messages, stream=True))[-1] for messages in CONVERSATIONS]
 
     def speaker():
-        speaker, settings = Speaker(model, tokenizer), {"max_new_tokens": NEW_TOKENS, "do_sample": False, "seed": -1}
-        return [list(speaker.answer(messages, settings))[-1][0] for messages in CONVERSATIONS]
+        settings, own = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "seed": -1}, model.generation_config
+        speaker = Speaker(model, tokenizer)
+        answers = [list(speaker.answer(messages, settings))[-1][0] for messages in CONVERSATIONS]
+        model.generation_config = own  # which a Speaker takes off
+        return answers
 
     def scores_batch():
         config = greedy(model.generation_config, NEW_TOKENS)
