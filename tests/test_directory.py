@@ -133,7 +133,7 @@ def test_settings_that_no_answer_can_be_generated_with(directory, wrong):
     assert problem.startswith(told) and "\n" not in problem
 
 
-def test_settings_are_told_together_and_leave_random_numbers_alone(directory):
+def test_settings_are_told_together_and_leave_random_numbers_alone(directory, capfd):
     settings_of(directory, "generation_config.json", top_k="5", num_beams=2)
     assert [problem.split(": ")[1].split(" = ")[0] for problem in refusals(directory)] == ["top_k", "num_beams"]
     settings_of(directory, "generation_config.json", top_k=5, num_beams=1)
@@ -142,6 +142,9 @@ def test_settings_are_told_together_and_leave_random_numbers_alone(directory):
     torch.manual_seed(3)
     ModelDirectory(directory).check()
     assert torch.rand(1) == expected
+    settings_of(directory, "generation_config.json", do_sample=False, max_new_tokens=None)
+    ModelDirectory(directory).check()
+    assert capfd.readouterr() == ("", "")  # transformers has something to say of each of these
 
 
 def test_a_temperature_of_zero_is_greedy(directory):

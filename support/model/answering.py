@@ -1,6 +1,7 @@
 """A batch of conversations → answers, as many side by side as the memory holds."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import takewhile
@@ -18,6 +19,7 @@ from support.errors import first_line, out_of_memory
 # isort: split
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.utils import logging
 
 MOST_ROWS = {"cuda": 128, "cpu": 64}  # more give hardly more answers a second (measured on the CPU)
 
@@ -169,13 +171,14 @@ def unusable_settings(settings: dict, vocab_size: int) -> list[str]:
             return first_line(error)
 
     sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
-    with torch.random.fork_rng(devices=[]):
+    logging.set_verbosity_error()  # of settings that do nothing it would tell at each trial
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         model = BaichuanForCausalLM(BaichuanConfig(vocab_size=vocab_size, **sizes)).eval()
         if not (together := problem(settings)):
             return []
         found = []
         for key, value in settings.items():
-            if reason := problem({"eos_token_id": 2, key: value}):
+            if reason := problem({"eos_token_id": 2, "max_new_tokens": 1, key: value}):
                 found.append(f"{key} = {json.dumps(value, ensure_ascii=False)} cannot be used here: {reason}")
     return found or [together]
 
