@@ -57,7 +57,7 @@ with slow_imports(parse_args, __name__):
     from support.model.server import Server
     from support.page import chats
     from support.page.hosts import LOCAL, access
-    from support.page.look import COLOURS, CSS, I18N, JS, THEME, confirm, portrait
+    from support.page.look import COLOURS, CSS, I18N, JS, THEME, portrait
     from support.page.speaker import Speaker, TooLong
     from support.page.visit import SETTINGS, Refusal, Visit, warn
 
@@ -108,13 +108,14 @@ class Page:
                 gr.BrowserState(unset, storage_key=f"role-play-2-{name}", secret="role-play")
                 for name, unset in {"chats": chats.NOTHING, "growing": {}, "personas": {}, "settings": []}.items()
             )
-            self.todo = gr.State()  # changes when an answer is due
+            self.todo = gr.State()  # changes when an answer is due,
+            self.recolour = gr.State()  # and this when another one is shown, whose words are coloured
 
-            with gr.Sidebar(width=300, open=False, elem_id="roles") as roles:
+            with gr.Sidebar(width=300, open=False, elem_id="roles"):
                 gr.HTML(I18N("roles"), elem_classes="title")
                 self.cards = gr.Dataset(components=["html"], samples=[[""]], type="index", layout="gallery",
                                         samples_per_page=1000, show_label=False, elem_id="cards")  # fmt: skip
-                with gr.Accordion(I18N("new_role"), open=False):
+                with gr.Accordion(I18N("new_role"), open=False) as self.form:
                     self.name = gr.Textbox(label=I18N("role"), max_length=MAX_NAME)
                     self.about = gr.Textbox(label=I18N("description"), lines=4, max_length=MAX_DESCRIPTION)
                     add = gr.Button(I18N("add"), variant="primary")
@@ -123,7 +124,8 @@ class Page:
                 gr.HTML(I18N("settings"), elem_classes="title")
                 self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
                                               max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
-                restore = gr.Button(I18N("restore"), size="sm")
+                self.restore = gr.Button(I18N("restore"), size="sm", elem_id="restore")
+                self.remove = gr.Button(I18N("remove"), size="sm", variant="stop", visible=False)
                 with gr.Group(visible=self.speaker.adapter is not None):
                     self.compare = gr.Checkbox(label=I18N("compare"))
                     self.colour = gr.Checkbox(label=I18N("colour"))
@@ -140,6 +142,7 @@ class Page:
                     download, delete, clear = (gr.Button(I18N(name)) for name in ("download", "delete", "clear"))
 
             with gr.Column(elem_id="main"):
+                gr.HTML('<p role="alert"></p>', elem_id="notice")
                 with gr.Row(elem_id="top"):
                     self.who = gr.HTML(elem_id="who")
                     self.number = gr.Dropdown(label=I18N("chats"), show_label=False, container=False, filterable=False,
@@ -147,9 +150,7 @@ class Page:
                     fresh = gr.Button(I18N("fresh"), size="sm", elem_id="fresh")
                 exact = {"render_markdown": False, "latex_delimiters": [], "allow_tags": False, "layout": "bubble",
                          "group_consecutive_messages": False, "buttons": ["copy"], "autoscroll": False}  # fmt: skip
-                with gr.Row(elem_id="columns"):
-                    self.log = gr.Chatbot(show_label=False, editable="all", elem_id="log", **exact)
-                    self.base = gr.Chatbot(label=I18N("base"), visible=False, elem_id="base", **exact)
+                self.log = gr.Chatbot(show_label=False, editable="all", elem_id="log", **exact)
                 self.words = gr.HighlightedText(visible=False, color_map=COLOURS, show_legend=True,
                                                 show_inline_category=False, elem_id="words")  # fmt: skip
                 gr.HTML(I18N("stand_in"), visible=self.speaker.stand_in, elem_id="stand_in")
@@ -159,45 +160,54 @@ class Page:
             self.switches = [self.compare, self.colour, self.strength, *self.settings.values()]
             given = {self.chats, self.growing, self.personas, self.cards, self.description, self.number}
             given |= {self.question, self.name, self.about, *self.switches}
-            shown = {*given, self.todo, self.who, self.log, self.base, self.words, self.lines}
-            hidden = {"show_progress": "hidden", "api_visibility": "private"}
+            shown = {*given, self.todo, self.recolour, self.who, self.log, self.words, self.lines}
+            shown |= {self.form, self.restore, self.remove}
+            # Values as they come: gradio would refuse a choice that the server offered before it was restarted.
+            private = {"api_visibility": "private", "preprocess": False}
+            hidden = {"show_progress": "hidden", **private}
             # One model answers one question at a time; an engine as many as come.
             limit = 1 if isinstance(self.speaker, Speaker) else None
-            model = {"concurrency_id": "model", "concurrency_limit": limit, "api_visibility": "private"}
+            model = {"concurrency_id": "model", "concurrency_limit": limit, **private}
 
+            begun = blocks.load(None, self.chats, [self.question, self.chats], js="page.start")
             for trigger, step in {
-                blocks.load: Visit.load, self.question.submit: self.ask, self.log.example_select: self.ask,
+                begun.then: Visit.load, self.question.submit: self.ask, self.log.example_select: self.ask,
                 self.log.option_select: Visit.option, self.log.retry: self.begin, self.log.undo: Visit.undo,
-                self.log.edit: Visit.edit, restore.click: Visit.restore,
+                self.log.edit: Visit.edit,
             }.items():  # fmt: skip
                 trigger(self.listener(step), given, shown, **hidden)
-            grows = [self.growing, self.log, self.base]
+            grows = [self.growing, self.log]
             answered = self.todo.change(self.answer, given, grows, show_progress_on=self.log, **model)
-            ended = answered.then(self.end, given, shown, **hidden)
-            for trigger in (ended.then, self.colour.change):
+            answered.then(self.end, given, shown, **hidden)
+            for trigger in (self.recolour.change, self.colour.change):
                 trigger(self.colour_words, given, self.words, show_progress="hidden", **model)
             self.question.stop(None, cancels=[answered])
 
             # Whoever turns to another conversation stops the answer, and waits until no word of it comes any more.
-            delete_sure = delete.click(None, js=confirm("delete_sure"))
-            clear_sure = clear.click(None, js=confirm("clear_sure"))
+            sure = {
+                key: button.click(None, js=f"page.sure('{key}')").success
+                for key, button in {"delete_sure": delete, "clear_sure": clear, "remove_sure": self.remove}.items()
+            }
             for trigger, step in {
                 self.cards.click: Visit.choose_role, add.click: Visit.add_role, fresh.click: Visit.fresh,
-                self.number.input: Visit.choose_chat,
-                delete_sure.success: Visit.delete, clear_sure.success: Visit.clear,
+                self.number.input: Visit.choose_chat, self.restore.click: Visit.restore,
+                sure["delete_sure"]: Visit.delete, sure["clear_sure"]: Visit.clear, sure["remove_sure"]: Visit.remove,
             }.items():  # fmt: skip
                 stopped = trigger(None, cancels=[answered]).then(self.wait, **hidden)
                 chosen = stopped.then(self.listener(step), given, shown, **hidden)
-                chosen.then(None, None, roles, js=JS["sidebar"])
+                chosen.then(None, js="page.chosen")
 
             # What needs no server, or nothing of what is kept.
-            blocks.load(None, None, roles, js=JS["sidebar"])
-            self.description.blur(None, [self.description, self.chats, self.personas], self.personas, js=JS["describe"])
-            self.compare.change(lambda on: gr.Chatbot(visible=on), self.compare, self.base, **hidden)
+            kept = [self.chats, self.growing, self.personas]
+            gr.on([self.chats.change, self.personas.change], None, kept, js="page.kept")
+            self.question.change(None, self.question, js="page.typed")
+            described = [self.description, self.chats, self.personas]
+            self.description.blur(None, described, self.personas, js="page.described")
+            self.compare.change(None, self.compare, js="page.compared")
             blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
             gr.on([switch.change for switch in self.switches], None, self.switches, self.chosen, js="(...all) => [all]")
             written = download.click(self.listener(Visit.download), given, shown, **hidden)
-            written.then(None, self.lines, js=JS["download"])
+            written.then(None, self.lines, js="page.download")
         return blocks.queue(max_size=100, default_concurrency_limit=None, api_open=False)  # max_size: events that wait
 
     # ---------------------------------------------------------------- what it does: an answer
@@ -244,20 +254,21 @@ class Page:
             chats.add_version(turn)
         self.busy.add(visit.request.session_hash)
         button = gr.Textbox(submit_btn=False, stop_btn=visit.say("stop"))
-        return {self.growing: chats.answer_of(turn), self.todo: time.time(), self.question: button}
+        due = {self.growing: chats.growing(visit.kept), self.todo: time.time(), self.recolour: gr.skip()}
+        return due | {self.question: button}
 
     def colour_words(self, values: dict, request: gr.Request) -> dict:
-        return Visit(self, values, request).coloured()
+        return gr.skip() if request.session_hash in self.busy else Visit(self, values, request).coloured()
 
     def answer(self, values: dict, request: gr.Request):
         """The answer as it grows, in the bubble and in what the browser keeps."""
         if request.session_hash not in self.busy:  # it was stopped while it waited
-            yield (gr.skip(),) * 3
+            yield (gr.skip(),) * 2
             return
         visit = Visit(self, values, request, writing=True)
         version = chats.answer_of(visit.chat["turns"][-1])
         settings, begun, due = visit.settings(), version["text"], 0.0
-        yield dict(version), visit.bubbles("text"), visit.bubbles("base")
+        yield chats.growing(visit.kept), visit.bubbles()
         with visit.failures():
             for whose in ["text", "base"] if values[self.compare] else ["text"]:
                 how = {"begun": begun, "strength": values[self.strength]} if whose == "text" else {"strength": 0.0}
@@ -266,7 +277,7 @@ class Page:
                     for version[whose], state in answer:
                         version["state"] = state if whose == "text" else version["state"]
                         if time.monotonic() >= due or state != "stopped":
-                            yield dict(version), visit.bubbles("text"), visit.bubbles("base")
+                            yield chats.growing(visit.kept), visit.bubbles()
                             due = time.monotonic() + 0.05  # seconds between two updates
             if not version["text"].strip():
                 warn(visit.say("silent", role=visit.role))
@@ -276,12 +287,7 @@ class Page:
         if request.session_hash not in self.busy:
             return gr.skip()
         self.busy.discard(request.session_hash)
-        visit = Visit(self, values, request)
-        shown = visit.view()
-        if visit.lost:
-            draft = "\n".join(filter(None, [visit.lost, values[self.question]]))
-            shown[self.question] = gr.Textbox(draft, submit_btn=visit.say("send"), stop_btn=False)
-        return shown
+        return Visit(self, values, request).view()
 
     async def wait(self, request: gr.Request):
         """Until an answer that was stopped has ended."""
@@ -319,7 +325,7 @@ def main(argv=None):
     os.environ["no_proxy"] = "*"
     _, url, _ = blocks.launch(
         **callers, quiet=True, max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS,
-        footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
+        js=JS, footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
     )  # fmt: skip
     print(f"{source} answers on {url.rstrip('/')}", flush=True)
     blocks.block_thread()

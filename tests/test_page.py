@@ -118,8 +118,10 @@ def launch(chromium):
 class Tab:
     """One browser on the page."""
 
-    def __init__(self, browser, url=None, language="en-US", viewport=DESKTOP, **kwargs):
-        self.context = browser.new_context(locale=language, viewport=viewport, accept_downloads=True, **kwargs)
+    def __init__(self, browser, url=None, language="en-US", viewport=DESKTOP, beside=None, **kwargs):
+        """beside: another tab of the same browser."""
+        kwargs |= {"locale": language, "viewport": viewport, "permissions": ["clipboard-read", "clipboard-write"]}
+        self.context = beside.context if beside else browser.new_context(**kwargs)
         self.elsewhere, self.dialogs, self.errors, self.sure = [], [], [], True
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
@@ -129,7 +131,8 @@ class Tab:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         find = self.page.locator
         self.question, self.who, self.toast = find("#question textarea"), find("#who"), find(".toast-body")
-        self.questions, self.bubbles = find("#log .user .md"), find("#log .bot .md")
+        self.questions, self.bubbles = find("#log .user .md"), find("#log .bot:visible .md")
+        self.notice, self.field = find("#notice p"), find(".edit-textarea")
         self.options, self.chats = find("#log .option"), find("#number input")
         self.send, self.stop = find("#question .submit-button"), find("#question .stop-button")
         if url:
@@ -193,14 +196,21 @@ class Tab:
         return squeezed(self.bubbles.last.inner_text())
 
     def edit(self, bubble: str, text: str | None):
-        """Edit the last question (user) or answer (bot); None: leave it as it is."""
-        side = {"user": "right", "bot": "left"}[bubble]
-        buttons = self.page.locator(f"#log .message-buttons-{side}").last
+        """Edit the last question (user) or answer (bot), with the keyboard; None: by a click, and leave it as it is."""
+        buttons = self.buttons(bubble)
         buttons.get_by_role("button", name="Edit").click()
-        if text is not None:
-            self.page.locator(".edit-textarea").fill(text)
-        buttons.get_by_role("button", name="Submit").click()
-        expect(self.page.locator(".edit-textarea")).to_have_count(0)
+        if text is None:
+            buttons.get_by_role("button", name="Submit").click()
+        else:
+            self.field.fill(text)
+            self.field.press("Enter")
+        expect(self.field).to_have_count(0)
+
+    def buttons(self, bubble: str):
+        """Those of the last question (user) or answer (bot)."""
+        buttons = self.page.locator(f"#log .message-buttons-{ {'user': 'right', 'bot': 'left'}[bubble] }").last
+        buttons.hover()
+        return buttons
 
     def close(self):
         self.context.close()
@@ -247,22 +257,25 @@ def test_roles_and_their_conversations(tab, speaker):
     first = tab.finished()
     assert first == expected(speaker, question)
     expect(tab.question).to_have_value("再说")  # a question to begin with leaves the draft alone
+    expect(tab.question).to_be_focused()
     tab.role("李白")
     expect(tab.questions).to_have_count(0)
     assert tab.ask("你好。") == expected(speaker, "你好。", role="李白")
     tab.role(FIRST)
+    expect(tab.question).to_be_focused()
     expect(tab.questions).to_have_count(1)
     tab.reload()
     expect(tab.bubbles).to_have_count(2)
+    expect(tab.page).to_have_title(FIRST)
     second = tab.ask(another)
     assert second == expected(speaker, question, first, another) != expected(speaker, another)
 
     tab.page.locator("#fresh").click()
     expect(tab.questions).to_have_count(0)
     tab.ask("二？")
-    expect(tab.chats).to_have_value("二？")
+    expect(tab.chats).to_have_value("2. 二？")
     tab.chats.click()
-    tab.page.get_by_role("option", name=question[:24]).click()
+    tab.page.get_by_role("option", name=f"1. {question}").click()
     expect(tab.questions).to_have_text([question, another])
     tab.settings("What was said")
     tab.sure = False
@@ -345,12 +358,19 @@ def test_answers_are_paged_edited_read_and_shown_exactly(tab, speaker):
     tab.edit("bot", None)
     expect(tab.options).to_have_text(["‹ Previous answer 3/4"])
     assert tab.ask(EXACT) == expected(speaker, "你是谁？", text, EXACT)
+    tab.buttons("user").get_by_role("button", name="Copy").click()
+    expect(tab.buttons("user").get_by_role("button", name="Copied")).to_be_visible()
+    assert tab.page.evaluate("navigator.clipboard.readText()") == EXACT
+    tab.buttons("user").get_by_role("button", name="Edit").click()
+    expect(tab.field).to_have_value(EXACT)
+    tab.field.press("Escape")
+    expect(tab.field).to_have_count(0)
     for _ in range(2):
         assert tab.bubbles.nth(-2).inner_text() == text and tab.questions.last.inner_text() == EXACT
         assert tab.page.locator("#log .message :is(img, script, a, b, strong, em, code, .katex)").count() == 0
         tab.reload()
     tab.edit("user", "你好。")  # goes on in a conversation of its own
-    expect(tab.chats).to_have_value("你是谁？")
+    expect(tab.chats).to_have_value("2. 你是谁？")
     expect(tab.questions).to_have_text(["你是谁？", "你好。"])
     assert tab.finished() == expected(speaker, "你是谁？", text, "你好。")
     tab.edit("bot", "   ")
@@ -385,34 +405,55 @@ def test_a_persona_is_edited_and_restored_and_a_character_invented(tab, speaker)
     name.fill("曹操")
     tab.button("Talk to them").click()
     expect(tab.who).to_contain_text("曹操")
+    expect(name).not_to_be_visible()
+    expect(tab.page.locator("#log")).to_contain_text("Say something to 曹操")
     tab.reload()
     assert tab.ask("你是谁？") == expected(speaker, "你是谁？", role="曹操", description="枭雄")
+    tab.settings()
+    expect(tab.button("Restore")).to_have_count(0)
+    for tab.sure in (False, True):
+        expect(tab.who).to_contain_text("曹操")
+        tab.button("Remove this character").click()
+    expect(tab.who).to_contain_text(FIRST)
+    tab.reload()
+    expect(tab.page.locator("#cards button")).to_have_count(len(CHARACTERS))
 
 
 def test_before_after_colours_and_strength(tab, speaker):
     tab.settings()
-    tab.page.get_by_label("Base model").check()
+    tab.page.get_by_label("Base model's").check()
     tab.page.get_by_label("Colour the words").check()
     tab.settings()
     answer = tab.ask("你是谁？")
-    base, words = tab.page.locator("#base .bot .md").last, tab.page.locator("#words")
+    base, tuned, words = tab.bubbles.nth(-2), tab.bubbles.last, tab.page.locator("#words")
     assert answer == expected(speaker, "你是谁？")
     assert squeezed(base.inner_text()) == expected(speaker, "你是谁？", strength=0.0) != answer
-    left, right = (tab.page.locator(name).bounding_box() for name in ("#log", "#base"))
-    assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]
+    left, right = (bubble.locator("xpath=ancestor::*[contains(@class, 'bot-row')]") for bubble in (base, tuned))
+    before, after = left.bounding_box(), right.bounding_box()
+    assert before["x"] + before["width"] <= after["x"] and before["y"] == after["y"]
+    for row, name in ((left, "Before fine-tuning"), (right, "After fine-tuning")):
+        assert row.locator("img").is_visible()
+        assert row.locator(".flex-wrap").evaluate("row => getComputedStyle(row, '::before').content") == f'"{name}"'
     messages = conversation("你是谁？", role=FIRST, description=CHARACTERS[FIRST]["description"])
-    gains = speaker.words(messages, tab.bubbles.last.inner_text())
-    expect(words).to_contain_text(f"sum {sum(gain for _, gain in gains):+.1f} nats")
+    gains = speaker.words(messages, tuned.inner_text())
+    label = f"sum {sum(gain for _, gain in gains):+.1f} nats"
+    expect(words).to_contain_text(label)
     assert squeezed(words.locator(".textfield").inner_text()) == answer
+    tab.edit("bot", "俺是孙悟空")
+    expect(words.locator(".textfield")).to_have_text(re.compile("俺"))
+    tab.options.first.click()  # the colours go with the answer that is shown
+    expect(words).to_contain_text(label)
     tab.reload()
     expect(base).to_be_visible()
+    expect(words).to_contain_text(label)
     tab.page.set_viewport_size(PHONE)
-    box = "document.querySelector('{}').getBoundingClientRect().{}"
-    tab.page.wait_for_function(f"{box.format('#log', 'bottom')} <= {box.format('#base', 'top')}")
+    expect(right).to_be_in_viewport(ratio=1)
+    before, after = left.bounding_box(), right.bounding_box()
+    assert before["y"] + before["height"] <= after["y"] and before["x"] == after["x"]
     tab.page.set_viewport_size(DESKTOP)
     tab.settings()
-    tab.page.get_by_label("Base model").uncheck()
-    expect(base).to_have_count(0)
+    tab.page.get_by_label("Base model's").uncheck()
+    expect(tab.bubbles).to_have_count(2)
     tab.page.get_by_label("number input for Strength").fill("0")
     tab.page.get_by_label("number input for Strength").press("Enter")
     tab.page.locator("#fresh").click()
@@ -449,10 +490,47 @@ def test_who_waits_sees_it_and_is_answered(open_tab, speaker):
     one.begin("你是谁？")
     other.question.fill("再说一遍。")
     other.question.press("Enter")
-    expect(other.page.locator("#log")).to_contain_text(re.compile("queue: 1/1"))
+    queue = re.compile("queue: 1/1")
+    expect(other.page.locator("#log")).to_contain_text(queue)
+    other.question.fill("还有呢？")
+    other.reload()  # a question without a word of an answer is lost no more than what is typed
+    expect(other.question).to_have_value("再说一遍。\n还有呢？")
+    expect(other.questions).to_have_count(0)
+    other.question.fill("再说一遍。")
+    other.question.press("Enter")
+    expect(other.page.locator("#log")).to_contain_text(queue)
     one.page.reload()  # a visitor who leaves frees the model
     expect(other.bubbles).to_have_count(2)
     assert other.finished() == expected(speaker, "再说一遍。")
+
+
+def test_two_tabs_and_a_full_storage_are_told(browser, open_tab):
+    one = open_tab()
+    one.role("李白")
+    other = open_tab(beside=one)
+    expect(other.who).to_contain_text("李白")
+    other.role(FIRST)
+    one.ask("你是谁？")
+    other.role("李白")  # has read what the other one wrote, though it shows another role
+    expect(other.questions).to_have_text(["你是谁？"])
+    other.longest(1500)
+    one.role(FIRST)
+    other.begin("再说一遍。")
+    one.ask("你好。")
+    expect(other.notice).to_contain_text("Another tab has changed")
+    other.stop.click()
+    other.finished()
+    expect(other.notice).to_be_empty()
+    one.role("李白")
+    expect(one.questions).to_have_text(["你是谁？", "再说一遍。"])
+    one.page.evaluate(
+        "for (let size = 2 ** 22; size; size >>= 1) try { while (true) keep.call(localStorage, size + ' ' + localStorage.length, 'x'.repeat(size)) } catch {}"
+    )
+    one.role("张飞")
+    expect(one.notice).to_contain_text("storage is full")
+    one.page.evaluate("for (const key of Object.keys(localStorage)) if (key.includes(' ')) delete localStorage[key]")
+    one.ask("你好。")
+    expect(one.notice).to_be_empty()
 
 
 def test_a_phone_shows_the_roles_when_asked_and_one_can_scroll_up_while_an_answer_is_written(open_tab):
@@ -565,12 +643,17 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
         tab.question.fill("再说一遍。")
         names = ["--root_path", "chat/", "--allowed_hosts", "http://ROLES.localhost:1/"]
         server = serve(*account, *names, port=server.port)
-        tab.page.goto(f"http://roles.localhost:{port}/chat/")
-        sign_in("sec:ret")
+        sign_in("sec:ret")  # the page loads itself anew
+        expect(tab.question).to_have_value("再说一遍。")
         expect(tab.questions).to_have_text(["你是谁？", "你好。"])
         assert squeezed(tab.bubbles.nth(1).inner_text()) == first and tab.answer()
         expect(tab.options.last).to_have_text("Stopped. Continue")
         tab.longest(8)
+        server.close()
+        server = serve(*account, *names, port=server.port)
+        tab.question.press("Enter")
+        sign_in("sec:ret")
+        expect(tab.question).to_have_value("再说一遍。")
         tab.ask("再说一遍。")
     finally:
         tab.context.close()
@@ -578,6 +661,31 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
         server.close()
         thread.join(30)
     assert tab.elsewhere == [] and "Traceback" not in server.log
+
+
+def test_a_page_outlives_its_server(browser, serve, speaker):
+    """It stands open while the server is restarted, and whatever is done next works."""
+    server = serve()
+    tab = Tab(browser, server.url)
+    first = tab.ask("你是谁？")
+    tab.page.locator("#fresh").click()
+    expect(tab.questions).to_have_count(0)
+    for act in ("ask", "role", "chat"):
+        server.close()
+        server = serve(port=server.port)
+        if act == "ask":
+            tab.ask("再说一遍。")
+        elif act == "role":
+            tab.role("李白")
+            tab.role(FIRST)
+        else:
+            tab.chats.click()
+            tab.page.get_by_role("option", name="1. 你是谁？").click()
+            expect(tab.questions).to_have_text(["你是谁？"])
+            assert tab.answer() == first
+        assert "Traceback" not in server.log
+    tab.close()
+    server.close()
 
 
 # ---------------------------------------------------------------- without a browser

@@ -4,11 +4,13 @@
     chat   {"greeting", "turns": [{"question", "versions": [{"text", "base", "state"}, …], "shown": number}]}
 
 A version is one answer to the question: text, the base model's answer beside it, and its state: done, edited, cut, stopped.
+An answer that is being written is kept apart: {"role", "chat": its number, "question", "version"}.
 """
 
 import json
 
 NOTHING = {"role": "", "chats": {}, "shown": {}}
+NO_ANSWER = {"text": "", "base": "", "state": "stopped"}
 
 
 def open_chat(kept: dict, role: str, greeting: str) -> dict:
@@ -37,45 +39,58 @@ def remove(kept: dict):
         del kept["chats"][role]
 
 
-def answer_of(turn: dict) -> dict | None:
+def answer_of(turn: dict) -> dict:
     """The answer that is shown, and read by the model."""
-    return turn["versions"][turn["shown"]] if turn["versions"] else None
+    return turn["versions"][turn["shown"]] if turn["versions"] else dict(NO_ANSWER)
 
 
 def add_turn(chat: dict, question: str):
     chat["turns"].append({"question": question, "versions": [], "shown": 0})
 
 
-def add_version(turn: dict, text: str = "", base: str = "", state: str = "stopped"):
-    turn["versions"].append({"text": text, "base": base, "state": state})
+def add_version(turn: dict, **answer):
+    turn["versions"].append(NO_ANSWER | answer)
     turn["shown"] = len(turn["versions"]) - 1
 
 
-def settle(chat: dict, grown: dict, ended: bool = True) -> str:
-    """Keep the last answer as far as it is written. Returns a question that got no word, and is in the chat no more.
+def growing(kept: dict) -> dict:
+    """The last answer of the conversation that is shown, and whose it is."""
+    role = kept["role"]
+    turn = kept["chats"][role][kept["shown"][role]]["turns"][-1]
+    answer = dict(answer_of(turn))
+    return {"role": role, "chat": kept["shown"][role], "question": turn["question"], "version": answer}
+
+
+def settle(kept: dict, grown: dict, ended: bool = True) -> str:
+    """Keep an answer as far as it is written, in the conversation that it belongs to.
 
     Args:
-        grown: the version that was being written; {} where there is none.
+        grown: what `growing` has given; {} where there is none.
         ended: an answer without a word goes away, and its question too, where it is the only one.
+
+    Returns: the questions that have gone.
     """
-    turn = chat["turns"][-1] if chat["turns"] else None
-    if turn and grown:
-        turn["versions"][turn["shown"]] = grown
-    if turn and ended and not answer_of(turn)["text"].strip():
-        del turn["versions"][turn["shown"]]
-        turn["shown"] = max(len(turn["versions"]) - 1, 0)
-        if not turn["versions"]:
-            return chat["turns"].pop()["question"]
-    return ""
+    lost = []
+    for role, conversations in kept["chats"].items():
+        for number, chat in enumerate(conversations):
+            turn = chat["turns"][-1] if chat["turns"] else {}
+            if (role, number, turn.get("question")) == (grown.get("role"), grown.get("chat"), grown.get("question")):
+                turn["versions"][turn["shown"] : turn["shown"] + 1] = [grown["version"]]
+            if turn and ended and not answer_of(turn)["text"].strip():
+                del turn["versions"][turn["shown"] : turn["shown"] + 1]
+                turn["shown"] = max(len(turn["versions"]) - 1, 0)
+                if not turn["versions"]:
+                    lost.append(chat["turns"].pop()["question"])
+    return "\n".join(lost)
 
 
 def said(chat: dict, count: int, greeted: bool, whose: str = "text") -> list[dict]:
     """The first `count` turns as messages. whose: whose answers, the tuned model's (text) or the base model's."""
     messages = [{"role": "assistant", "content": chat["greeting"]}] if greeted and chat["greeting"] else []
     for turn in chat["turns"][:count]:
-        answer = answer_of(turn)
-        messages.append({"role": "user", "content": turn["question"]})
-        messages.append({"role": "assistant", "content": answer[whose] or answer["text"]})
+        if (answer := answer_of(turn))["text"]:
+            messages.append({"role": "user", "content": turn["question"]})
+            messages.append({"role": "assistant", "content": answer[whose] or answer["text"]})
     return messages
 
 

@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import re
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -27,25 +26,18 @@ THEME = gr.themes.Base(
     font=["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )
-JS = {
-    "sidebar": "() => ({open: innerWidth >= 768, __type__: 'update'})",
-    "describe": "(text, kept, personas) => ({...personas, [kept.role]: text})",
-    "download": """(lines) => lines && Object.assign(document.createElement("a"), {download: "conversation.jsonl",
-        href: URL.createObjectURL(new Blob([lines]))}).click()""",
-}
-
-
-def confirm(key: str) -> str:
-    """A script that asks the visitor, and fails where the answer is no: gradio then runs no `success` after it."""
-    english, chinese = map(json.dumps, PAIRS[key])
-    return f"() => {{ if (!confirm(navigator.language.startsWith('zh') ? {chinese} : {english})) throw 'no' }}"
+SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+JS = f"() => {{\nconst TEXTS = {json.dumps(TEXTS)};\n{SCRIPT}}}"
 
 
 def exactly(text: str) -> list[dict]:
-    """A message's content, of which nothing is HTML. Where it is copied or edited, <b> shows as &lt;b>."""
-    if html.unescape(text) != text:
-        text = text.replace("&", "&amp;")
-    return [{"type": "text", "text": re.sub("<(?=[a-zA-Z/!?])", "&lt;", text)}]
+    """A message's content, of which nothing is HTML. What is copied or edited is made plain by page.js."""
+    return [{"type": "text", "text": text.replace("&", "&amp;").replace("<", "&lt;")}]
+
+
+def plain(text: str) -> str:
+    """What `exactly` was given."""
+    return text.replace("&lt;", "<").replace("&amp;", "&")
 
 
 def portrait(role: str, image: Path | None = None) -> str:
@@ -63,11 +55,12 @@ def portrait(role: str, image: Path | None = None) -> str:
     )
 
 
-def card(role: str, line: str, picture: str, current: bool = False) -> str:
-    """A role in the list, and at the top of its conversation."""
-    here = ' aria-current="true"' if current else ""
+def card(role: str, line: str, picture: str, current: bool = False, title: bool = False) -> str:
+    """A role in the list, and, as the page's title, at the top of its conversation."""
+    here, tag = ' aria-current="true"' if current else "", "h1" if title else "b"
     line = f"<span>{html.escape(line)}</span>" if line else ""
-    return f'<div class="card"{here}><img src="{picture}" alt=""><div><b>{html.escape(role)}</b>{line}</div></div>'
+    name = f"<{tag}>{html.escape(role)}</{tag}>"
+    return f'<div class="card"{here}><img src="{picture}" alt=""><div>{name}{line}</div></div>'
 
 
 def mark(difference: float) -> str | None:

@@ -1,6 +1,7 @@
 """One event of the page: what the visitor's browser keeps, opened; and the conversation as it is shown afterwards."""
 
 import html
+import time
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -8,7 +9,7 @@ import gradio as gr
 
 from support.errors import UserError, first_line
 from support.page import chats
-from support.page.look import TEXTS, card, exactly, mark, portrait
+from support.page.look import TEXTS, card, exactly, mark, plain, portrait
 
 SETTINGS = {  # lowest, highest, step, and what transformers takes where a model says nothing (the longest answer is ours)
     "max_new_tokens": (1, 2048, 1, 512),
@@ -38,8 +39,8 @@ class Visit:
         self.kept = deepcopy(values[page.chats])
         self.personas = {role: text for role, text in values[page.personas].items() if text != self.own(role)}
         self.description, self.turned = values[page.description], False
+        self.lost = chats.settle(self.kept, values[page.growing], ended=not writing)
         self.open(self.kept["role"] or self.roles()[0])
-        self.lost = chats.settle(self.chat, values[page.growing], ended=not writing)
 
     def open(self, role: str):
         self.role = role
@@ -119,18 +120,18 @@ class Visit:
 
     def edit(self) -> dict | None:
         """An edited answer is another answer; an edited question is asked in a conversation of its own."""
-        text, greeting = html.unescape(self.data["value"]), self.chat["greeting"]
-        number, is_answer = divmod(self.data["index"] - bool(greeting), 2)
-        if number >= 0 and not is_answer:
-            self.chat = chats.add(self.kept, greeting, self.chat["turns"][:number])
+        text = plain(self.data["value"])
+        number, whose, _ = list(self.said())[self.data["index"]]
+        if whose == "question":
+            self.chat = chats.add(self.kept, self.chat["greeting"], self.chat["turns"][:number])
             chats.add_turn(self.chat, text)
             return self.page.begin(self)
         self.refuse_blank("answer", text)
-        if number < 0:
+        if whose == "greeting":
             self.chat["greeting"] = text
-        else:
+        elif whose == "text":
             turn = self.chat["turns"][number]
-            chats.add_version(turn, text, chats.answer_of(turn)["base"], "edited")
+            chats.add_version(turn, text=text, base=chats.answer_of(turn)["base"], state="edited")
 
     def fresh(self):
         if self.chat["turns"]:
@@ -151,11 +152,17 @@ class Visit:
         self.refuse_blank("description", about)
         self.personas[name] = about
         self.turn_to(name)
-        return {self.page.name: "", self.page.about: ""}
+        return {self.page.name: "", self.page.about: "", self.page.form: gr.Accordion(open=False)}
 
     def restore(self):
         self.personas.pop(self.role, None)
         self.turn_to(self.role)
+
+    def remove(self):
+        """A role that the visitor has invented, and what was said with it."""
+        for kept in (self.personas, self.kept["chats"], self.kept["shown"]):
+            kept.pop(self.role, None)
+        self.turn_to(self.roles()[0])
 
     def delete(self):
         chats.remove(self.kept)
@@ -176,28 +183,34 @@ class Visit:
     def view(self) -> dict:
         """The conversation as it stands, while no answer is being written: new values of the page's components."""
         page, number, face = self.page, self.kept["shown"][self.role], self.face(self.role)
-        titles = [chat["turns"][0]["question"][:24] if chat["turns"] else "…" for chat in self.kept["chats"][self.role]]
+        firsts = [
+            chat["turns"][0]["question"][:200] if chat["turns"] else "…" for chat in self.kept["chats"][self.role]
+        ]
+        titles = [f"{count}. {first}" for count, first in enumerate(firsts, start=1)]
         examples = [{"text": question} for question in self.character(self.role)["questions"]]
-        avatars = None, {"url": face, "path": ""}
+        composer = {"placeholder": self.say("ask", role=self.role), "submit_btn": self.say("send"), "stop_btn": False}
+        if self.lost:  # beside what was typed meanwhile
+            composer["value"] = "\n".join(filter(None, [self.lost, self.values[page.question]]))
         shown = {
             page.chats: self.kept,
             page.growing: {},
-            page.who: card(self.role, self.description, face),
+            page.who: card(self.role, self.description, face, title=True),
             page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number, visible=len(titles) > 1),
-            page.log: gr.Chatbot(self.bubbles("text"), avatar_images=avatars, examples=examples),
-            page.base: self.bubbles("base"),
+            page.log: gr.Chatbot(self.bubbles(), avatar_images=(None, {"url": face, "path": ""}), examples=examples,
+                                 placeholder=html.escape(self.say("begin", role=self.role))),
             page.words: gr.HighlightedText(visible=False),
-            page.question: gr.Textbox(
-                placeholder=self.say("ask", role=self.role), submit_btn=self.say("send"), stop_btn=False
-            ),
-        }
+            page.question: gr.Textbox(**composer),
+            page.recolour: time.time() if self.values[page.colour] and self.chat["turns"] else gr.skip(),
+        }  # fmt: skip
         if self.turned:
             cards = []
             for role in self.roles():
                 line = self.character(role)["greeting"] or self.personas.get(role, self.own(role))
-                cards.append([card(role, line, self.face(role), role == self.role)])
+                cards.append([card(role, line, self.face(role), current=role == self.role)])
             shown[page.cards] = gr.Dataset(samples=cards)
             shown |= {page.personas: self.personas, page.description: self.description}
+            shown[page.restore] = gr.Button(visible=self.role in page.characters)
+            shown[page.remove] = gr.Button(visible=self.role not in page.characters)
         return shown
 
     def coloured(self) -> dict:
@@ -214,15 +227,22 @@ class Visit:
     def face(self, role: str) -> str:
         return self.character(role)["portrait"] or portrait(role)
 
-    def bubbles(self, whose: str) -> list[dict]:
-        """The messages of a Chatbot. whose: text, or base for the base model's answers."""
-        messages = [{"role": "assistant", "content": exactly(self.chat["greeting"])}] if self.chat["greeting"] else []
-        for turn in self.chat["turns"]:
-            messages.append({"role": "user", "content": exactly(turn["question"])})
+    def said(self):
+        """Yield what the bubbles say, as (number of the turn, whose, text). whose: greeting, question, base or text."""
+        if self.chat["greeting"]:
+            yield -1, "greeting", self.chat["greeting"]
+        for number, turn in enumerate(self.chat["turns"]):
             answer = chats.answer_of(turn)
-            if answer and (answer[whose] or whose == "text"):
-                messages.append({"role": "assistant", "content": exactly(answer[whose])})
-        if messages and whose == "text" and not self.writing:
+            yield number, "question", turn["question"]
+            if answer["base"] or self.writing and self.values[self.page.compare] and turn is self.chat["turns"][-1]:
+                yield number, "base", answer["base"]
+            yield number, "text", answer["text"]
+
+    def bubbles(self) -> list[dict]:
+        """The messages of the Chatbot. The base model's answer stands before the tuned one's; page.css places the two."""
+        roles = {"question": "user"}
+        messages = [{"role": roles.get(whose, "assistant"), "content": exactly(text)} for _, whose, text in self.said()]
+        if messages and not self.writing:
             messages[-1]["options"] = self.options()
         return messages
 
