@@ -169,11 +169,10 @@ class Page:
             limit = 1 if isinstance(self.speaker, Speaker) else None
             model = {"concurrency_id": "model", "concurrency_limit": limit, **private}
 
-            begun = blocks.load(None, self.chats, [self.question, self.chats], js="page.start")
+            blocks.load(self.listener(Visit.load), given, shown, js="page.start", **hidden)
             for trigger, step in {
-                begun.then: Visit.load, self.question.submit: self.ask, self.log.example_select: self.ask,
-                self.log.option_select: Visit.option, self.log.retry: self.begin, self.log.undo: Visit.undo,
-                self.log.edit: Visit.edit,
+                self.question.submit: self.ask, self.log.example_select: self.ask, self.log.option_select: Visit.option,
+                self.log.retry: self.begin, self.log.undo: Visit.undo, self.log.edit: Visit.edit,
             }.items():  # fmt: skip
                 trigger(self.listener(step), given, shown, **hidden)
             grows = [self.growing, self.log]
@@ -200,7 +199,6 @@ class Page:
             # What needs no server, or nothing of what is kept.
             kept = [self.chats, self.growing, self.personas]
             gr.on([self.chats.change, self.personas.change], None, kept, js="page.kept")
-            self.question.change(None, self.question, js="page.typed")
             described = [self.description, self.chats, self.personas]
             self.description.blur(None, described, self.personas, js="page.described")
             self.compare.change(None, self.compare, js="page.compared")

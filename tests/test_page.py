@@ -491,6 +491,7 @@ def test_who_waits_sees_it_and_is_answered(open_tab, speaker):
     other.question.fill("再说一遍。")
     other.question.press("Enter")
     queue = re.compile("queue: 1/1")
+    expect(other.questions).to_have_count(1)
     expect(other.page.locator("#log")).to_contain_text(queue)
     other.question.fill("还有呢？")
     other.reload()  # a question without a word of an answer is lost no more than what is typed
@@ -516,7 +517,7 @@ def test_two_tabs_and_a_full_storage_are_told(browser, open_tab):
     other.longest(1500)
     one.role(FIRST)
     other.begin("再说一遍。")
-    one.ask("你好。")
+    one.edit("bot", "来者何人？")
     expect(other.notice).to_contain_text("Another tab has changed")
     other.stop.click()
     other.finished()

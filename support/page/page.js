@@ -3,6 +3,8 @@ const say = TEXTS[navigator.language.startsWith("zh") ? "zh" : "en"];
 const find = (selector) => document.querySelector(selector);
 const draft = sessionStorage.getItem("draft") ?? ""; // before gradio empties the composer
 const composer = () => find("#question textarea");
+for (const left of ["pagehide", "visibilitychange"])
+  addEventListener(left, () => sessionStorage.setItem("draft", composer().value));
 const told = {}; // what is wrong now: {key of a text: whether}
 const tell = (key, wrong) => {
   told[key] = wrong;
@@ -101,11 +103,11 @@ document.addEventListener("mouseover", ({ target }) => {
 
 // For the listeners of web_demo.py.
 window.page = {
-  start: (kept) => {
+  start: (kept, ...values) => {
     open("#roles", !narrow.matches);
-    return [draft, { ...kept, role: sessionStorage.getItem("role") || kept.role }]; // each tab keeps to its own role
+    const role = sessionStorage.getItem("role") || kept.role; // each tab keeps to its own
+    return [{ ...kept, role }, ...values.slice(0, -1), draft]; // what is typed is the last of the values
   },
-  typed: (text) => sessionStorage.setItem("draft", text),
   chosen: () => {
     if (narrow.matches) open("#roles", false);
     composer().focus();

@@ -29,8 +29,8 @@ class Visit:
     """What a listener works with; `view` gives what it returns.
 
     Attributes: `values`, the values of the page's components; `data` of the event; `kept`, `role` and its `chat` that is
-    shown; `personas`, {role: description} of those that the visitor has changed or invented; `lost`, a question that got
-    no word of an answer.
+    shown; `personas`, {role: description} of those that the visitor has changed or invented; `draft`, what the composer
+    is to hold where that changes.
     """
 
     def __init__(self, page, values: dict, request: gr.Request, event: gr.EventData | None = None, writing=False):
@@ -38,8 +38,9 @@ class Visit:
         self.data = (event and event._data) or {}
         self.kept = deepcopy(values[page.chats])
         self.personas = {role: text for role, text in values[page.personas].items() if text != self.own(role)}
-        self.description, self.turned = values[page.description], False
-        self.lost = chats.settle(self.kept, values[page.growing], ended=not writing)
+        self.description, self.turned, self.draft = values[page.description], False, None
+        if lost := chats.settle(self.kept, values[page.growing], ended=not writing):
+            self.draft = "\n".join(filter(None, [lost, values[page.question]]))  # beside what was typed meanwhile
         self.open(self.kept["role"] or self.roles()[0])
 
     def open(self, role: str):
@@ -99,7 +100,8 @@ class Visit:
     # ---------------------------------------------------------------- what one does with a conversation
 
     def load(self):
-        """The page as it was left."""
+        """The page as it was left. page.js has given the role that this tab showed, and what was typed."""
+        self.draft = self.draft or self.values[self.page.question]
         if not self.chat["turns"]:
             self.chat["greeting"] = self.character(self.role)["greeting"]  # of the profile as it is today
         self.turn_to(self.role)
@@ -189,8 +191,8 @@ class Visit:
         titles = [f"{count}. {first}" for count, first in enumerate(firsts, start=1)]
         examples = [{"text": question} for question in self.character(self.role)["questions"]]
         composer = {"placeholder": self.say("ask", role=self.role), "submit_btn": self.say("send"), "stop_btn": False}
-        if self.lost:  # beside what was typed meanwhile
-            composer["value"] = "\n".join(filter(None, [self.lost, self.values[page.question]]))
+        if self.draft is not None:
+            composer["value"] = self.draft
         shown = {
             page.chats: self.kept,
             page.growing: {},
