@@ -1,19 +1,20 @@
-// What the page does in the browser beside gradio's components. Run once, at its start; TEXTS holds the texts in both languages.
+// What the page does in the browser beside gradio's components. Run once, at its start; TEXTS holds both languages.
 const say = TEXTS[navigator.language.startsWith("zh") ? "zh" : "en"];
 const find = (selector) => document.querySelector(selector);
-const draft = sessionStorage.getItem("draft") ?? ""; // before gradio empties the composer
 const composer = () => find("#question textarea");
-for (const left of ["pagehide", "visibilitychange"])
-  addEventListener(left, () => sessionStorage.setItem("draft", composer().value));
-const told = {}; // what is wrong now: {key of a text: whether}
-const tell = (key, wrong) => {
-  told[key] = wrong;
-  find("#notice p").textContent = Object.keys(told).filter((key) => told[key]).map((key) => say[key]).join(" ");
+const wrong = {}; // what the line above the conversation says, as long as it is so
+const tell = (key, so) => {
+  if (Boolean(wrong[key]) === Boolean(so)) return;
+  wrong[key] = so ? say[key] : "";
+  find("#notice p").textContent = Object.values(wrong).join(" ").trim();
 };
 document.documentElement.lang = navigator.language;
 document.documentElement.style.cssText += `--before: "${say.base}"; --after: "${say.tuned}"`;
 
-// A server that was restarted knows no sign-in any more. The composer's text outlives the reload.
+// What is typed outlives the page: a reload, a lost connection, a server that was restarted and knows no sign-in any more.
+const draft = sessionStorage.getItem("draft") ?? "";
+for (const left of ["pagehide", "visibilitychange"])
+  addEventListener(left, () => sessionStorage.setItem("draft", composer().value));
 const fetched = window.fetch;
 window.fetch = async (...request) => {
   const answer = await fetched(...request);
@@ -23,93 +24,81 @@ window.fetch = async (...request) => {
 
 // The panels. On a narrow page they lie over the conversation.
 const narrow = matchMedia("(max-width: 768px)");
-const open = (panel, wanted) => {
-  if (find(panel).classList.contains("open") !== wanted) find(`${panel} .toggle-button`).click();
-};
-narrow.onchange = () => {
-  open("#roles", !narrow.matches);
-  if (narrow.matches) open("#settings", false);
-};
-for (const name of ["roles", "settings"]) {
-  find(`#${name}`).setAttribute("role", "region");
-  for (const part of [`#${name}`, `#${name} .toggle-button`]) find(part).ariaLabel = say[name];
+const panels = ["roles", "settings"];
+const open = (panel, so) => find(`#${panel}`).classList.contains("open") !== so && find(`#${panel} .toggle-button`).click();
+narrow.onchange = () => panels.forEach((panel) => open(panel, panel === "roles" && !narrow.matches));
+for (const panel of panels) {
+  find(`#${panel}`).setAttribute("role", "region");
+  find(`#${panel}`).ariaLabel = find(`#${panel} .toggle-button`).ariaLabel = say[panel];
 }
 
-// What is kept. gradio's BrowserState writes it encrypted, and tells nobody where there is no room.
-const keep = Storage.prototype.setItem;
-const full = new Set();
+// The browser's storage: where it has no room, gradio's BrowserState tells nobody; and other tabs write to it, too.
+const keep = Storage.prototype.setItem, full = new Set();
 Storage.prototype.setItem = function (key, value) {
+  full.add(key);
   try {
     keep.call(this, key, value);
     full.delete(key);
-  } catch (error) {
-    full.add(key);
-    throw error;
   } finally {
-    tell("full", full.size > 0);
+    tell("full", full.size);
   }
 };
-let seen; // the conversations as this tab has read or written them
 const loadAnew = () => {
-  if (!told.stale || document.hidden) return;
-  if (!find("#question .stop-button, .edit-textarea, #settings :focus, #roles :focus")) location.reload();
+  const busy = find("#question .stop-button, .edit-textarea, #settings :focus, #roles :focus");
+  if (wrong.stale && !busy && !document.hidden) location.reload();
 };
 addEventListener("storage", ({ key }) => {
   if (key === "role-play-2-settled") tell("stale", true);
   loadAnew();
 });
-document.addEventListener("visibilitychange", loadAnew);
+addEventListener("visibilitychange", loadAnew);
 
-// A message's text lies in the page escaped (look.py), and is copied and edited as it reads.
+// A message lies in the page escaped (look.py). It is copied and edited as it reads.
 const plain = (text) => text.replaceAll("&lt;", "<").replaceAll("&amp;", "&");
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const retype = (field, text) => {
   field.value = text;
   field.dispatchEvent(new Event("input"));
 };
-if (navigator.clipboard) {
-  const write = navigator.clipboard.writeText.bind(navigator.clipboard);
-  navigator.clipboard.writeText = (text) => write(plain(text));
-}
-document.addEventListener("copy", (event) => {
-  if (event.target.parentNode !== document.body) return; // gradio's way where the page is not secure: a field of its own
+const buttons = (field) => field.closest(".message-row").nextElementSibling;
+const write = navigator.clipboard?.writeText.bind(navigator.clipboard);
+if (write) navigator.clipboard.writeText = (text) => write(plain(text));
+addEventListener("copy", (event) => {
+  if (event.target.parentNode !== document.body) return; // a field of gradio's own, where the page is not secure
   event.clipboardData.setData("text/plain", plain(event.target.value));
   event.preventDefault();
 });
-document.addEventListener("focusin", ({ target }) => {
-  if (!target.matches(".edit-textarea") || target.plain) return;
+addEventListener("focusin", ({ target }) => {
+  if (target.matches(".edit-textarea") && !target.plain) setTimeout(() => retype(target, plain(target.value)));
   target.plain = true;
-  setTimeout(() => retype(target, plain(target.value)));
 });
-const buttons = (field) => field.closest(".message-row").nextElementSibling;
-document.addEventListener("click", ({ target }) => {
+addEventListener("click", ({ target }) => {
   const field = find(".edit-textarea");
-  if (field && buttons(field).contains(target)) retype(field, escaped(field.value));
-  const first = target.closest("#log .option, #log .example") && !find("#log .user-row");
-  if (first) composer().focus();
+  if (field && buttons(field).contains(target)) retype(field, escaped(field.value)); // as gradio shows it until the server answers
+  if (target.closest("#log .option, #log .example") && !find("#log .user-row")) composer().focus();
 }, true);
-document.addEventListener("keydown", (event) => {
-  const field = event.target.closest(".edit-textarea"), enter = event.key === "Enter" && !event.shiftKey;
-  if (event.isComposing || !(event.key === "Escape" || (field && enter))) return;
-  if (!field) return ["#roles", "#settings"].forEach((panel) => open(panel, false));
+addEventListener("keydown", (event) => {
+  const field = event.target.closest(".edit-textarea"), enter = field && event.key === "Enter" && !event.shiftKey;
+  if (event.isComposing || !(enter || event.key === "Escape")) return;
+  if (!field) return panels.forEach((panel) => open(panel, false));
   event.preventDefault();
   buttons(field).querySelectorAll("button")[enter ? 0 : 1].click(); // submit, cancel
   composer().focus();
 });
-document.addEventListener("mouseover", ({ target }) => {
+addEventListener("mouseover", ({ target }) => {
   const line = target.closest("#number li, #number input");
   if (line) line.title = line.innerText || line.value;
 });
 
-// For the listeners of web_demo.py.
-window.page = {
+let seen; // the conversations as this tab has read or written them
+window.page = { // for the listeners of web_demo.py
   start: (kept, ...values) => {
-    open("#roles", !narrow.matches);
+    open("roles", !narrow.matches);
     const role = sessionStorage.getItem("role") || kept.role; // each tab keeps to its own
     return [{ ...kept, role }, ...values.slice(0, -1), draft]; // what is typed is the last of the values
   },
   chosen: () => {
-    if (narrow.matches) open("#roles", false);
+    if (narrow.matches) open("roles", false);
     composer().focus();
   },
   kept: (kept, growing, personas) => {
@@ -117,10 +106,8 @@ window.page = {
     document.title = kept.role || document.title;
     const now = JSON.stringify([kept.chats, personas]);
     if (growing.version) return;
-    if (seen !== undefined && seen !== now) {
-      localStorage.setItem("role-play-2-settled", Date.now()); // other tabs hear of it
-      tell("stale", false);
-    }
+    if (seen && seen !== now) localStorage.setItem("role-play-2-settled", Date.now()); // other tabs hear of it
+    if (seen !== now) tell("stale", false);
     seen = now;
   },
   described: (text, kept, personas) => ({ ...personas, [kept.role]: text }),
