@@ -169,7 +169,8 @@ class Page:
             limit = 1 if isinstance(self.speaker, Speaker) else None
             model = {"concurrency_id": "model", "concurrency_limit": limit, **private}
 
-            blocks.load(self.listener(Visit.load), given, shown, js="page.start", **hidden)
+            settled = blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
+            settled.then(self.listener(Visit.load), given, shown, js="page.start", **hidden)
             for trigger, step in {
                 self.question.submit: self.ask, self.log.example_select: self.ask, self.log.option_select: Visit.option,
                 self.log.retry: self.begin, self.log.undo: Visit.undo, self.log.edit: Visit.edit,
@@ -202,7 +203,6 @@ class Page:
             described = [self.description, self.chats, self.personas]
             self.description.blur(None, described, self.personas, js="page.described")
             self.compare.change(None, self.compare, js="page.compared")
-            blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
             gr.on([switch.change for switch in self.switches], None, self.switches, self.chosen, js="(...all) => [all]")
             written = download.click(self.listener(Visit.download), given, shown, **hidden)
             written.then(None, self.lines, js="page.download")

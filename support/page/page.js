@@ -1,7 +1,6 @@
 // What the page does in the browser beside gradio's components. Run once, at its start; TEXTS holds both languages.
 const say = TEXTS[navigator.language.startsWith("zh") ? "zh" : "en"];
-const find = (selector) => document.querySelector(selector);
-const composer = () => find("#question textarea");
+const find = (selector) => document.querySelector(selector), composer = () => find("#question textarea");
 const wrong = {}; // what the line above the conversation says, as long as it is so
 const tell = (key, so) => {
   if (Boolean(wrong[key]) === Boolean(so)) return;
@@ -13,18 +12,13 @@ document.documentElement.style.cssText += `--before: "${say.base}"; --after: "${
 
 // What is typed outlives the page: a reload, a lost connection, a server that was restarted and knows no sign-in any more.
 const draft = sessionStorage.getItem("draft") ?? "";
-for (const left of ["pagehide", "visibilitychange"])
-  addEventListener(left, () => sessionStorage.setItem("draft", composer().value));
+const hold = () => sessionStorage.setItem("draft", composer().value);
+addEventListener("pagehide", hold), addEventListener("visibilitychange", hold);
 const fetched = window.fetch;
-window.fetch = async (...request) => {
-  const answer = await fetched(...request);
-  if (answer.status === 401) location.reload();
-  return answer;
-};
+window.fetch = (...request) => fetched(...request).then((answer) => (answer.status === 401 && location.reload(), answer));
 
 // The panels. On a narrow page they lie over the conversation.
-const narrow = matchMedia("(max-width: 768px)");
-const panels = ["roles", "settings"];
+const narrow = matchMedia("(max-width: 768px)"), panels = ["roles", "settings"];
 const open = (panel, so) => find(`#${panel}`).classList.contains("open") !== so && find(`#${panel} .toggle-button`).click();
 narrow.onchange = () => panels.forEach((panel) => open(panel, panel === "roles" && !narrow.matches));
 for (const panel of panels) {
@@ -32,34 +26,22 @@ for (const panel of panels) {
   find(`#${panel}`).ariaLabel = find(`#${panel} .toggle-button`).ariaLabel = say[panel];
 }
 
-// The browser's storage: where it has no room, gradio's BrowserState tells nobody; and other tabs write to it, too.
+// The browser's storage. Where it has no room, gradio's BrowserState tells nobody; and other tabs write to it, too.
 const keep = Storage.prototype.setItem, full = new Set();
 Storage.prototype.setItem = function (key, value) {
-  full.add(key);
-  try {
-    keep.call(this, key, value);
-    full.delete(key);
-  } finally {
-    tell("full", full.size);
-  }
+  try { full.add(key), keep.call(this, key, value), full.delete(key) } finally { tell("full", full.size) }
 };
 const loadAnew = () => {
   const busy = find("#question .stop-button, .edit-textarea, #settings :focus, #roles :focus");
   if (wrong.stale && !busy && !document.hidden) location.reload();
 };
-addEventListener("storage", ({ key }) => {
-  if (key === "role-play-2-settled") tell("stale", true);
-  loadAnew();
-});
+addEventListener("storage", ({ key }) => (tell("stale", wrong.stale || key === "role-play-2-settled"), loadAnew()));
 addEventListener("visibilitychange", loadAnew);
 
 // A message lies in the page escaped (look.py). It is copied and edited as it reads.
 const plain = (text) => text.replaceAll("&lt;", "<").replaceAll("&amp;", "&");
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-const retype = (field, text) => {
-  field.value = text;
-  field.dispatchEvent(new Event("input"));
-};
+const retype = (field, text) => ((field.value = text), field.dispatchEvent(new Event("input")));
 const buttons = (field) => field.closest(".message-row").nextElementSibling;
 const write = navigator.clipboard?.writeText.bind(navigator.clipboard);
 if (write) navigator.clipboard.writeText = (text) => write(plain(text));
@@ -74,7 +56,7 @@ addEventListener("focusin", ({ target }) => {
 });
 addEventListener("click", ({ target }) => {
   const field = find(".edit-textarea");
-  if (field && buttons(field).contains(target)) retype(field, escaped(field.value)); // as gradio shows it until the server answers
+  if (field && buttons(field).contains(target)) retype(field, escaped(field.value)); // gradio shows it as it is
   if (target.closest("#log .option, #log .example") && !find("#log .user-row")) composer().focus();
 }, true);
 addEventListener("keydown", (event) => {
@@ -97,24 +79,19 @@ window.page = { // for the listeners of web_demo.py
     const role = sessionStorage.getItem("role") || kept.role; // each tab keeps to its own
     return [{ ...kept, role }, ...values.slice(0, -1), draft]; // what is typed is the last of the values
   },
-  chosen: () => {
-    if (narrow.matches) open("roles", false);
-    composer().focus();
-  },
+  chosen: () => (narrow.matches && open("roles", false), composer().focus()),
   kept: (kept, growing, personas) => {
     sessionStorage.setItem("role", kept.role);
     document.title = kept.role || document.title;
     const now = JSON.stringify([kept.chats, personas]);
-    if (growing.version) return;
-    if (seen && seen !== now) localStorage.setItem("role-play-2-settled", Date.now()); // other tabs hear of it
-    if (seen !== now) tell("stale", false);
+    if (growing.version || seen === now) return;
+    if (seen) localStorage.setItem("role-play-2-settled", Date.now()); // other tabs hear of it
+    tell("stale", false);
     seen = now;
   },
   described: (text, kept, personas) => ({ ...personas, [kept.role]: text }),
   compared: (on) => find("#main").classList.toggle("both", on),
-  sure: (key) => () => {
-    if (!confirm(say[key])) throw "no"; // gradio runs no `success` after it
-  },
+  sure: (key) => () => { if (!confirm(say[key])) throw "no" }, // gradio runs no `success` after it
   download: (lines) => {
     const href = URL.createObjectURL(new Blob([lines]));
     if (lines) Object.assign(document.createElement("a"), { download: "conversation.jsonl", href }).click();
