@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES
 import web_demo
 from support.errors import Problems, UserError
 from support.model.answering import answer_batch, greedy
+from support.page import chats
 from support.page.hosts import access, account_of
 
 
@@ -198,7 +200,7 @@ def test_each_model_reads_its_own_earlier_answers(speaker, monkeypatch):
     said, growing = {"text": "甲", "base": "乙", "state": "done"}, {"text": "", "base": "", "state": "stopped"}
     turns = [{"question": "一", "versions": [said], "shown": 0}, {"question": "二", "versions": [growing], "shown": 0}]
     kept = {"role": "李白", "chats": {"李白": [{"greeting": "", "turns": turns}]}, "shown": {"李白": 0}}
-    values = {page.chats: kept, page.growing: growing, page.personas: {}, page.description: "诗人"}
+    values = {page.chats: kept, page.growing: chats.growing(kept), page.personas: {}, page.description: "诗人"}
     values |= {switch: switch.value for switch in page.switches} | {page.compare: True}
     heard = {}
 
@@ -210,3 +212,36 @@ def test_each_model_reads_its_own_earlier_answers(speaker, monkeypatch):
     page.busy.add("visitor")
     list(page.answer(values, SimpleNamespace(session_hash="visitor", headers={})))
     assert heard == {1: ["一", "甲", "二"], 0.0: ["一", "乙", "二"]}
+
+
+def test_an_answer_that_grows_stays_in_its_own_conversation():
+    """Whichever is shown when it is kept, and whatever another tab has done to that one meanwhile."""
+    kept = {"role": "", "chats": {}, "shown": {}}
+    for role in ("李白", "张飞"):
+        chats.add_turn(chats.open_chat(kept, role, ""), f"{role}？")
+        chats.add_version(kept["chats"][role][0]["turns"][0], text="旧", state="done")
+    chats.add_version(kept["chats"]["张飞"][0]["turns"][0])
+    grown = chats.growing(kept)
+    grown["version"]["text"] = "新"
+    kept["role"] = "李白"
+    assert chats.settle(other := deepcopy(kept), grown) == ""
+    answers = {role: chats.answer_of(other["chats"][role][0]["turns"][0])["text"] for role in other["chats"]}
+    assert answers == {"李白": "旧", "张飞": "新"}
+    for gone in (
+        [],
+        [{"question": "别的？", "versions": [], "shown": 0}],
+    ):  # nothing of it is left, or another question
+        other["chats"]["张飞"][0]["turns"] = gone
+        assert chats.settle(other, grown) == ("别的？" if gone else "") and other["chats"]["张飞"][0]["turns"] == []
+    assert chats.settle(kept, {}) == "" and [chats.answer_of(t)["text"] for t in kept["chats"]["张飞"][0]["turns"]] == [
+        "旧"
+    ]
+
+
+def test_turns_without_an_answer_are_left_out():
+    bare, said = {"question": "甲？", "versions": [], "shown": 0}, {"question": "乙？", "versions": [], "shown": 0}
+    chats.add_version(said, text="乙。", state="done")
+    kept = {"role": "李白", "chats": {"李白": [{"greeting": "", "turns": [bare, said, bare]}]}, "shown": {"李白": 0}}
+    read = [message["content"] for message in chats.prompt(kept["chats"]["李白"][0], "诗人", greeted=True)]
+    assert read == ["诗人", "乙？", "乙。", "甲？"]
+    assert chats.samples(kept, "诗人", greeted=True) == ""
