@@ -110,7 +110,7 @@ class Page:
             )
             self.todo = gr.State()  # changes when an answer is due
 
-            with gr.Sidebar(width=300, open=False, elem_id="roles") as roles:
+            with gr.Sidebar(width=320, open=False, elem_id="roles") as roles:
                 gr.HTML(I18N("roles"), elem_classes="title")
                 self.cards = gr.Dataset(components=["html"], samples=[[""]], type="index", layout="gallery",
                                         samples_per_page=1000, show_label=False, elem_id="cards")  # fmt: skip
@@ -123,7 +123,7 @@ class Page:
                 gr.HTML(I18N("settings"), elem_classes="title")
                 self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
                                               max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
-                restore = gr.Button(I18N("restore"), size="sm")
+                restore = gr.Button(I18N("restore"), size="sm", elem_classes="idle")
                 with gr.Group(visible=self.speaker.adapter is not None):
                     self.compare = gr.Checkbox(label=I18N("compare"))
                     self.colour = gr.Checkbox(label=I18N("colour"))
@@ -137,7 +137,8 @@ class Page:
                     self.settings["seed"] = gr.Number(-1, label=I18N("seed"), precision=0, minimum=-1)
                 with gr.Accordion(I18N("data"), open=False):
                     gr.HTML(I18N("kept"))
-                    download, delete, clear = (gr.Button(I18N(name)) for name in ("download", "delete", "clear"))
+                    download = gr.Button(I18N("download"), elem_classes="idle")
+                    delete, clear = (gr.Button(I18N(name), variant="stop") for name in ("delete", "clear"))
 
             with gr.Column(elem_id="main"):
                 with gr.Row(elem_id="top"):
@@ -319,6 +320,7 @@ def main(argv=None):
     os.environ["no_proxy"] = "*"
     _, url, _ = blocks.launch(
         **callers, quiet=True, max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS,
+        favicon_path=CSS.with_name("icon.svg"),
         footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
     )  # fmt: skip
     print(f"{source} answers on {url.rstrip('/')}", flush=True)
