@@ -29,11 +29,10 @@ THEME = gr.themes.Base(
     font_mono=["ui-monospace", "monospace"],
 ).set(
     background_fill_primary="*neutral_50", block_background_fill="white", input_border_width="1px",
-    input_background_fill="*neutral_50", input_background_fill_dark="*neutral_950",
-    button_primary_background_fill="*primary_600", button_primary_border_color="*primary_600",
-    button_secondary_background_fill="white", button_secondary_background_fill_dark="*neutral_800",
-    button_large_text_weight="500", button_large_text_size="*text_md",
+    input_background_fill="*neutral_50", input_background_fill_dark="*neutral_950", button_primary_background_fill="*primary_600",
 )  # fmt: skip
+ICON = '<link rel="icon" href="favicon.ico">'  # below the path of a proxy, too
+SIGN_IN = "<title>Baichuan2</title><main><h1>Baichuan2</h1></main>"  # what gradio's page for it lacks
 JS = {
     "sidebar": "() => ({open: innerWidth >= 768, __type__: 'update'})",
     "describe": "(text, kept, personas) => ({...personas, [kept.role]: text})",
