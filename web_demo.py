@@ -110,7 +110,7 @@ class Page:
             )
             self.todo = gr.State()  # changes when an answer is due
 
-            with gr.Sidebar(width=320, open=False, elem_id="roles") as roles:
+            with gr.Sidebar(width=300, open=False, elem_id="roles") as roles:
                 gr.HTML(I18N("roles"), elem_classes="title")
                 self.cards = gr.Dataset(components=["html"], samples=[[""]], type="index", layout="gallery",
                                         samples_per_page=1000, show_label=False, elem_id="cards")  # fmt: skip
@@ -123,7 +123,7 @@ class Page:
                 gr.HTML(I18N("settings"), elem_classes="title")
                 self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
                                               max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
-                restore = gr.Button(I18N("restore"), size="sm", elem_classes="idle")
+                restore = gr.Button(I18N("restore"), size="sm")
                 with gr.Column(visible=self.speaker.adapter is not None):
                     self.compare = gr.Checkbox(label=I18N("compare"))
                     self.colour = gr.Checkbox(label=I18N("colour"))
