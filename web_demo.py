@@ -57,7 +57,7 @@ with slow_imports(parse_args, __name__):
     from support.model.server import Server
     from support.page import chats
     from support.page.hosts import LOCAL, access
-    from support.page.look import COLOURS, CSS, I18N, JS, THEME, portrait
+    from support.page.look import COLOURS, CSS, I18N, ICON, JS, SIGN_IN, THEME, portrait
     from support.page.speaker import Speaker, TooLong
     from support.page.visit import SETTINGS, Refusal, Visit, warn
 
@@ -124,9 +124,9 @@ class Page:
                 gr.HTML(I18N("settings"), elem_classes="title")
                 self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
                                               max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
-                self.restore = gr.Button(I18N("restore"), size="sm", elem_id="restore")
+                self.restore = gr.Button(I18N("restore"), size="sm", elem_classes="idle")
                 self.remove = gr.Button(I18N("remove"), size="sm", variant="stop", visible=False)
-                with gr.Group(visible=self.speaker.adapter is not None):
+                with gr.Column(visible=self.speaker.adapter is not None):
                     self.compare = gr.Checkbox(label=I18N("compare"))
                     self.colour = gr.Checkbox(label=I18N("colour"))
                     self.strength = gr.Slider(0, 1.5, 1, step=0.05, label=I18N("strength"))
@@ -139,7 +139,8 @@ class Page:
                     self.settings["seed"] = gr.Number(-1, label=I18N("seed"), precision=0, minimum=-1)
                 with gr.Accordion(I18N("data"), open=False):
                     gr.HTML(I18N("kept"))
-                    download, delete, clear = (gr.Button(I18N(name)) for name in ("download", "delete", "clear"))
+                    download = gr.Button(I18N("download"), elem_classes="idle")
+                    delete, clear = (gr.Button(I18N(name), variant="stop") for name in ("delete", "clear"))
 
             with gr.Column(elem_id="main"):
                 gr.HTML('<p role="alert"></p>', elem_id="notice")
@@ -323,6 +324,7 @@ def main(argv=None):
     os.environ["no_proxy"] = "*"
     _, url, _ = blocks.launch(
         **callers, quiet=True, max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS,
+        favicon_path=CSS.with_name("icon.svg"), head=ICON, auth_message=ICON + SIGN_IN,
         js=JS, footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
     )  # fmt: skip
     print(f"{source} answers on {url.rstrip('/')}", flush=True)

@@ -32,7 +32,7 @@ CHARACTERS = read_characters(DESC_PATH)
 FIRST = next(iter(CHARACTERS))
 expect.set_options(timeout=60_000)  # a slow machine is no fault of the page; waits end as soon as they can
 DESKTOP, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 780}
-SIZES = [(820, 1180), (360, 640), (390, 780), (1280, 820)]
+SIZES = [(820, 1180), (768, 1024), (360, 640), (390, 780), (1280, 820)]
 EXACT = '  <a&b> *x* $y$ &lt; "q" <img src=x onerror=alert(1)></b>\n\n 🎵 ![](http://192.0.2.1/a.png) **c** &amp a<b & 1 < 2'
 
 # Fills the storage of the browser to its last byte, past the page's own watch over it.
@@ -507,6 +507,8 @@ def test_who_waits_sees_it_and_is_answered(open_tab, speaker):
     other.question.fill("再说一遍。")
     other.question.press("Enter")
     expect(other.page.locator("#log")).to_contain_text(queue)
+    expect(other.page.locator("#log :is(.bot.message, .pending):visible")).to_have_count(2)  # the greeting, and one "…"
+    expect(other.page.locator("#log .message-buttons-left button").last).to_be_hidden()
     one.page.reload()  # a visitor who leaves frees the model
     expect(other.bubbles).to_have_count(2)
     assert other.finished() == expected(speaker, "再说一遍。")
@@ -567,6 +569,8 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
     """The composer is there at every size, axe-core finds nothing serious; the Chinese page has no English of ours."""
     chinese, seen = language == "zh-CN", []
     tab = open_tab(language, color_scheme=scheme)
+    expect(tab.page.locator("#cards")).to_be_visible()
+    tab.page.locator("#roles .toggle-button").click()
     for lines in (1, 30):
         tab.question.fill("字\n" * lines)
         for width, height in SIZES:
@@ -576,6 +580,16 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
             page = "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
             assert tab.page.evaluate(page) == [width, height]
             assert tab.page.locator("#log").bounding_box()["height"] >= 100
+            for panel in (
+                "#roles",
+                "#roles",
+                "#settings",
+                "#settings",
+            ):  # opened and closed by a button that lies under nothing
+                tab.page.locator(f"{panel} .toggle-button").click()
+            tab.page.locator("#fresh").click(trial=True)
+            left = "(one) => Math.round(document.querySelector(one).getBoundingClientRect().left)"
+            assert len({tab.page.evaluate(left, one) for one in ("#top", ".message-wrap", "#question")}) == 1
     for viewport in (DESKTOP, PHONE):
         tab.page.set_viewport_size(viewport)
         tab.reload()
@@ -588,6 +602,11 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
         tab.ask("你是谁？")
         expect(tab.page.locator("#words .textfield")).to_be_visible()
         check(tab)
+        edit_or_cancel = tab.page.locator("#log .message-buttons-left button").last
+        edit_or_cancel.click()
+        tab.page.locator(".edit-textarea").fill("字\n" * 8)  # it grows with its text
+        assert tab.page.locator(".edit-textarea").evaluate("(field) => field.scrollHeight <= field.clientHeight")
+        edit_or_cancel.click()
         if viewport == PHONE:
             tab.page.locator("#roles .toggle-button").click()
         tab.button("新角色" if chinese else "New character").click()
@@ -641,7 +660,10 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
     try:
         assert httpx.get(f"{server.url}/config").status_code == 401 and "warning" not in server.log
         tab.page.goto(f"http://roles.localhost:{port}/chat/")
+        check(tab)
         sign_in("wrong", "sec:ret")
+        icon = tab.page.locator("link[rel=icon]")
+        assert icon.evaluate("(icon) => icon.href") == f"http://roles.localhost:{port}/chat/favicon.ico"
         first = tab.ask("你是谁？")
         assert first == expected(speaker, "你是谁？")
         tab.longest(1500)
@@ -721,6 +743,7 @@ def test_nothing_phones_home_and_strange_names_are_refused(server):
         "192.0.2.1": 400,
     }.items():
         assert httpx.get(server.url, headers={"host": f"{host}:{server.port}"}).status_code == status, host
+    assert "<svg" in httpx.get(f"{server.url}/favicon.ico").text
     assert httpx.post(f"{server.url}/gradio_api/upload", files={"files": b"x"}).status_code == 413
     assert "Traceback" not in server.log, server.log
     addresses = server.log_path.with_name("connections").read_text().splitlines()

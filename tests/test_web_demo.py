@@ -227,12 +227,9 @@ def test_an_answer_that_grows_stays_in_its_own_conversation():
     assert chats.settle(other := deepcopy(kept), grown) == ""
     answers = {role: chats.answer_of(other["chats"][role][0]["turns"][0])["text"] for role in other["chats"]}
     assert answers == {"李白": "旧", "张飞": "新"}
-    for gone in (
-        [],
-        [{"question": "别的？", "versions": [], "shown": 0}],
-    ):  # nothing of it is left, or another question
-        other["chats"]["张飞"][0]["turns"] = gone
-        assert chats.settle(other, grown) == ("别的？" if gone else "") and other["chats"]["张飞"][0]["turns"] == []
+    for lost in ("", "别的？"):  # nothing of it is left, or another question
+        other["chats"]["张飞"][0]["turns"] = [{"question": lost, "versions": [], "shown": 0}] if lost else []
+        assert chats.settle(other, grown) == lost and other["chats"]["张飞"][0]["turns"] == []
     assert chats.settle(kept, {}) == "" and [chats.answer_of(t)["text"] for t in kept["chats"]["张飞"][0]["turns"]] == [
         "旧"
     ]

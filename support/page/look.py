@@ -19,13 +19,19 @@ I18N = gr.I18n(**TEXTS, **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
 MARKS = ("−−−", "−−", "−", None, "+", "++", "+++")  # how much likelier fine-tuning made a word
 COLOURS = dict(zip(filter(None, MARKS), ("#c8502a", "#e08a5c", "#eeb08a", "#8fc9a3", "#4fae78", "#1f8a52")))
 GREENS = "#f1f6f4 #dfebe6 #c1d9d0 #97bfb1 #6a9f8e #4b8472 #2f5d50 #2a5448 #24463d #1f3a33 #12221e"
+SANDS = "#f6f4ef #edeae2 #ddd8cc #c9c3b5 #aaa396 #625d53 #4d4940 #3b3831 #262420 #1f1d1a #191816"
 THEME = gr.themes.Base(
     primary_hue=gr.themes.Color(*GREENS.split()),
-    neutral_hue="stone",
+    neutral_hue=gr.themes.Color(*SANDS.split()),
     radius_size="lg",
     font=["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
-)
+).set(
+    background_fill_primary="*neutral_50", block_background_fill="white", input_border_width="1px",
+    input_background_fill="*neutral_50", input_background_fill_dark="*neutral_950", button_primary_background_fill="*primary_600",
+)  # fmt: skip
+ICON = '<link rel="icon" href="favicon.ico">'  # below the path of a proxy, too
+SIGN_IN = "<title>Baichuan2</title><main><h1>Baichuan2</h1></main>"  # what gradio's page for it lacks
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 JS = f"() => {{\nconst TEXTS = {json.dumps(TEXTS)};\n{SCRIPT}}}"
 
