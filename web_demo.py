@@ -318,9 +318,9 @@ def main(argv=None):
     blocks = Page(speaker, characters).blocks()
     os.environ["no_proxy"] = "*"
     _, url, _ = blocks.launch(
+        state_session_capacity=100,  # visitors whose values it holds: as many as may wait in the queue
         **callers, quiet=True, max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS,
         footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
-        state_session_capacity=100,  # visitors, whose values it holds: as many as may wait
     )  # fmt: skip
     print(f"{source} answers on {', '.join(urls) or url.rstrip('/')}", flush=True)
     blocks.block_thread()
