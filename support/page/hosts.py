@@ -70,6 +70,7 @@ def root_of(typed: str) -> str:
 def listens_on(name: str, port: int) -> list[str]:
     """The URLs by which others reach a page that listens there; none on this machine's own. Raises: UserError."""
     try:
+        socket.create_server(("127.0.0.1", port)).close()  # gradio tries the port there, whatever it is given
         family = socket.AF_INET6 if ":" in name else socket.AF_INET
         with socket.create_server((name, port), family=family) as server:
             address = ip_address(server.getsockname()[0])
