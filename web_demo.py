@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 from data_helper import example_questions, persona
-from support.command_line import ArgumentParser, said_if_slow
+from support.command_line import ArgumentParser, integer, said_if_slow
 from support.dialogues.json_files import composed, plain_line_ends
 from support.dialogues.profiles import MAX_DESCRIPTION, MAX_NAME, long_profiles, read_characters
 from support.dialogues.samples import conversation
@@ -34,9 +34,9 @@ def parse_args(argv=None):
     add("--engine", metavar="URL", help="a server with OpenAI's interface that answers instead of --model_path")
     add("--desc_path", type=Path, default="data/profiles-zh_desc.json", help="JSON file {role: description}")
     add("--device", default="auto", help="a GPU's number; cpu (or -1); auto: a GPU where there is one")
-    add("--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0: all, see --allowed_hosts")
-    add("--port", type=int, default=9090, help="TCP port of the page")
-    add("--allowed_hosts", nargs="+", default=[], help="further names and addresses that others type")
+    add("--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
+    add("--port", type=integer(1, 65535), default=9090, help="TCP port of the page")
+    add("--allowed_hosts", nargs="+", default=[], help="further names under which others call the page")
     add("--root_path", default="", help="path under which a proxy serves the page, such as /chat")
     add("--auth_file", type=Path, help="file with USER:PASSWORD, to sign in with; or WEB_DEMO_AUTH in the environment")
     add("--ask", metavar="QUESTION", type=plain_line_ends, help="print one greedy answer instead of serving the page")
@@ -300,7 +300,7 @@ class Page:
 @entry_point
 def main(argv=None):
     args = parse_args(argv)
-    device, characters, callers = read_inputs(args)
+    device, characters, (callers, urls) = read_inputs(args)
     model, source = (args.model_path, args.adapter_path, device, args.load_in_4bit), args.engine or args.model_path
     os.environ["no_proxy"] = NO_PROXY  # which a client keeps as it finds it
     speaker = Server(args.engine).check() if args.engine else Speaker.load(*model)
@@ -323,11 +323,12 @@ def main(argv=None):
     blocks = Page(speaker, characters).blocks()
     os.environ["no_proxy"] = "*"
     _, url, _ = blocks.launch(
+        state_session_capacity=100,  # visitors whose values it holds: as many as may wait in the queue
         **callers, quiet=True, max_threads=200, prevent_thread_lock=True, i18n=I18N, theme=THEME, css_paths=CSS,
         favicon_path=CSS.with_name("icon.svg"), head=ICON, auth_message=ICON + SIGN_IN,
         js=JS, footer_links=[], max_file_size=0, ssr_mode=False, run_history=False, enable_monitoring=False, share=False,
     )  # fmt: skip
-    print(f"{source} answers on {url.rstrip('/')}", flush=True)
+    print(f"{source} answers on {', '.join(urls) or url.rstrip('/')}", flush=True)
     blocks.block_thread()
 
 

@@ -52,12 +52,12 @@ def with_config(argv: list[str] | None) -> list[str]:
     return flags + argv
 
 
-def integer(least: int):
-    """For `type=`: an integer from `least` to what 32 bits hold."""
+def integer(least: int, most: int = 2**32 - 1):
+    """For `type=`: an integer from `least` to `most`, or to what 32 bits hold."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"{text} is no integer from {least} to 2³²−1")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no integer from {least} to {most}")
         return int(text)
 
     return parse

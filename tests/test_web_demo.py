@@ -12,11 +12,12 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from conftest import ImpatientTimer
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES
+from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES, free_port
 
 import web_demo
 from support.errors import Problems, UserError
@@ -52,16 +53,48 @@ def test_all_problems_are_told_at_once(run, tmp_path):
 
 
 def test_a_port_that_is_taken_or_none(run):
+    """Told before the model is looked for."""
     with socket.create_server(("127.0.0.1", 0)) as used:
-        for port in (used.getsockname()[1], 70000):
-            line = run("--model_path", "nowhere", "--port", port).splitlines()[-1]
-            assert line.startswith(f"error: 127.0.0.1:{port}: cannot listen there (")
+        for name in ("127.0.0.1", "127.0.0.2"):  # gradio tries the first one for any
+            line = run("--model_path", "nowhere", "--server_name", name, "--port", used.getsockname()[1]).splitlines()[
+                -1
+            ]
+            assert line.startswith(f"error: {name}:{used.getsockname()[1]}: cannot listen there (")
+    for port in ("0", "-1", "65536", "abc", "9" * 5000):
+        (line,) = run("--model_path", "nowhere", "--port", port).splitlines()
+        assert line.startswith("error: argument --port: ") and port in line
 
 
 def launched_with(server_name="127.0.0.1", allowed_hosts=(), root_path="") -> dict:
     with Problems() as problems:
         names = {"server_name": server_name, "allowed_hosts": allowed_hosts, "root_path": root_path}
-        return access(SimpleNamespace(**names, port=0, auth_file=None, ask=""), problems)
+        return access(SimpleNamespace(**names, port=0, auth_file=None, ask=""), problems)[0]
+
+
+def test_a_page_that_listens_on_all_addresses(run, monkeypatch):
+    """It says where others reach it, goes by the machine's names and any address, and refuses others' names in a line."""
+    own = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "192.0.2.7"), (socket.AF_INET6, "2001:db8::7")]
+    cards = {"all": [SimpleNamespace(family=family, address=address) for family, address in own]}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: cards)
+    monkeypatch.setattr(socket, "gethostname", lambda: "GPU1.lab")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "gpu1.lab.example")
+    allowed = ["192.0.2.7", "203.0.113.9", "[2001:db8::1]", "GPU1.lab", "gpu1", "gpu1.local", "gpu1.lab.example"]
+    names = ["evil.example", "gpu1.evil.example", *(f"{number}.example" for number in range(200))]
+    refused = [*names, "evil.example", "*.evil.example", "\x1b[31mred", "x" * 300, ""]
+
+    def visit(blocks):
+        for host in allowed + refused:
+            answer = httpx.get(f"{blocks.local_url}theme.css", headers={"host": f"{host}:1"}, timeout=60)
+            assert answer.status_code == (200 if host in allowed else 400), host
+        assert all(blocks.app.state_holder[f"visitor {number}"] for number in range(150))
+        assert len(blocks.app.state_holder.session_data) == 100  # visitors of whom it holds anything
+        blocks.close()
+
+    monkeypatch.setattr(web_demo.gr.Blocks, "block_thread", visit)
+    port = free_port()
+    printed = run("--device", "cpu", "--server_name", "00.0.0.0", "--port", port, fails=False)
+    assert f"answers on http://192.0.2.7:{port}\n" in printed
+    assert re.findall("warning: (.*) was refused: .*--allowed_hosts (.*)", printed) == [(n, n) for n in names[:100]]
 
 
 @pytest.mark.parametrize(

@@ -3,39 +3,60 @@
 import os
 import re
 import socket
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
+import psutil
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 
 from support.errors import Problems, UserError, blaming
 
 LOCAL = ["localhost", "127.0.0.1", "[::1]"]
-IPV6, NAME = r"\[?([^]/]*:[^]/]*:[^]/]*)]?", r"((?:\*\.)?[\w.-]+?|\*)\.?"  # *.example: all names below it; *: any
+IPV6, NAME = r"\[?(?=[^:]*:[^:]*:)([\da-f:.]+)]?", r"((?:\*\.)?[\w.-]{1,253}?|\*)\.?"  # *.example: below it; *: any
 HOST = re.compile(rf"(?:https?://)?(?:{IPV6}|{NAME})(?::\d+)?/?", re.IGNORECASE)
 ROOT = re.compile(r"(https?://[^/?#\s]+|(?![^/]*\.))/*([^\s:?#\\]*?)/*")  # role.example/chat is neither
 
 
-def access(args, problems: Problems) -> dict:
-    """What gradio's `launch` takes of the flags. What is wrong with them is added to the problems."""
-    name = problems.of(host_of, args.server_name) or ""
-    typed = [*args.allowed_hosts, *re.findall("^https?://[^/]+", args.root_path)]
-    hosts = [problems.of(host_of, host) for host in typed]
+def access(args, problems: Problems) -> tuple[dict, list[str]]:
+    """What gradio's `launch` takes of the flags, and where others reach the page. What is wrong is added to the problems."""
+    typed = (args.server_name, *args.allowed_hosts, *re.findall("^https?://[^/]+", args.root_path))
+    name, *more = (problems.of(host_of, host) or "" for host in typed)
     launch = {"root_path": problems.of(root_of, args.root_path), "auth": problems.of(account_of, args.auth_file)}
-    if args.ask is None:
-        problems.of(refuse_taken_port, name.strip("[]"), args.port)
-    # A name of others that points here (DNS rebinding) is refused, and so is an unknown one.
-    guard = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, name, *hosts], www_redirect=False)
-    return launch | {"server_name": name, "server_port": args.port, "app_kwargs": {"middleware": [guard]}}
+    urls = problems.of(listens_on, name.strip("[]"), args.port) if args.ask is None else None
+    hosts = [re.escape(host).replace(r"\*", ".*") for host in (*LOCAL, name, *more)]
+    if urls:  # any address, too: only a name can be made to point here, and a container does not know its machine's
+        own, short = socket.gethostname(), socket.gethostname().split(".")[0]
+        hosts += [r"\[.*]|[\d.]+", *map(re.escape, (own, short, f"{short}.local", socket.getfqdn()))]
+    guard = Middleware(guarded, re.compile("|".join(hosts), re.IGNORECASE))
+    return launch | {"server_name": name, "server_port": args.port, "app_kwargs": {"middleware": [guard]}}, urls
+
+
+def guarded(app, hosts: re.Pattern):
+    """An ASGI app that refuses any other Host, of a page that had its name point here (DNS rebinding), and logs it once."""
+    refused = {"*"}
+
+    async def answer(scope, receive, send):
+        typed = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        host = Problems().of(host_of, typed.replace("*", " ")) or "*"
+        if scope["type"] == "lifespan" or hosts.fullmatch(host):
+            return await app(scope, receive, send)
+        if host not in refused and len(refused) <= 100:  # a stranger cannot fill the log
+            refused.add(host)
+            print(f"warning: {host} was refused: if this page is meant, add --allowed_hosts {host}", flush=True)
+        await PlainTextResponse("Invalid host header", 400)(scope, receive, send)
+
+    return answer
 
 
 def host_of(typed: str) -> str:
     """The Host that a browser sends, without its port, of what people type: a URL, a port, capitals. Raises: UserError."""
     try:
         address, name = HOST.fullmatch(typed).groups()
+        if name and not name.strip("0123456789."):
+            return socket.inet_ntoa(socket.inet_aton(name))  # as browsers do, of 0 and 127.1, too
         return f"[{IPv6Address(address)}]" if address else name.lower().encode("idna").decode()
-    except (AttributeError, ValueError):  # no match; what is like an address, or a name, and is none
+    except (AttributeError, OSError, ValueError):  # no match; what is like an address, or a name, and is none
         raise UserError(f"{typed}: is no host's name or address, such as role.example or 192.168.1.5") from None
 
 
@@ -46,24 +67,27 @@ def root_of(typed: str) -> str:
     return found[1] + (found[2] and f"/{found[2]}")
 
 
-def refuse_taken_port(address: str, port: int):
-    """Raises: UserError where the page could not listen, before a model is loaded in vain."""
+def listens_on(name: str, port: int) -> list[str]:
+    """The URLs by which others reach a page that listens there; none on this machine's own. Raises: UserError."""
     try:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        socket.create_server((address, port), family=family).close()
-    except (OSError, OverflowError) as error:
+        socket.create_server(("127.0.0.1", port)).close()  # gradio tries the port there, whatever it is given
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        with socket.create_server((name, port), family=family) as server:
+            address = ip_address(server.getsockname()[0])
+    except OSError as error:
         raise UserError(
-            f"{address}:{port}: cannot listen there ({error}): give another --port or --server_name"
+            f"{name}:{port}: cannot listen there ({error}): give another --port or --server_name"
         ) from error
+    own = [card.address for cards in psutil.net_if_addrs().values() for card in cards if card.family == family]
+    found = map(ip_address, own if address.is_unspecified else [address])
+    return [f"http://{host_of(str(one))}:{port}" for one in found if not (one.is_loopback or one.is_link_local)]
 
 
 def account_of(auth_file: Path | None) -> tuple[str, str] | None:
     """User and password, from a file or else from the environment. Raises: UserError."""
-    account, where = os.environ.get("WEB_DEMO_AUTH"), "WEB_DEMO_AUTH"
-    if auth_file:
-        where = f"--auth_file {auth_file}"
-        with blaming(f"{where}: cannot be read"):
-            account = auth_file.read_text(encoding="utf-8")
+    where = f"--auth_file {auth_file}" if auth_file else "WEB_DEMO_AUTH"
+    with blaming(f"{where}: cannot be read"):
+        account = auth_file.read_text(encoding="utf-8") if auth_file else os.environ.get(where)
     if account is None:
         return None
     user, _, password = account.removeprefix("\ufeff").strip().partition(":")

@@ -1,20 +1,27 @@
-"""Many visitors at once on the chat page, over loopback: no answer may be lost, or be another visitor's."""
+"""Many visitors of a chat page that runs on this machine: no answer may be lost, or be another visitor's.
+
+python3 tests/tools/load_chat.py http://127.0.0.1:9090       # 40 visitors at once, 3 questions each
+python3 tests/tools/load_chat.py http://127.0.0.1:9090 500   # page loads: what the page's process holds afterwards
+"""
 
 import json
 import re
 import secrets
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import httpx
+import psutil
 
 
 class Visitor:
     """A browser without a browser: what the page's components hold, by name, and the queue that changes them."""
 
-    def __init__(self, url: str, **settings):
+    def __init__(self, url: str, kept: dict | None = None, **settings):
         self.http, self.session = httpx.Client(base_url=f"{url}/gradio_api", timeout=None), secrets.token_hex(8)
-        config, self.steps, self.names, self.values = httpx.get(f"{url}/config").json(), {}, {}, {}
+        config, self.steps, self.names, self.values = httpx.get(f"{url}/config", timeout=60).json(), {}, {}, {}
         for box in config["components"]:
             props, unset = box["props"], "" if box["type"] == "textbox" else None
             label = "".join(re.findall(r'"key": "(\w+)"', props.get("label") or ""))
@@ -23,6 +30,7 @@ class Visitor:
         for step in filter(lambda step: step["backend_fn"], reversed(config["dependencies"])):
             self.steps |= {name: step for name in (step["api_name"], *(event for _, event in step["targets"]))}
         self.heart = self.http.send(self.http.build_request("GET", f"/heartbeat/{self.session}"), stream=True)
+        self.values |= {"role-play-2-chats": kept} if kept else {}
         self.do("load")
         self.values |= settings
 
@@ -63,3 +71,29 @@ def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[floa
     with ThreadPoolExecutor(visitors) as pool:
         waits, conversations = zip(*pool.map(converse, range(visitors)))
     return sum(waits, []), list(conversations)
+
+
+def load_pages(url: str, count: int):
+    """Prints MB that the page's process holds, as visitors come and go whose browsers keep 200 turns."""
+    held = (found for found in psutil.net_connections("tcp") if found.status == "LISTEN")
+    page = psutil.Process(next(found.pid for found in held if found.laddr.port == httpx.URL(url).port))
+    (first := Visitor(url, max_new_tokens=1)).ask("你是谁？" * 5)
+    kept = first.values["role-play-2-chats"]
+    (turn,) = turns = kept["chats"][kept["role"]][0]["turns"]
+    turn["versions"][0]["text"] = "床前明月光，疑是地上霜。" * 16
+    turns *= 200
+    for loaded in range(count + 1):
+        if loaded in (0, count // 2, count):
+            print(f"{loaded} page loads: {page.memory_info().rss / 1e6:.0f} MB", flush=True)
+        Visitor(url, kept).heart.close()
+
+
+if __name__ == "__main__":
+    address, *loads = sys.argv[1:]
+    if loads:
+        load_pages(address, int(loads[0]))
+    else:
+        waits, _ = run(address, visitors=40, questions=3, tokens=64)
+        print(
+            f"{len(waits)} answers, none lost; first text after {median(waits):.1f} s (median), {max(waits):.1f} s at most"
+        )
