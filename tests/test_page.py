@@ -660,6 +660,7 @@ def test_signed_in_behind_a_proxy_over_a_restart(browser, serve, speaker, tmp_pa
     try:
         assert httpx.get(f"{server.url}/config").status_code == 401 and "warning" not in server.log
         tab.page.goto(f"http://roles.localhost:{port}/chat/")
+        expect(tab.page.get_by_label("username")).to_be_visible()
         check(tab)
         sign_in("wrong", "sec:ret")
         icon = tab.page.locator("link[rel=icon]")
