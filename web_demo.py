@@ -124,7 +124,7 @@ class Page:
                 gr.HTML(I18N("settings"), elem_classes="title")
                 self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
                                               max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
-                self.restore = gr.Button(I18N("restore"), size="sm", elem_classes="idle")
+                self.restore = gr.Button(I18N("restore"), size="sm")
                 self.remove = gr.Button(I18N("remove"), size="sm", variant="stop", visible=False)
                 with gr.Column(visible=self.speaker.adapter is not None):
                     self.compare = gr.Checkbox(label=I18N("compare"))

@@ -51,8 +51,9 @@ addEventListener("copy", (event) => {
   event.preventDefault();
 });
 addEventListener("focusin", ({ target }) => {
-  if (target.matches(".edit-textarea") && !target.plain) setTimeout(() => retype(target, plain(target.value)));
-  target.plain = true;
+  if (!target.matches(".edit-textarea") || target.ariaLabel) return;
+  target.ariaLabel = say.edit;
+  setTimeout(() => retype(target, plain(target.value)));
 });
 addEventListener("click", ({ target }) => {
   const field = find(".edit-textarea");
