@@ -171,7 +171,7 @@ class Page:
             model = {"concurrency_id": "model", "concurrency_limit": limit, **private}
 
             settled = blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
-            settled.then(self.listener(Visit.load), given, shown, js="page.start", **hidden)
+            settled.then(self.listener(Visit.load), given, shown, js="page.start", api_name="load", **hidden)
             for trigger, step in {
                 self.question.submit: self.ask, self.log.example_select: self.ask, self.log.option_select: Visit.option,
                 self.log.retry: self.begin, self.log.undo: Visit.undo, self.log.edit: Visit.edit,

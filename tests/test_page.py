@@ -167,6 +167,10 @@ class Tab:
         for section in sections:
             if "open" not in self.button(section).get_attribute("class").split():
                 self.button(section).click()
+        self.slid()
+
+    def slid(self):
+        """Wait until the panels stand still."""
         slid = "Promise.all(document.getAnimations().filter((a) => a instanceof CSSTransition).map((a) => a.finished))"
         self.page.evaluate(f"{slid}.catch(() => {{}}).then(() => 0)")
 
@@ -455,6 +459,7 @@ def test_before_after_colours_and_strength(tab, speaker):
     expect(words).to_contain_text(label)
     tab.page.set_viewport_size(PHONE)
     expect(right).to_be_in_viewport(ratio=1)
+    tab.slid()
     before, after = left.bounding_box(), right.bounding_box()
     assert before["y"] + before["height"] <= after["y"] and before["x"] == after["x"]
     tab.page.set_viewport_size(DESKTOP)
@@ -708,6 +713,7 @@ def test_a_page_outlives_its_server(browser, serve, speaker):
         elif act == "role":
             tab.role("李白")
             tab.role(FIRST)
+            expect(tab.chats).to_have_value("2. 再说一遍。")
         else:
             tab.chats.click()
             tab.page.get_by_role("option", name="1. 你是谁？").click()
