@@ -180,8 +180,8 @@ class Page:
             grows = [self.growing, self.log]
             answered = self.todo.change(self.answer, given, grows, show_progress_on=self.log, **model)
             answered.then(self.end, given, shown, **hidden)
-            for trigger in (self.recolour.change, self.colour.change):
-                trigger(self.colour_words, given, self.words, show_progress="hidden", **model)
+            coloured = [self.recolour.change, self.colour.change]
+            gr.on(coloured, self.colour_words, given, self.words, show_progress="hidden", **model)
             self.question.stop(None, cancels=[answered])
 
             # Whoever turns to another conversation stops the answer, and waits until no word of it comes any more.

@@ -286,7 +286,10 @@ def test_roles_and_their_conversations(tab, speaker):
     tab.ask("二？")
     expect(tab.chats).to_have_value("2. 二？")
     tab.chats.click()
-    tab.page.get_by_role("option", name=f"1. {question}").click()
+    option = tab.page.get_by_role("option", name=f"1. {question}")
+    option.hover()
+    expect(option).to_have_attribute("title", re.compile(question))
+    option.click()
     expect(tab.questions).to_have_text([question, another])
     tab.settings("What was said")
     tab.sure = False
@@ -547,12 +550,22 @@ def test_two_tabs_and_a_full_storage_are_told(browser, open_tab):
     expect(one.notice).to_be_empty()
 
 
-def test_a_phone_shows_the_roles_when_asked_and_one_can_scroll_up_while_an_answer_is_written(open_tab):
-    tab = open_tab(viewport={"width": 390, "height": 420})
-    expect(tab.page.locator("#cards")).not_to_be_visible()
+def test_a_narrow_page_shows_the_roles_when_asked_and_one_can_scroll_up_while_an_answer_is_written(open_tab):
+    tab = open_tab()
+    cards, settings = tab.page.locator("#cards"), tab.page.locator("#description")
+    expect(cards).to_be_visible()
+    tab.page.set_viewport_size({"width": 768, "height": 1024})  # a tablet that is turned
+    expect(cards).not_to_be_visible()
+    tab.page.locator("#roles .toggle-button").click()
+    tab.settings()
+    expect(cards.or_(settings)).to_have_count(2)
+    tab.page.keyboard.press("Escape")
+    for panel in (cards, settings):
+        expect(panel).not_to_be_visible()
+    tab.page.set_viewport_size({"width": 390, "height": 420})
     tab.page.locator("#roles .toggle-button").click()
     tab.role("李白")
-    expect(tab.page.locator("#cards")).not_to_be_visible()
+    expect(cards).not_to_be_visible()
     tab.longest(2000)
     tab.begin("长\n" * 30)
     log = tab.page.locator("#log .bubble-wrap")
@@ -574,7 +587,7 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
     """The composer is there at every size, axe-core finds nothing serious; the Chinese page has no English of ours."""
     chinese, seen = language == "zh-CN", []
     tab = open_tab(language, color_scheme=scheme)
-    expect(tab.page.locator("#cards")).to_be_visible()
+    expect(tab.page.get_by_role("region", name="角色" if chinese else "Characters")).to_be_visible()
     tab.page.locator("#roles .toggle-button").click()
     for lines in (1, 30):
         tab.question.fill("字\n" * lines)
@@ -585,12 +598,7 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
             page = "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
             assert tab.page.evaluate(page) == [width, height]
             assert tab.page.locator("#log").bounding_box()["height"] >= 100
-            for panel in (
-                "#roles",
-                "#roles",
-                "#settings",
-                "#settings",
-            ):  # opened and closed by a button that lies under nothing
+            for panel in 2 * ["#roles"] + 2 * ["#settings"]:  # opened and closed by a button that lies under nothing
                 tab.page.locator(f"{panel} .toggle-button").click()
             tab.page.locator("#fresh").click(trial=True)
             left = "(one) => Math.round(document.querySelector(one).getBoundingClientRect().left)"
@@ -609,8 +617,9 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
         check(tab)
         edit_or_cancel = tab.page.locator("#log .message-buttons-left button").last
         edit_or_cancel.click()
-        tab.page.locator(".edit-textarea").fill("字\n" * 8)  # it grows with its text
-        assert tab.page.locator(".edit-textarea").evaluate("(field) => field.scrollHeight <= field.clientHeight")
+        tab.field.fill("字\n" * 8)  # it grows with its text
+        assert tab.field.evaluate("(field) => field.scrollHeight <= field.clientHeight")
+        check(tab)
         edit_or_cancel.click()
         if viewport == PHONE:
             tab.page.locator("#roles .toggle-button").click()

@@ -41,16 +41,17 @@ class Visit:
         self.description, self.turned, self.draft = values[page.description], False, None
         if lost := chats.settle(self.kept, values[page.growing], ended=not writing):
             self.draft = "\n".join(filter(None, [lost, values[page.question]]))  # beside what was typed meanwhile
-        self.open(self.kept["role"] or self.roles()[0])
+        self.open(self.kept["role"])
 
     def open(self, role: str):
-        self.role = role
-        self.chat = chats.open_chat(self.kept, role, self.character(role)["greeting"])
+        """The role's conversation; the first role's where there is none of this name (any more)."""
+        self.role = role if role in self.roles() else self.roles()[0]
+        self.chat = chats.open_chat(self.kept, self.role, self.character(self.role)["greeting"])
 
     def turn_to(self, role: str):
         """Another role, or the same one otherwise described."""
         self.open(role)
-        self.description, self.turned = self.personas.get(role, self.own(role)), True
+        self.description, self.turned = self.personas.get(self.role, self.own(self.role)), True
 
     def character(self, role: str) -> dict:
         return self.page.characters.get(role, NOBODY)
@@ -144,7 +145,7 @@ class Visit:
         self.open(self.role)
 
     def choose_role(self):
-        self.turn_to(self.roles()[self.values[self.page.cards]])
+        self.turn_to(dict(enumerate(self.roles())).get(self.values[self.page.cards], ""))
 
     def add_role(self) -> dict:
         name, about = self.values[self.page.name].strip(), self.values[self.page.about]
@@ -164,15 +165,15 @@ class Visit:
         """A role that the visitor has invented, and what was said with it."""
         for kept in (self.personas, self.kept["chats"], self.kept["shown"]):
             kept.pop(self.role, None)
-        self.turn_to(self.roles()[0])
+        self.turn_to("")
 
     def delete(self):
         chats.remove(self.kept)
-        self.turn_to(self.role if self.role in self.roles() else self.roles()[0])
+        self.turn_to(self.role)
 
     def clear(self):
         self.kept, self.personas = deepcopy(chats.NOTHING), {}
-        self.turn_to(self.roles()[0])
+        self.turn_to("")
 
     def download(self) -> dict:
         lines = chats.samples(self.kept, self.page.persona(self.role, self.description), self.page.greeted)
