@@ -43,12 +43,7 @@ FILL = """() => {
 }"""
 
 # What a page on this machine has no use for: a proxy that is not there, and one that httpx alone cannot speak to.
-PROXIES = {
-    "http_proxy": "http://127.0.0.1:1",
-    "ALL_PROXY": "socks5h://127.0.0.1:1",
-    "no_proxy": "",
-    "NO_PROXY": "a.example",
-}
+PROXIES = {"http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "socks5h://127.0.0.1:1", "no_proxy": "", "NO_PROXY": "a.b"}
 
 # Greedy answers of 16 tokens unless set otherwise; a token takes 10 ms at least, and 100 of a long answer, so that it
 # has a middle on slow machines, too. All addresses that the process connects to or looks up are written down.
@@ -751,14 +746,9 @@ def test_many_visitors_at_once_get_their_own_answers(server, speaker):
 
 def test_nothing_phones_home_and_strange_names_are_refused(server):
     """Runs last in this file: whatever was sent above and is here leaves the log clean."""
-    for host, status in {
-        "localhost": 200,
-        "LOCALHOST": 200,
-        "[::1]": 200,
-        "evil.example": 400,
-        "192.0.2.1": 400,
-    }.items():
-        assert httpx.get(server.url, headers={"host": f"{host}:{server.port}"}).status_code == status, host
+    for host in ("localhost", "LOCALHOST", "[::1]", "evil.example", "192.0.2.1"):
+        answer = httpx.get(server.url, headers={"host": f"{host}:{server.port}"})
+        assert answer.status_code == (400 if host in ("evil.example", "192.0.2.1") else 200), host
     assert "<svg" in httpx.get(f"{server.url}/favicon.ico").text
     assert httpx.post(f"{server.url}/gradio_api/upload", files={"files": b"x"}).status_code == 413
     assert "Traceback" not in server.log, server.log
