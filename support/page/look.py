@@ -41,11 +41,6 @@ def exactly(text: str) -> list[dict]:
     return [{"type": "text", "text": text.replace("&", "&amp;").replace("<", "&lt;")}]
 
 
-def plain(text: str) -> str:
-    """What `exactly` was given."""
-    return text.replace("&lt;", "<").replace("&amp;", "&")
-
-
 def portrait(role: str, image: Path | None = None) -> str:
     """A picture as a data: address; the role's first letter, where it has none. Raises: UserError."""
     if image:

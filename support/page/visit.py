@@ -9,7 +9,7 @@ import gradio as gr
 
 from support.errors import UserError, first_line
 from support.page import chats
-from support.page.look import TEXTS, card, exactly, mark, plain, portrait
+from support.page.look import TEXTS, card, exactly, mark, portrait
 
 SETTINGS = {  # lowest, highest, step, and what transformers takes where a model says nothing (the longest answer is ours)
     "max_new_tokens": (1, 2048, 1, 512),
@@ -123,7 +123,7 @@ class Visit:
 
     def edit(self) -> dict | None:
         """An edited answer is another answer; an edited question is asked in a conversation of its own."""
-        text = plain(self.data["value"])
+        text = html.unescape(self.data["value"])  # see `exactly`
         number, whose, _ = list(self.said())[self.data["index"]]
         if whose == "question":
             self.chat = chats.add(self.kept, self.chat["greeting"], self.chat["turns"][:number])
@@ -235,9 +235,10 @@ class Visit:
         if self.chat["greeting"]:
             yield -1, "greeting", self.chat["greeting"]
         for number, turn in enumerate(self.chat["turns"]):
-            answer = chats.answer_of(turn)
+            answer, last = chats.answer_of(turn), turn is self.chat["turns"][-1]
             yield number, "question", turn["question"]
-            if answer["base"] or self.writing and self.values[self.page.compare] and turn is self.chat["turns"][-1]:
+            due = last and self.values[self.page.compare] and (self.writing or not answer["text"])
+            if answer["base"] or due:
                 yield number, "base", answer["base"]
             yield number, "text", answer["text"]
 
