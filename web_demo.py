@@ -108,8 +108,8 @@ class Page:
                 gr.BrowserState(unset, storage_key=f"role-play-2-{name}", secret="role-play")
                 for name, unset in {"chats": chats.NOTHING, "growing": {}, "personas": {}, "settings": []}.items()
             )
-            self.todo = gr.State()  # changes when an answer is due,
-            self.recolour = gr.State()  # and this when another one is shown, whose words are coloured
+            self.todo = gr.State()  # changes when an answer is due
+            self.recolour = gr.State()  # changes when the words of another answer are to be coloured
 
             with gr.Sidebar(width=300, open=False, elem_id="roles"):
                 gr.HTML(I18N("roles"), elem_classes="title")
@@ -171,7 +171,8 @@ class Page:
             model = {"concurrency_id": "model", "concurrency_limit": limit, **private}
 
             settled = blocks.load(None, self.chosen, self.switches, js="(chosen) => chosen")
-            settled.then(self.listener(Visit.load), given, shown, js="page.start", api_name="load", **hidden)
+            load = settled.then(self.listener(Visit.load), given, shown, js="page.start", api_name="load", **hidden)
+            load.then(None, js="page.loaded")
             for trigger, step in {
                 self.question.submit: self.ask, self.log.example_select: self.ask, self.log.option_select: Visit.option,
                 self.log.retry: self.begin, self.log.undo: Visit.undo, self.log.edit: Visit.edit,
@@ -180,8 +181,9 @@ class Page:
             grows = [self.growing, self.log]
             answered = self.todo.change(self.answer, given, grows, show_progress_on=self.log, **model)
             answered.then(self.end, given, shown, **hidden)
-            coloured = [self.recolour.change, self.colour.change]
-            gr.on(coloured, self.colour_words, given, self.words, show_progress="hidden", **model)
+            coloured = [self.recolour.change, self.colour.change, self.strength.change]
+            last = {"show_progress": "hidden", "trigger_mode": "always_last"}
+            gr.on(coloured, self.colour_words, given, self.words, **last, **model)
             self.question.stop(None, cancels=[answered])
 
             # Whoever turns to another conversation stops the answer, and waits until no word of it comes any more.
@@ -195,10 +197,10 @@ class Page:
                 sure["delete_sure"]: Visit.delete, sure["clear_sure"]: Visit.clear, sure["remove_sure"]: Visit.remove,
             }.items():  # fmt: skip
                 stopped = trigger(None, cancels=[answered]).then(self.wait, **hidden)
-                chosen = stopped.then(self.listener(step), given, shown, **hidden)
+                chosen = stopped.then(self.listener(step), given, shown, js="page.named", **hidden)
                 chosen.then(None, js="page.chosen")
 
-            # What needs no server, or nothing of what is kept.
+            # What the browser does alone, and the download.
             kept = [self.chats, self.growing, self.personas]
             gr.on([self.chats.change, self.personas.change], None, kept, js="page.kept")
             described = [self.description, self.chats, self.personas]
@@ -223,7 +225,8 @@ class Page:
                 more = step(visit) or {}
             except Refusal as refusal:
                 warn(str(refusal))
-                visit, more = Visit(self, values, request), {}
+                draft, visit, more = visit.draft, Visit(self, values, request), {}
+                visit.draft = draft
             return visit.view() | more
 
         return listen
@@ -269,7 +272,7 @@ class Page:
         settings, begun, due = visit.settings(), version["text"], 0.0
         yield chats.growing(visit.kept), visit.bubbles()
         with visit.failures():
-            for whose in ["text", "base"] if values[self.compare] else ["text"]:
+            for whose in ["text", "base"] if visit.compare else ["text"]:
                 how = {"begun": begun, "strength": values[self.strength]} if whose == "text" else {"strength": 0.0}
                 answer = self.speaker.answer(visit.prompt(whose), settings, **how)
                 with closing(answer):  # also where the visitor stops it or leaves: that frees the model

@@ -182,10 +182,10 @@ class Tab:
 
     def begin(self, text: str):
         """Ask, and wait for the first word."""
-        before = self.bubbles.count()
+        before = self.questions.count()
         self.question.fill(text)
         self.question.press("Enter")
-        expect(self.bubbles).to_have_count(before + 1)
+        expect(self.questions).to_have_count(before + 1)
         expect(self.bubbles.last).to_have_text(re.compile(r"\S"))
 
     def ask(self, text: str) -> str:
@@ -301,7 +301,9 @@ def test_roles_and_their_conversations(tab, speaker):
     expect(tab.questions).to_have_text(["你好。"])
     tab.button("Delete all").click()
     expect(tab.who).to_contain_text(FIRST)
+    tab.edit("bot", "来者何人？")
     tab.reload()
+    expect(tab.bubbles).to_have_text(["来者何人？"])
     expect(tab.questions).to_have_count(0)
     assert tab.dialogs == ["Delete this chat for good?", "Delete all conversations with all characters for good?"] * 2
 
@@ -547,16 +549,15 @@ def test_two_tabs_and_a_full_storage_are_told(browser, open_tab):
 
 def test_a_narrow_page_shows_the_roles_when_asked_and_one_can_scroll_up_while_an_answer_is_written(open_tab):
     tab = open_tab()
-    cards, settings = tab.page.locator("#cards"), tab.page.locator("#description")
+    cards = tab.page.locator("#cards")
     expect(cards).to_be_visible()
     tab.page.set_viewport_size({"width": 768, "height": 1024})  # a tablet that is turned
     expect(cards).not_to_be_visible()
-    tab.page.locator("#roles .toggle-button").click()
-    tab.settings()
-    expect(cards.or_(settings)).to_have_count(2)
-    tab.page.keyboard.press("Escape")
-    for panel in (cards, settings):
-        expect(panel).not_to_be_visible()
+    for panel, content in (("#roles", cards), ("#settings", tab.page.locator("#description"))):
+        tab.page.locator(f"{panel} .toggle-button").click()
+        expect(content).to_be_visible()
+        tab.page.keyboard.press("Escape")
+        expect(content).not_to_be_visible()
     tab.page.set_viewport_size({"width": 390, "height": 420})
     tab.page.locator("#roles .toggle-button").click()
     tab.role("李白")

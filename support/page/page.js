@@ -11,9 +11,10 @@ document.documentElement.lang = navigator.language;
 document.documentElement.style.cssText += `--before: "${say.base}"; --after: "${say.tuned}"`;
 
 // What is typed outlives the page: a reload, a lost connection, a server that was restarted and knows no sign-in any more.
-const draft = sessionStorage.getItem("draft") ?? "";
-const hold = () => sessionStorage.setItem("draft", composer().value);
-addEventListener("pagehide", hold), addEventListener("visibilitychange", hold);
+const retype = (field, text) => ((field.value = text), field.dispatchEvent(new Event("input")));
+retype(composer(), sessionStorage.getItem("draft") ?? "");
+const saveDraft = () => sessionStorage.setItem("draft", composer().value);
+addEventListener("pagehide", saveDraft), addEventListener("visibilitychange", saveDraft);
 const fetched = window.fetch;
 window.fetch = (...request) => fetched(...request).then((answer) => (answer.status === 401 && location.reload(), answer));
 
@@ -27,12 +28,14 @@ for (const panel of panels) {
 }
 
 // The browser's storage. Where it has no room, gradio's BrowserState tells nobody; and other tabs write to it, too.
-const keep = Storage.prototype.setItem, full = new Set();
+const setItem = Storage.prototype.setItem, full = new Set();
 Storage.prototype.setItem = function (key, value) {
-  try { full.add(key), keep.call(this, key, value), full.delete(key) } finally { tell("full", full.size) }
+  try { full.add(key), setItem.call(this, key, value), key.endsWith("chats") ? full.clear() : full.delete(key) }
+  finally { tell("full", full.size) }
 };
 const loadAnew = () => {
-  const busy = find("#question .stop-button, .edit-textarea, #settings :focus, #roles :focus");
+  const typed = [...document.querySelectorAll("#roles :is(input, textarea), #question :focus")].some((field) => field.value);
+  const busy = typed || find("#question .stop-button, .edit-textarea, #settings :focus, #roles :focus");
   if (wrong.stale && !busy && !document.hidden) location.reload();
 };
 addEventListener("storage", ({ key }) => (tell("stale", wrong.stale || key === "role-play-2-settled"), loadAnew()));
@@ -41,7 +44,6 @@ addEventListener("visibilitychange", loadAnew);
 // A message lies in the page escaped (look.py). It is copied and edited as it reads.
 const plain = (text) => text.replaceAll("&lt;", "<").replaceAll("&amp;", "&");
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-const retype = (field, text) => ((field.value = text), field.dispatchEvent(new Event("input")));
 const buttons = (field) => field.closest(".message-row").nextElementSibling;
 const write = navigator.clipboard?.writeText.bind(navigator.clipboard);
 if (write) navigator.clipboard.writeText = (text) => write(plain(text));
@@ -60,14 +62,16 @@ addEventListener("click", ({ target }) => {
   if (field && buttons(field).contains(target)) retype(field, escaped(field.value)); // gradio shows it as it is
   if (target.closest("#log .option, #log .example") && !find("#log .user-row")) composer().focus();
 }, true);
+let loaded = false; // until then a question would be overtaken by the conversation as it was
 addEventListener("keydown", (event) => {
-  const field = event.target.closest(".edit-textarea"), enter = field && event.key === "Enter" && !event.shiftKey;
-  if (event.isComposing || !(enter || event.key === "Escape")) return;
-  if (!field) return panels.forEach((panel) => open(panel, false));
+  const enter = event.key === "Enter" && !event.shiftKey, field = event.target.closest(".edit-textarea");
+  if (enter && event.target === composer() && !loaded) return event.preventDefault(), event.stopPropagation();
+  if (event.isComposing || event.keyCode === 229 || !(event.key === "Escape" || (field && enter))) return; // 229: Safari's
+  if (!field) return open("settings", false), narrow.matches && open("roles", false);
   event.preventDefault();
   buttons(field).querySelectorAll("button")[enter ? 0 : 1].click(); // submit, cancel
   composer().focus();
-});
+}, true);
 addEventListener("mouseover", ({ target }) => {
   const line = target.closest("#number li, #number input");
   if (line) line.title = line.innerText || line.value;
@@ -77,8 +81,11 @@ let seen; // the conversations as this tab has read or written them
 window.page = { // for the listeners of web_demo.py
   start: (kept, ...values) => {
     open("roles", !narrow.matches);
-    const role = sessionStorage.getItem("role") || kept.role; // each tab keeps to its own
-    return [{ ...kept, role }, ...values.slice(0, -1), draft]; // what is typed is the last of the values
+    return [{ ...kept, role: sessionStorage.getItem("role") || kept.role }, ...values]; // each tab keeps to its own
+  },
+  loaded: () => { loaded = true },
+  named: (kept, growing, personas, card, ...values) => { // a role by its name: its number may be another's after a restart
+    return [kept, growing, personas, document.querySelectorAll("#cards b")[card]?.textContent, ...values];
   },
   chosen: () => (narrow.matches && open("roles", false), composer().focus()),
   kept: (kept, growing, personas) => {
@@ -90,7 +97,10 @@ window.page = { // for the listeners of web_demo.py
     tell("stale", false);
     seen = now;
   },
-  described: (text, kept, personas) => ({ ...personas, [kept.role]: text }),
+  described: (text, kept, personas) => {
+    const before = personas[kept.role] ?? find("#who span")?.textContent;
+    return text === before ? personas : { ...personas, [kept.role]: text };
+  },
   compared: (on) => find("#main").classList.toggle("both", on),
   sure: (key) => () => { if (!confirm(say[key])) throw "no" }, // gradio runs no `success` after it
   download: (lines) => {

@@ -39,6 +39,8 @@ class Visit:
         self.kept = deepcopy(values[page.chats])
         self.personas = {role: text for role, text in values[page.personas].items() if text != self.own(role)}
         self.description, self.turned, self.draft = values[page.description], False, None
+        tuned = page.speaker.adapter is not None  # else the boxes are hidden, and may be ticked from another time
+        self.compare, self.colour = tuned and values[page.compare], tuned and values[page.colour]
         if lost := chats.settle(self.kept, values[page.growing], ended=not writing):
             self.draft = "\n".join(filter(None, [lost, values[page.question]]))  # beside what was typed meanwhile
         self.open(self.kept["role"])
@@ -101,9 +103,8 @@ class Visit:
     # ---------------------------------------------------------------- what one does with a conversation
 
     def load(self):
-        """The page as it was left. page.js has given the role that this tab showed, and what was typed."""
-        self.draft = self.draft or self.values[self.page.question]
-        if not self.chat["turns"]:
+        """The page as it was left, with the role that this tab showed (page.js)."""
+        if not self.chat["turns"] and not self.chat.get("edited"):
             self.chat["greeting"] = self.character(self.role)["greeting"]  # of the profile as it is today
         self.turn_to(self.role)
 
@@ -128,16 +129,18 @@ class Visit:
         if whose == "question":
             self.chat = chats.add(self.kept, self.chat["greeting"], self.chat["turns"][:number])
             chats.add_turn(self.chat, text)
-            return self.page.begin(self)
+            self.draft = "\n".join(filter(None, [text.strip(), self.values[self.page.question]]))  # where it is refused
+            begun, self.draft = self.page.begin(self), None
+            return begun
         self.refuse_blank("answer", text)
         if whose == "greeting":
-            self.chat["greeting"] = text
+            self.chat |= {"greeting": text, "edited": True}
         elif whose == "text":
             turn = self.chat["turns"][number]
             chats.add_version(turn, text=text, base=chats.answer_of(turn)["base"], state="edited")
 
     def fresh(self):
-        if self.chat["turns"]:
+        if self.chat["turns"] or self.chat.get("edited"):
             self.chat = chats.add(self.kept, self.character(self.role)["greeting"])
 
     def choose_chat(self):
@@ -145,7 +148,7 @@ class Visit:
         self.open(self.role)
 
     def choose_role(self):
-        self.turn_to(dict(enumerate(self.roles())).get(self.values[self.page.cards], ""))
+        self.turn_to(self.values[self.page.cards])
 
     def add_role(self) -> dict:
         name, about = self.values[self.page.name].strip(), self.values[self.page.about]
@@ -172,7 +175,7 @@ class Visit:
         self.turn_to(self.role)
 
     def clear(self):
-        self.kept, self.personas = deepcopy(chats.NOTHING), {}
+        self.kept = deepcopy(chats.NOTHING)
         self.turn_to("")
 
     def download(self) -> dict:
@@ -203,7 +206,7 @@ class Visit:
                                  placeholder=html.escape(self.say("begin", role=self.role))),
             page.words: gr.HighlightedText(visible=False),
             page.question: gr.Textbox(**composer),
-            page.recolour: time.time() if self.values[page.colour] and self.chat["turns"] else gr.skip(),
+            page.recolour: time.time() if self.colour and self.chat["turns"] else gr.skip(),
         }  # fmt: skip
         if self.turned:
             cards = []
@@ -219,7 +222,7 @@ class Visit:
     def coloured(self) -> dict:
         """The last answer, each word by how much likelier fine-tuning made it."""
         gains = []
-        if self.chat["turns"] and self.values[self.page.colour]:
+        if self.chat["turns"] and self.colour:
             answer = chats.answer_of(self.chat["turns"][-1])["text"]
             with self.failures():
                 gains = self.page.speaker.words(self.prompt(), answer, self.values[self.page.strength])
@@ -237,7 +240,7 @@ class Visit:
         for number, turn in enumerate(self.chat["turns"]):
             answer, last = chats.answer_of(turn), turn is self.chat["turns"][-1]
             yield number, "question", turn["question"]
-            due = last and self.values[self.page.compare] and (self.writing or not answer["text"])
+            due = last and self.compare and (self.writing or not answer["text"])
             if answer["base"] or due:
                 yield number, "base", answer["base"]
             yield number, "text", answer["text"]
