@@ -34,8 +34,39 @@ def test_an_answer_is_kept_as_far_as_it_is_written(versions, grown, ended, after
     chat = {"greeting": "", "turns": deepcopy(earlier)}
     if versions:
         chat["turns"].append(turn("问", *versions, shown=len(versions) - 1))
-    assert chats.settle(chat, grown, ended) == lost
+    kept = {"role": "李白", "chats": {"李白": [chat]}, "shown": {"李白": 0}}
+    whose = {"role": "李白", "chat": 0, "question": "问", "version": grown} if grown else {}
+    assert chats.settle(kept, whose, ended) == lost
     assert chat["turns"] == earlier + ([turn("问", *after, shown=len(after) - 1)] if after else [])
+
+
+def test_an_answer_that_grows_stays_in_its_own_conversation():
+    """Whichever is shown when it is kept, and whatever another tab has done to that one meanwhile."""
+    kept = {"role": "", "chats": {}, "shown": {}}
+    for role in ("李白", "张飞"):
+        chats.add_turn(chats.open_chat(kept, role, ""), f"{role}？")
+        chats.add_version(kept["chats"][role][0]["turns"][0], text="旧", state="done")
+    chats.add_version(kept["chats"]["张飞"][0]["turns"][0])
+    grown = chats.growing(kept)
+    grown["version"]["text"] = "新"
+    kept["role"] = "李白"
+    assert chats.settle(other := deepcopy(kept), grown) == ""
+    answers = {role: chats.answer_of(other["chats"][role][0]["turns"][0])["text"] for role in other["chats"]}
+    assert answers == {"李白": "旧", "张飞": "新"}
+    for lost in ("", "别的？"):  # nothing of it is left, or another question
+        other["chats"]["张飞"][0]["turns"] = [turn(lost)] if lost else []
+        assert chats.settle(other, grown) == lost and other["chats"]["张飞"][0]["turns"] == []
+    assert chats.settle(kept, {}) == "" and [chats.answer_of(t)["text"] for t in kept["chats"]["张飞"][0]["turns"]] == [
+        "旧"
+    ]
+
+
+def test_turns_without_an_answer_are_left_out():
+    bare, said = turn("甲？"), turn("乙？", version("乙。"))
+    kept = {"role": "李白", "chats": {"李白": [{"greeting": "", "turns": [bare, said, bare]}]}, "shown": {"李白": 0}}
+    read = [message["content"] for message in chats.prompt(kept["chats"]["李白"][0], "诗人", greeted=True)]
+    assert read == ["诗人", "乙？", "乙。", "甲？"]
+    assert chats.samples(kept, "诗人", greeted=True) == ""
 
 
 def test_conversations_come_and_go():

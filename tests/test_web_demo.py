@@ -8,7 +8,6 @@ import shutil
 import socket
 import sys
 from contextlib import nullcontext
-from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,33 +244,3 @@ def test_each_model_reads_its_own_earlier_answers(speaker, monkeypatch):
     page.busy.add("visitor")
     list(page.answer(values, SimpleNamespace(session_hash="visitor", headers={})))
     assert heard == {1: ["一", "甲", "二"], 0.0: ["一", "乙", "二"]}
-
-
-def test_an_answer_that_grows_stays_in_its_own_conversation():
-    """Whichever is shown when it is kept, and whatever another tab has done to that one meanwhile."""
-    kept = {"role": "", "chats": {}, "shown": {}}
-    for role in ("李白", "张飞"):
-        chats.add_turn(chats.open_chat(kept, role, ""), f"{role}？")
-        chats.add_version(kept["chats"][role][0]["turns"][0], text="旧", state="done")
-    chats.add_version(kept["chats"]["张飞"][0]["turns"][0])
-    grown = chats.growing(kept)
-    grown["version"]["text"] = "新"
-    kept["role"] = "李白"
-    assert chats.settle(other := deepcopy(kept), grown) == ""
-    answers = {role: chats.answer_of(other["chats"][role][0]["turns"][0])["text"] for role in other["chats"]}
-    assert answers == {"李白": "旧", "张飞": "新"}
-    for lost in ("", "别的？"):  # nothing of it is left, or another question
-        other["chats"]["张飞"][0]["turns"] = [{"question": lost, "versions": [], "shown": 0}] if lost else []
-        assert chats.settle(other, grown) == lost and other["chats"]["张飞"][0]["turns"] == []
-    assert chats.settle(kept, {}) == "" and [chats.answer_of(t)["text"] for t in kept["chats"]["张飞"][0]["turns"]] == [
-        "旧"
-    ]
-
-
-def test_turns_without_an_answer_are_left_out():
-    bare, said = {"question": "甲？", "versions": [], "shown": 0}, {"question": "乙？", "versions": [], "shown": 0}
-    chats.add_version(said, text="乙。", state="done")
-    kept = {"role": "李白", "chats": {"李白": [{"greeting": "", "turns": [bare, said, bare]}]}, "shown": {"李白": 0}}
-    read = [message["content"] for message in chats.prompt(kept["chats"]["李白"][0], "诗人", greeted=True)]
-    assert read == ["诗人", "乙？", "乙。", "甲？"]
-    assert chats.samples(kept, "诗人", greeted=True) == ""
