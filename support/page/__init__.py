@@ -9,5 +9,6 @@ In the order of reading:
     chats.py      what the browser keeps, as plain dicts, and what the model reads of it
     visit.py      one event of the page: what the browser keeps, opened, and the page as it is shown afterwards
     hosts.py      who may call the page, under which names and password; whether it can listen
-    look.py       colours, pictures, scripts and texts, from page.css and texts.json ([English, Chinese])
+    look.py       colours, pictures and texts, from page.css and texts.json ([English, Chinese])
+    page.js       what the browser does beside gradio's components: drafts, panels, tabs, exact copies
 """
