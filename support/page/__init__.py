@@ -1,7 +1,7 @@
 """The chat page of web_demo.py, behind its layout. For who changes the page.
 
 web_demo.py lays out gradio's components and connects them. A visitor's conversations are kept by the browser: every
-listener gets them from it and gives them back, so the server keeps nothing of anybody.
+listener gets them from it and gives them back. What gradio holds of the last visits is in memory alone (docs/chat.md).
 
 In the order of reading:
 
