@@ -186,7 +186,7 @@ class Tab:
         self.question.fill(text)
         self.question.press("Enter")
         expect(self.questions).to_have_count(before + 1)
-        expect(self.bubbles.last).to_have_text(re.compile(r"\S"))
+        expect(self.bubbles.last).to_have_text(re.compile(r"[^\s…]"))
 
     def ask(self, text: str) -> str:
         """Ask, wait for the end of the answer, and return it."""
@@ -516,6 +516,7 @@ def test_who_waits_sees_it_and_is_answered(open_tab, speaker):
     expect(other.page.locator("#log")).to_contain_text(queue)
     expect(other.page.locator("#log :is(.bot.message, .pending):visible")).to_have_count(2)  # the greeting, and one "…"
     expect(other.page.locator("#log .message-buttons-left button").last).to_be_hidden()
+    check(other)
     one.page.reload()  # a visitor who leaves frees the model
     expect(other.bubbles).to_have_count(2)
     assert other.finished() == expected(speaker, "再说一遍。")

@@ -3,6 +3,7 @@
     kept   {"role": shown now, "chats": {role: [chat, …]}, "shown": {role: number of the chat}}
     chat   {"greeting", "turns": [{"question", "versions": [{"text", "base", "state"}, …], "shown": number}]}
 
+A chat whose greeting the visitor has changed is marked "edited": True, and keeps it.
 A version is one answer to the question: text, the base model's answer beside it, and its state: done, edited, cut, stopped.
 An answer that is being written is kept apart: {"role", "chat": its number, "question", "version"}.
 """

@@ -248,7 +248,8 @@ class Visit:
     def bubbles(self) -> list[dict]:
         """The messages of the Chatbot. The base model's answer stands before the tuned one's; page.css places the two."""
         roles = {"question": "user"}
-        messages = [{"role": roles.get(whose, "assistant"), "content": exactly(text)} for _, whose, text in self.said()]
+        said = [(whose, exactly(text or "…")) for _, whose, text in self.said()]  # …: no word of the answer yet
+        messages = [{"role": roles.get(whose, "assistant"), "content": content} for whose, content in said]
         if messages and not self.writing:
             messages[-1]["options"] = self.options()
         return messages
