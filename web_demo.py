@@ -124,8 +124,8 @@ class Page:
                 gr.HTML(I18N("settings"), elem_classes="title")
                 self.description = gr.Textbox(label=I18N("description"), lines=4, max_lines=12,
                                               max_length=MAX_DESCRIPTION, elem_id="description")  # fmt: skip
-                self.restore = gr.Button(I18N("restore"), size="sm")
-                self.remove = gr.Button(I18N("remove"), size="sm", variant="stop", visible=False)
+                restore = gr.Button(I18N("restore"), size="sm", elem_id="restore")
+                remove = gr.Button(I18N("remove"), size="sm", variant="stop", elem_id="remove")
                 with gr.Column(visible=self.speaker.adapter is not None):
                     self.compare = gr.Checkbox(label=I18N("compare"))
                     self.colour = gr.Checkbox(label=I18N("colour"))
@@ -142,27 +142,29 @@ class Page:
                     download = gr.Button(I18N("download"), elem_classes="idle")
                     delete, clear = (gr.Button(I18N(name), variant="stop") for name in ("delete", "clear"))
 
+            # What comes and goes is hidden by page.css: gradio's `visible`, changed twice at once, keeps the first of both.
             with gr.Column(elem_id="main"):
                 gr.HTML('<p role="alert"></p>', elem_id="notice")
                 with gr.Row(elem_id="top"):
                     self.who = gr.HTML(elem_id="who")
                     self.number = gr.Dropdown(label=I18N("chats"), show_label=False, container=False, filterable=False,
-                                              visible=False, elem_id="number")  # fmt: skip
+                                              elem_id="number")  # fmt: skip
                     fresh = gr.Button(I18N("fresh"), size="sm", elem_id="fresh")
                 exact = {"render_markdown": False, "latex_delimiters": [], "allow_tags": False, "layout": "bubble",
                          "group_consecutive_messages": False, "buttons": ["copy"], "autoscroll": False}  # fmt: skip
                 self.log = gr.Chatbot(show_label=False, editable="all", elem_id="log", **exact)
-                self.words = gr.HighlightedText(visible=False, color_map=COLOURS, show_legend=True,
+                self.words = gr.HighlightedText(color_map=COLOURS, show_legend=True,
                                                 show_inline_category=False, elem_id="words")  # fmt: skip
                 gr.HTML(I18N("stand_in"), visible=self.speaker.stand_in, elem_id="stand_in")
                 self.question = gr.Textbox(label=I18N("ask_label"), show_label=False, max_lines=8, submit_btn="→",
                                            autofocus=True, elem_id="question")  # fmt: skip
             self.lines = gr.Textbox(visible="hidden")  # what is downloaded
             self.switches = [self.compare, self.colour, self.strength, *self.settings.values()]
+            # gradio passes a set in the order in which its components were made: page.js takes the first four apart.
             given = {self.chats, self.growing, self.personas, self.cards, self.description, self.number}
             given |= {self.question, self.name, self.about, *self.switches}
             shown = {*given, self.todo, self.recolour, self.who, self.log, self.words, self.lines}
-            shown |= {self.form, self.restore, self.remove}
+            shown |= {self.form}
             # Values as they come: gradio would refuse a choice that the server offered before it was restarted.
             private = {"api_visibility": "private", "preprocess": False}
             hidden = {"show_progress": "hidden", **private}
@@ -189,11 +191,11 @@ class Page:
             # Whoever turns to another conversation stops the answer, and waits until no word of it comes any more.
             sure = {
                 key: button.click(None, js=f"page.sure('{key}')").success
-                for key, button in {"delete_sure": delete, "clear_sure": clear, "remove_sure": self.remove}.items()
+                for key, button in {"delete_sure": delete, "clear_sure": clear, "remove_sure": remove}.items()
             }
             for trigger, step in {
                 self.cards.click: Visit.choose_role, add.click: Visit.add_role, fresh.click: Visit.fresh,
-                self.number.input: Visit.choose_chat, self.restore.click: Visit.restore,
+                self.number.input: Visit.choose_chat, restore.click: Visit.restore,
                 sure["delete_sure"]: Visit.delete, sure["clear_sure"]: Visit.clear, sure["remove_sure"]: Visit.remove,
             }.items():  # fmt: skip
                 stopped = trigger(None, cancels=[answered]).then(self.wait, **hidden)

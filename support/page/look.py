@@ -56,12 +56,12 @@ def portrait(role: str, image: Path | None = None) -> str:
     )
 
 
-def card(role: str, line: str, picture: str, current: bool = False, title: bool = False) -> str:
-    """A role in the list, and, as the page's title, at the top of its conversation."""
-    here, tag = ' aria-current="true"' if current else "", "h1" if title else "b"
+def card(role: str, line: str, picture: str, current: bool = False, head: str = "") -> str:
+    """A role in the list; or the head of its conversation, whose class page.css reads: own, or invented by the visitor."""
+    here, tag = ' aria-current="true"' if current else "", "h1" if head else "b"
     line = f"<span>{html.escape(line)}</span>" if line else ""
     name = f"<{tag}>{html.escape(role)}</{tag}>"
-    return f'<div class="card"{here}><img src="{picture}" alt=""><div>{name}{line}</div></div>'
+    return f'<div class="card {head}"{here}><img src="{picture}" alt=""><div>{name}{line}</div></div>'
 
 
 def mark(difference: float) -> str | None:

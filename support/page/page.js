@@ -91,6 +91,7 @@ window.page = { // for the listeners of web_demo.py
   kept: (kept, growing, personas) => {
     sessionStorage.setItem("role", kept.role);
     document.title = kept.role || document.title;
+    find("#main").classList.toggle("several", kept.chats[kept.role]?.length > 1); // conversations to choose from
     const now = JSON.stringify([kept.chats, personas]);
     if (growing.version || seen === now) return;
     if (seen) localStorage.setItem("role-play-2-settled", Date.now()); // other tabs hear of it

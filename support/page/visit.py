@@ -200,11 +200,11 @@ class Visit:
         shown = {
             page.chats: self.kept,
             page.growing: {},
-            page.who: card(self.role, self.description, face, title=True),
-            page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number, visible=len(titles) > 1),
+            page.who: card(self.role, self.description, face, head="own" if self.role in page.characters else "invented"),
+            page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number),
             page.log: gr.Chatbot(self.bubbles(), avatar_images=(None, {"url": face, "path": ""}), examples=examples,
                                  placeholder=html.escape(self.say("begin", role=self.role))),
-            page.words: gr.HighlightedText(visible=False),
+            page.words: [],
             page.question: gr.Textbox(**composer),
             page.recolour: time.time() if self.colour and self.chat["turns"] else gr.skip(),
         }  # fmt: skip
@@ -215,8 +215,6 @@ class Visit:
                 cards.append([card(role, line, self.face(role), current=role == self.role)])
             shown[page.cards] = gr.Dataset(samples=cards)
             shown |= {page.personas: self.personas, page.description: self.description}
-            shown[page.restore] = gr.Button(visible=self.role in page.characters)
-            shown[page.remove] = gr.Button(visible=self.role not in page.characters)
         return shown
 
     def coloured(self) -> dict:
@@ -228,7 +226,7 @@ class Visit:
                 gains = self.page.speaker.words(self.prompt(), answer, self.values[self.page.strength])
         label = self.say("words", sum=sum(gain for _, gain in gains))
         marks = [(word, mark(gain)) for word, gain in gains]
-        return {self.page.words: gr.HighlightedText(marks, label=label, visible=bool(gains))}
+        return {self.page.words: gr.HighlightedText(marks, label=label)}
 
     def face(self, role: str) -> str:
         return self.character(role)["portrait"] or portrait(role)
