@@ -54,9 +54,29 @@ def rotary_cos_sin(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Ten
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its position's angle. x: (…, b, h, l, d), any dtype, kept."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    """Turn each pair (x[i], x[i + d/2]) by its position's angle. x: (…, b, h, l, d), any dtype; the result is float32."""
+    turned, half = x * cos, x.shape[-1] // 2
+    turned[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., :half])
+    return turned
+
+
+class Rotated(torch.autograd.Function):
+    """packed (b, l, 3, h, d) → query and key, rotated, and value: (b, h, l, d). Autograd's own would move twice the bytes."""
+
+    @staticmethod
+    def forward(ctx, packed, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        turned, value = packed.permute(2, 0, 3, 1, 4).split((2, 1))
+        return *rotate(turned, cos, sin).to(packed.dtype), value.squeeze(0)
+
+    @staticmethod
+    def backward(ctx, *grads):  # what was turned by an angle has its gradient turned back by it
+        cos, sin = ctx.saved_tensors
+        grad = torch.stack([grad.transpose(1, 2) for grad in grads], dim=2)  # (b, l, 3, h, d)
+        turned = grad[:, :, :2].permute(2, 0, 3, 1, 4)
+        turned.copy_(rotate(turned, cos, -sin))
+        return grad, None, None
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -91,9 +111,7 @@ class Attention(nn.Module):
     def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, paged_cache=None, **kwargs):
         batch, length, _ = hidden_states.shape
         packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)  # (b, l, 3, h, d)
-        turned, value = packed.permute(2, 0, 3, 1, 4).split((2, 1))  # (2, b, h, l, d) and (1, b, h, l, d)
-        query, key = rotate(turned, cos, sin).unbind(0)  # each (b, h, l, d)
-        value = value.squeeze(0)
+        query, key, value = Rotated.apply(packed, cos, sin)  # each (b, h, l, d)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if paged_cache is not None:  # before transformers 5.24 the attention function updates it by itself
@@ -298,16 +316,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
             loss, a float32 scalar (cross-entropy in nats, plus z_loss_weight · mean max-logit²), with logits None;
             or logits (b, kept, V) in the model's dtype.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache=cache,
-            **kwargs,
-        )
+        tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = self.model(*tokens, use_cache=use_cache, cache=cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or loss_positions is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from baichuan.modeling_baichuan import NormHead
+from baichuan.modeling_baichuan import NormHead, Rotated, rotary_cos_sin
 from support.model.directory import ModelDirectory
 
 
@@ -151,6 +151,29 @@ class Recorder(TorchDispatchMode):
 with Recorder():
     import baichuan
 """
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1.2e-7), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_rotation_and_its_gradient_are_products_of_complex_numbers(dtype, rounding):
+    """Of pairs (x[i], x[i + d/2]) with e^(i · angle) in float64, and of gradients with e^(-i · angle); rounded once."""
+    torch.manual_seed(0)
+    positions = torch.stack((torch.arange(40), torch.arange(3000, 3040)))  # (b, l)
+    packed, grads = torch.randn(2, 40, 3, 4, 16).to(dtype).requires_grad_(), torch.randn(3, 2, 4, 40, 16).to(dtype)
+    cos, sin = rotary_cos_sin(positions, 16)
+    rotated = Rotated.apply(packed, cos, sin)
+    torch.autograd.backward(rotated, [*grads])
+
+    def turned(x, sign):  # (b, h, l, d) → the same; angles as the model has them, in float32
+        angles = torch.atan2(sin, cos).double()[..., :8]
+        turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angles), sign * angles)
+        return torch.cat((turned.real, turned.imag), -1)
+
+    query, key, value = packed.detach().permute(2, 0, 3, 1, 4)
+    expected = [turned(query, 1), turned(key, 1), value, turned(grads[0], -1), turned(grads[1], -1), grads[2]]
+    found = [*rotated, *packed.grad.permute(2, 0, 3, 1, 4)]
+    for is_, should_be in zip(found, expected):
+        assert is_.dtype == dtype
+        torch.testing.assert_close(is_.double(), should_be.double(), rtol=rounding, atol=2e-6)
 
 
 def test_functions_that_two_threads_may_not_call_first_are_called_at_import():
