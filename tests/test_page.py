@@ -545,9 +545,11 @@ def test_two_tabs_and_a_full_storage_are_told(browser, open_tab):
     one.role("张飞")
     expect(one.notice).to_contain_text("storage is full")
     one.page.evaluate("for (const key of Object.keys(localStorage)) if (key.startsWith('x ')) delete localStorage[key]")
+    one.role("李白")
     one.longest(8)
     one.ask("你好。")
     expect(one.notice).to_be_empty()
+    expect(other.questions).to_have_text(["你是谁？", "再说一遍。", "你好。"])
 
 
 def test_a_narrow_page_shows_the_roles_when_asked_and_one_can_scroll_up_while_an_answer_is_written(open_tab):
