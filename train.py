@@ -196,40 +196,47 @@ def start_engine(model, config: dict, args, total_steps: int):
 # ---------------------------------------------------------------- training
 
 
-def train_step(engine, batches, tokens: int, attn_implementation: str, stop: bool) -> tuple[float, bool]:
-    """Add up the gradients of a step's batches. Returns its loss, and whether any process was asked to stop.
+def train_step(engine, batches, tokens: int, attn_implementation: str, stop: bool) -> torch.Tensor:
+    """Add up the gradients of a step's batches.
 
     The loss is the mean over `tokens`, those of the whole step on all processes, so it does not depend on how samples
     are spread over rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
+
+    Returns: (3,) on the device: the loss, how many processes were asked to stop, and room for the gradient's norm.
     """
-    total = torch.tensor([0.0, float(stop)], device=engine.device)
+    numbers = torch.zeros(3, device=engine.device)
+    numbers[1] += stop
     with engine.coalesce_grad_reduction():  # one reduction a step, however many rows each process has
         for batch in batches:
             inputs = utils.model_inputs(batch, engine.device, attn_implementation)
             loss = engine(**inputs, use_cache=False, num_items_in_batch=tokens).loss
             engine.backward(loss * dist.get_world_size())
-            total[0] += loss.detach()
+            numbers[0] += loss.detach()
         one_parameter.hand_over_gradients(engine)
-    dist.all_reduce(total)
-    loss, stop = total.tolist()
-    return loss, stop > 0
+    dist.all_reduce(numbers)
+    return numbers
 
 
-def update(engine, dtype: torch.dtype) -> float:
-    """Let the optimizer take its step; the gradient's norm before clipping, nan where the run cannot go on from it.
+def update(engine, dtype: torch.dtype, numbers: torch.Tensor) -> tuple[float, bool, float]:
+    """Let the optimizer take its step. Returns the loss, whether to stop, and the gradient's norm before clipping.
+
+    Reading a number waits for the device: `numbers`, those of `train_step`, are read once, together with the norm. It is
+    nan where the run cannot go on from it.
 
     In float16 the loss is scaled so that small gradients do not vanish. When large ones overflow instead, DeepSpeed
     leaves the step out and lowers the scale; that is no error until the scale can fall no further.
     """
     try:
         engine.step()
+        if (norm := engine.get_global_grad_norm()) is not None:  # where it is no number, DeepSpeed says -1 or infinite
+            numbers[2] = norm
     except Exception as error:  # DeepSpeed's, without a class of its own
         if "loss scale already at minimum" not in str(error):
             raise
-        return math.nan
-    norm = float(engine.get_global_grad_norm() or 0.0)  # where it is no number, DeepSpeed says -1 or infinite
+        numbers[2] = math.nan
+    loss, stop, norm = numbers.tolist()
     handled = dtype == torch.float16 and engine.optimizer.overflow
-    return norm if handled or 0 <= norm < math.inf else math.nan
+    return loss, stop > 0, norm if handled or 0 <= norm < math.inf else math.nan
 
 
 def evaluate(args, engine, test_rows, log: Log, step: int) -> float:
@@ -310,9 +317,9 @@ def main(argv=None):
             if best.is_old(args.patience):
                 break
             torch.manual_seed(args.seed * 1_000_003 + step * world_size + rank)  # dropout; nothing to keep for a resume
-            loss, stop = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(asked_to_stop()))
+            numbers = train_step(engine, batches, tokens, args.attn_implementation, stop=bool(asked_to_stop()))
             (learning_rate,) = engine.get_lr()
-            grad_norm = update(engine, dtype)
+            loss, stop, grad_norm = update(engine, dtype, numbers)
             if not math.isfinite(loss) or math.isnan(grad_norm):
                 samples = ", ".join(map(str, train_data.numbers[steps.samples(step - 1)]))
                 what = f"the loss of step {step} is {loss}, its gradient's norm {grad_norm}, with samples {samples}"

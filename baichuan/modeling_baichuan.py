@@ -264,13 +264,14 @@ class BaichuanModel(BaichuanPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, hidden)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        # Before positions are filled in: it would look for packed sequences among them, and wait for the device.
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, cache, position_ids)
+        if self.config._attn_implementation == "sdpa" and mask is not None and mask.dtype == torch.bool:
+            mask = additive_mask(mask, hidden_states.dtype)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
 
-        mask = create_causal_mask(self.config, hidden_states, attention_mask, cache, position_ids)
-        if self.config._attn_implementation == "sdpa" and mask is not None and mask.dtype == torch.bool:
-            mask = additive_mask(mask, hidden_states.dtype)
         cos, sin = rotary_cos_sin(position_ids, self.config.head_dim)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, cos, sin, cache=cache, **kwargs)

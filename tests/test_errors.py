@@ -448,11 +448,11 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_state(small, tmp_path, ca
     """The gradient of step 3 is made infinite after a state of step 2 was saved; the loss itself is still finite."""
     place, update = fresh(small, tmp_path / "set"), train.update
 
-    def overflowing(engine, dtype):
+    def overflowing(engine, dtype, numbers):
         if engine.global_steps == 2:
             for gradients in engine.optimizer.averaged_gradients.values():
                 gradients[0].fill_(math.inf)
-        return update(engine, dtype)
+        return update(engine, dtype, numbers)
 
     monkeypatch.setattr(train, "update", overflowing)
     flags = ["--num_train_epochs", 4, "--save_model_step", 1]

@@ -369,12 +369,12 @@ def test_overflow_in_float16_is_neither_nan_nor_a_step_and_the_loss_scale_is_res
     flags = ["--ds_file", ds_file, "--num_train_epochs", 1, "--save_model_step", 2]
     scales, update, save_state = [], train.update, train.save_state
 
-    def watched(engine, dtype):
+    def watched(engine, dtype, numbers):
         before = [parameter.detach().clone() for parameter in trained(engine.module)]
-        norm = update(engine, dtype)
+        found = update(engine, dtype, numbers)
         scales.append((engine.optimizer.overflow, engine.optimizer.loss_scale))
         assert all(map(torch.equal, before, trained(engine.module))) == engine.optimizer.overflow
-        return norm
+        return found
 
     def saved(engine, directory, run):
         save_state(engine, directory, run)

@@ -294,7 +294,7 @@ class Engine:
         self.norm = norm
 
     def step(self):
-        if self.norm is None:
+        if self.norm == "lowest scale":
             raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
 
     def get_global_grad_norm(self):
@@ -303,10 +303,14 @@ class Engine:
 
 def test_a_norm_that_is_no_number_stops_the_run_and_an_overflow_that_is_handled_does_not():
     norms = [0.0, 2.5, -1.0, math.inf, math.nan]  # DeepSpeed's -1 is of an overflow
+    given = [None, torch.tensor(2.5), *norms[2:]]  # None: its configuration asks for no norm
     for dtype, good in ((torch.bfloat16, 2), (torch.float32, 2), (torch.float16, 5)):
-        found = [train.update(Engine(norm), dtype) for norm in norms]
+        found = [train.update(Engine(norm), dtype, torch.tensor([0.5, 2.0, 0.0])) for norm in given]
+        assert {told[:2] for told in found} == {(0.5, True)}  # loss, stop
+        found = [norm for _, _, norm in found]
         assert found[:good] == pytest.approx(norms[:good], nan_ok=True) and all(map(math.isnan, found[good:])), dtype
-    assert math.isnan(train.update(Engine(None), torch.float16))
+    loss, stop, norm = train.update(Engine("lowest scale"), torch.float16, torch.tensor([0.5, 0.0, 0.0]))
+    assert (loss, stop) == (0.5, False) and math.isnan(norm)
 
 
 # ---------------------------------------------------------------- what is refused

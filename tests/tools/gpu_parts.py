@@ -159,9 +159,9 @@ def adamw(args) -> dict:
     device, seconds, laid_out = pick_device("auto"), [], [steps[number] for number in range(min(10, len(steps)))]
     for batches, tokens in laid_out:
         with shared.stopwatch(device) as first:
-            gather(batches, tokens)
+            numbers = gather(batches, tokens)
         with shared.stopwatch(device) as second:
-            update()
+            update(numbers)
         seconds.append((first.seconds, second.seconds))
     first, second = (statistics.median(half[len(half) // 2 :]) for half in zip(*seconds))
     text = f"{second * 1e3:.1f} ms in engine.step(), {second / (first + second):.1%} of a step"
@@ -181,11 +181,11 @@ def kernels(args) -> dict:
     gather, update, steps = training_step(book_flags(args, args.scratch / "profiled"))
     laid_out = [steps[step] for step in range(2 * number)]
     for batches, tokens in laid_out[:number]:
-        gather(batches, tokens), update()
+        update(gather(batches, tokens))
     device = pick_device("auto")
     with torch.profiler.profile() as profile, shared.stopwatch(device) as watch:
         for batches, tokens in laid_out[number:]:
-            gather(batches, tokens), update()
+            update(gather(batches, tokens))
     kind, found = getattr(torch.autograd.DeviceType, device.type.upper()), []
     for event in profile.key_averages():
         if event.device_type == kind and not event.is_user_annotation:

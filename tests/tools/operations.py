@@ -77,8 +77,8 @@ def operations_of_a_step(layers: int) -> Counter:
         with mock.patch.object(train, "row_cost", lambda config, device: None):  # as few rows as possible
             gather, update, steps = training_step([*flags, *paths, "--output_dir", str(Path(directory, "run"))])
         assert len(steps[0][0]) == 1
-        gather(*steps[0]), update()  # the first one also makes the optimizer's state
-        return count_operations(lambda: (gather(*steps[0]), update()))
+        update(gather(*steps[0]))  # the first one also makes the optimizer's state
+        return count_operations(lambda: update(gather(*steps[0])))
 
 
 def print_operations():

@@ -18,7 +18,7 @@ from tests.tools import shared
 
 
 def training_step(flags: list[str]) -> tuple[Callable, Callable, utils.Steps]:
-    """(gather, update, steps) of train.py with these flags, in bfloat16: `gather(*steps[k]); update()` takes step k."""
+    """(gather, update, steps) of train.py with these flags, in bfloat16: `update(gather(*steps[k]))` takes step k."""
     args = train.parse_args([*flags, "--ds_file", str(shared.ROOT / "ds_zero2_no_offload.json")])
     model_directory, config, train_data, test_data, _ = train.read_inputs(args)
     device = train.processes.join_processes()
@@ -29,11 +29,11 @@ def training_step(flags: list[str]) -> tuple[Callable, Callable, utils.Steps]:
 
     def gather(batches, tokens):
         with torch.profiler.record_function("forward and reduction"):
-            train.train_step(engine, batches, tokens, args.attn_implementation, stop=False)
+            return train.train_step(engine, batches, tokens, args.attn_implementation, stop=False)
 
-    def update():
+    def update(numbers):
         with torch.profiler.record_function("engine.step()"):
-            train.update(engine, torch.bfloat16)
+            train.update(engine, torch.bfloat16, numbers)
 
     return gather, update, steps
 
@@ -45,10 +45,15 @@ def labels_of(batch: dict, shift: int) -> torch.Tensor:
     return labels
 
 
+def mask_of(batch: dict) -> torch.Tensor:
+    """(b, l) with 1 for real tokens, as other programs have it; 0, which pads, stands in no text."""
+    return (batch["input_ids"] != 0).long()
+
+
 def book_loss(model, batch: dict, tokens: int) -> torch.Tensor:
     """Logits at every position, and the head normalised in every pass, as the published model's code has it."""
     base = model.get_base_model()
-    hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    hidden = base.model(input_ids=batch["input_ids"], attention_mask=mask_of(batch), use_cache=False)[0]
     logits = F.linear(hidden, F.normalize(base.lm_head.weight, dim=-1)).float()
     return F.cross_entropy(logits.flatten(0, 1), labels_of(batch, 0).flatten(), reduction="sum") / tokens
 
@@ -156,6 +161,6 @@ class TrainerSteps:
 
 def trainer_batch(rows) -> dict:
     batch = utils.padded_batch(rows)
-    batch["labels"] = labels_of(batch, 1)
+    batch |= {"attention_mask": mask_of(batch), "labels": labels_of(batch, 1)}
     del batch["loss_positions"]
     return batch
