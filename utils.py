@@ -189,10 +189,8 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
 
 
 def padded_batch(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """One sample a row, padded on the right: input_ids (b, l), loss_positions (n, 2).
-
-    No mask is needed: attention being causal, no token sees what follows it, and padding has no loss.
-    """
+    """One sample a row, padded on the right: input_ids (b, l), loss_positions (n, 2)."""
+    # No mask is needed: attention being causal, no token sees what follows it, and padding has no loss.
     input_ids = pad_sequence([torch.from_numpy(ids) for ids, _ in samples], batch_first=True)
     pairs = [pairs + [[row * input_ids.shape[1], 0]] for row, (_, pairs) in enumerate(samples)]
     return {"input_ids": input_ids, "loss_positions": torch.from_numpy(np.concatenate(pairs))}

@@ -101,4 +101,5 @@ def walk(checkpoint: str):
 def test_all_stays_on_one_device_and_a_step_waits_at_its_end(checkpoint):
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} has no devices written in Python; 2.11 and 2.13 have them")
-    get_context("spawn").Pool(1).apply(walk, [checkpoint])  # in a process of its own, whose torch it changes
+    with get_context("spawn").Pool(1) as process:  # it changes torch for good
+        process.apply(walk, [checkpoint])
