@@ -5,6 +5,7 @@ Noted is who makes a tensor on the CPU, and who waits for the device: for a numb
 """
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from unittest import mock
@@ -101,5 +102,5 @@ def walk(checkpoint: str):
 def test_all_stays_on_one_device_and_a_step_waits_at_its_end(checkpoint):
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} has no devices written in Python; 2.11 and 2.13 have them")
-    with get_context("spawn").Pool(1) as process:  # it changes torch for good
-        process.apply(walk, [checkpoint])
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:  # it changes torch for good
+        other.submit(walk, checkpoint).result()
