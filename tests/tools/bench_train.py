@@ -5,7 +5,7 @@
     python3 tests/tools/bench_train.py --size tiny --growth             # how their cost grows with rounds and persona
     python3 tests/tools/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
     python3 tests/tools/bench_train.py --size 7b --dtype bfloat16 --checkpointing    # on a GPU
-    python3 tests/tools/bench_train.py --operations                     # those of one step, counted on the CPU
+    python3 tests/tools/bench_train.py --roofline                       # of the 7B model on four cards, computed
 
 Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
 the same samples in a step and compute the same loss; they take turns, and medians are printed. The ways:
@@ -34,10 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 import utils
+from baichuan import BaichuanConfig
+from support.device import MOST_TOKENS, row_cost
 from support.dialogues.samples import read_samples
 from support.model.directory import ModelDirectory
+from support.training.trial import tokens
 from tests.tools import shared
-from tests.tools.operations import print_operations
+from tests.tools.roofline import print_tables
 from tests.tools.steps import OwnSteps, TrainerSteps
 
 SINGLE_WAYS = ["book", "padded", "tree", "trainer"]
@@ -58,7 +61,7 @@ def parse_args(argv=None):
     parser.add_argument("--conversations", action="store_true", help="a role's questions, three and four in a row")
     parser.add_argument("--checkpointing", action="store_true", help="also with gradient checkpointing")
     parser.add_argument("--growth", action="store_true", help="print the table of growth instead")
-    parser.add_argument("--operations", action="store_true", help="count the operations of a step instead")
+    parser.add_argument("--roofline", action="store_true", help="compute what a step takes on several cards instead")
     parser.add_argument("--scale", type=int, metavar="SAMPLES", help="measure the data of this many samples instead")
     return parser.parse_args(argv)
 
@@ -118,6 +121,19 @@ def all_samples(args, directory: str) -> Samples:
         return Samples(chained(samples, [3, 4]), tokenizer, PERSONA_TOKENS)
     within_limits = utils.RoleDataset(samples, tokenizer, 512, 256, is_skip=True).numbers  # as the book, from 1
     return Samples([samples[number - 1] for number in within_limits], tokenizer)
+
+
+def usual_step(data: utils.RoleDataset, size: int) -> tuple[np.ndarray, int]:
+    """Of an epoch's steps the one whose tokens are nearest to the mean step's: (its samples, how many steps there are)."""
+    cost = row_cost(BaichuanConfig(), torch.device("cuda"))
+    trees, padded = (utils.Collator(data, packing, MOST_TOKENS, 2, cost) for packing in ("tree", "none"))
+    order, sizes = utils.Steps(data, trees, size, 1, 1234).order, []
+    for drawn in order:
+        rows = (trees(data.in_tree_order(drawn)), padded(drawn))
+        sizes.append([*(sum(map(tokens, batches)) for batches in rows), int(data.supervised[drawn].sum())])
+    nearest, mean = np.abs(sizes / np.mean(sizes, 0) - 1).sum(1).argmin(), np.mean(sizes, 0).round(1)
+    print(f"{size} samples: {sizes[nearest]} tokens in trees, in padded rows, supervised; mean {mean}")
+    return order[nearest], len(order)
 
 
 # ---------------------------------------------------------------- the tables
@@ -231,8 +247,10 @@ def scale(args):
 
 def main():
     args = parse_args()
-    if args.operations:
-        print_operations()
+    if args.roofline:
+        with TemporaryDirectory() as directory:
+            data = all_samples(args, directory).whole
+        print_tables(data, {size: usual_step(data, size) for size in (8, 32)})
     elif args.scale:
         scale(args)
     elif args.growth:

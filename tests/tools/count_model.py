@@ -7,12 +7,9 @@ backward through it; counted are the tensors that autograd keeps, and the multip
 import warnings
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import utils
-from baichuan import BaichuanConfig, BaichuanForCausalLM
-from support.training.fused_lora import fuse
+from tests.tools import shared
 
 flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]  # in place, which torch does not count
 GB, TERA = 1e9, 1e12
@@ -21,13 +18,7 @@ TOKENS, SUPERVISED = 704, 232  # of the row: 8 samples of 88, 8 answers of 29
 
 def build(checkpointing: bool):
     """The 7B model in bfloat16 with adapters, as train.py makes it."""
-    torch.set_default_dtype(torch.bfloat16)
-    model = BaichuanForCausalLM(BaichuanConfig(attn_implementation="sdpa"))
-    targets = utils.find_all_linear_names(model)
-    lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
-    fuse(lora)
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    torch.set_default_dtype(torch.float32)
+    model = shared.with_lora(shared.random_model("7b", torch.bfloat16, "meta"), dropout=0.1)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -40,21 +40,21 @@ def write_model(directory, *flags) -> str:
     return model
 
 
-def random_model(size: str, dtype: torch.dtype, device, vocab_size: int = 125_696) -> BaichuanForCausalLM:
+def random_model(size: str, dtype: torch.dtype, device, vocab_size: int = 125_696, **changes) -> BaichuanForCausalLM:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    config = BaichuanConfig(vocab_size=vocab_size, **dict(zip(names, SIZES[size])))
+    config = BaichuanConfig(vocab_size=vocab_size, **dict(zip(names, SIZES[size])) | changes)
     torch.manual_seed(0)
     with torch.device(device):
         return BaichuanForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def with_lora(model, spread=0.01):
-    """Adapters with the book's rank and scale, without dropout. With a B of 0 the model computes what it did."""
+def with_lora(model, spread=0.01, dropout=0.0):
+    """Adapters with the book's rank and scale. With a B of 0 the model computes what it did."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     targets = utils.find_all_linear_names(model)
-    lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     if isinstance(model, BaichuanForCausalLM):
         fuse(lora)  # as train.py does; a LLaMA for the Trainer has PEFT's own layers
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
