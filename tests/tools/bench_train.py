@@ -5,7 +5,7 @@
     python3 tests/tools/bench_train.py --size tiny --growth             # how their cost grows with rounds and persona
     python3 tests/tools/bench_train.py --scale 1000000                  # a million samples: time and memory of the data
     python3 tests/tools/bench_train.py --size 7b --dtype bfloat16 --checkpointing    # on a GPU
-    python3 tests/tools/bench_train.py --roofline                       # of the 7B model on four cards, computed
+    python3 tests/tools/bench_train.py --roofline                       # a step of the 7B model on four cards, computed
 
 Weights are random, samples are RoleBench's (--data_dir, with --tokenizer_dir) or this project's own. All ways take
 the same samples in a step and compute the same loss; they take turns, and medians are printed. The ways:

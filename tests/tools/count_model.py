@@ -16,14 +16,6 @@ GB, TERA = 1e9, 1e12
 TOKENS, SUPERVISED = 704, 232  # of the row: 8 samples of 88, 8 answers of 29
 
 
-def build(checkpointing: bool):
-    """The 7B model in bfloat16 with adapters, as train.py makes it."""
-    model = shared.with_lora(shared.random_model("7b", torch.bfloat16, "meta"), dropout=0.1)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
-
-
 def pass_through(model) -> tuple[int, int]:
     """(bytes that autograd keeps until the backward pass, operations of both passes: two a multiplication)."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -70,13 +62,16 @@ def describe(model):
 
 def main():
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
+    model = shared.with_lora(
+        shared.random_model("7b", torch.bfloat16, "meta"), dropout=0.1
+    ).train()  # as train.py has it
+    describe(model)
+    print(f"\na row of {TOKENS} tokens, {SUPERVISED} of them supervised, forward and backward:")
     for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         with torch.device("meta"):
-            model = build(checkpointing)
             size, operations = pass_through(model)
-        if not checkpointing:
-            describe(model)
-            print(f"\na row of {TOKENS} tokens, {SUPERVISED} of them supervised, forward and backward:")
         name = "with   " if checkpointing else "without"
         print(f"  {name} gradient checkpointing: {size / GB:6.2f} GB kept, {operations / TERA:6.2f} × 10¹² operations")
 
