@@ -62,9 +62,8 @@ def describe(model):
 
 def main():
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries
-    model = shared.with_lora(
-        shared.random_model("7b", torch.bfloat16, "meta"), dropout=0.1
-    ).train()  # as train.py has it
+    model = shared.random_model("7b", torch.bfloat16, "meta")
+    model = shared.with_lora(model, dropout=0.1).train()  # as train.py makes it
     describe(model)
     print(f"\na row of {TOKENS} tokens, {SUPERVISED} of them supervised, forward and backward:")
     for checkpointing in (False, True):
