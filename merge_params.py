@@ -42,6 +42,7 @@ def parse_args(argv=None):
 
 # After the arguments, since these take seconds.
 with slow_imports(parse_args, __name__):
+    import numpy as np
     import torch
     from peft.tuners.lora import LoraLayer
     from tqdm import tqdm
@@ -52,9 +53,10 @@ with slow_imports(parse_args, __name__):
     from baichuan.generation_utils import messages_to_ids
     from support.device import pick_device
     from support.model.adapter import Update, adapter_digest, load_adapter, read_adapter
-    from support.model.comparison import compare_logits, compute_in_float32, logits_of
+    from support.model.comparison import compare_logits, compute_in_float32
     from support.model.directory import ModelDirectory
     from support.model.weights import Weights, write_weights
+    from utils import tree_mask, tree_row
 
 # Of what the adapter adds to a weight, the merged weight has the share that rounding leaves, to within SLACK: a right
 # merge is 0.001 off at most, also where another program rounds twice, one with a wrong scaling of 0.9 or 1.1 by 0.09,
@@ -79,6 +81,8 @@ PROBES = [  # as data_helper.py writes them, of roles that are in no training da
     {"system": "", "prompt": "介绍一下你自己。", "response": "你好，很高兴认识你。"},
 ]
 PROBE_LENGTH = 512  # tokens of a probe at most
+POSITIONS = 64  # its last tokens, whose logits are compared
+PROBES_A_PASS = 16  # that a forward pass reads, as a tree
 CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take for control tokens
 
 
@@ -118,12 +122,14 @@ def read_probes(args, base: ModelDirectory) -> list[tuple[list[dict], list[int]]
 
 def merged_tensors(weights: Weights, updates: dict[str, Update], device: torch.device):
     """Yield (name, W + scaling · B A), computed in float32 and rounded once, to the dtype of W."""
-    for name, weight in weights:
+    for name, weight in tqdm(weights, "merging", len(weights.tensors), leave=False, delay=3):
         if name in updates:
-            a, b, wide = (tensor.to(device, torch.float32) for tensor in (updates[name].a, updates[name].b, weight))
-            weight = torch.addmm(wide, b, a, alpha=updates[name].scaling).to("cpu", weight.dtype)
-            if not weight.isfinite().all():
+            a, b = (factor.to(device).float() for factor in (updates[name].a, updates[name].b))
+            wide = weight.to(device).to(torch.float32, copy=True)  # two bytes a number travel, and come back
+            merged = wide.addmm_(b, a, alpha=updates[name].scaling).to(weight.dtype)
+            if not torch.stack(merged.aminmax()).isfinite().all():
                 raise UserError(f"{name}: leaves the range of {weight.dtype} once merged: use a base in bfloat16")
+            weight = merged.cpu()
         yield name, weight
 
 
@@ -148,12 +154,47 @@ def load_in_float32(directory: ModelDirectory, device: torch.device) -> torch.nn
     return model.to(device)
 
 
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, texts: list[list[int]], adapter_names=None) -> list[torch.Tensor]:
+    """The logits at the last POSITIONS tokens of each text, (up to POSITIONS, V) in float32 on the CPU.
+
+    What texts begin with is computed once for all of them, as in training. With `adapter_names`, of a PEFT model, each of
+    the tensors has one more dimension, the first: a weight is read once, and multiplied as it is and with each adapter.
+    """
+    found, layers, options = [], model.get_decoder().layers, {}
+    if adapter_names:
+        options["adapter_names"] = adapter_names
+    passes = [texts[start : start + PROBES_A_PASS] for start in range(0, len(texts), PROBES_A_PASS)]
+    with tqdm(total=len(passes) * len(layers), desc="comparing logits", leave=False, delay=3) as bar:
+
+        def tell(*_):  # and return nothing, which a hook would take for the layer's output
+            bar.update()
+
+        hooks = [layer.register_forward_hook(tell) for layer in layers]
+        for some in passes:
+            last = [np.arange(len(ids))[-POSITIONS:] for ids in some]
+            row = tree_row([(np.array(ids), np.stack((columns, columns), 1)) for ids, columns in zip(some, last)])
+            row = {name: tensor.to(model.device) for name, tensor in row.items()}
+            logits = model(
+                input_ids=row["input_ids"].expand(len(adapter_names or [""]), -1),
+                position_ids=row["position_ids"],
+                attention_mask=tree_mask(row["end"]),
+                logits_to_keep=row["loss_positions"][:, 0],
+                use_cache=False,
+                **options,
+            ).logits
+            logits = logits.float().cpu() if adapter_names else logits[0].float().cpu()
+            found += logits.split([len(columns) for columns in last], dim=-2)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def adapter_logits(base: ModelDirectory, adapter: Path, texts, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
     model = load_adapter(load_in_float32(base, device), adapter)
-    with_adapter = logits_of(model.get_base_model(), texts)
-    with model.disable_adapter():
-        return with_adapter, logits_of(model.get_base_model(), texts)
+    found = logits_of(model, texts, ["default", "__base__"])  # PEFT's names for the adapter, and for none
+    return [both[0] for both in found], [both[1] for both in found]
 
 
 def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]]):
@@ -190,11 +231,17 @@ def gains(base: ModelDirectory, adapter: Path, merged: ModelDirectory, device) -
             if name != "lm_head.weight" and not torch.equal(weight.to(after[name].dtype), after[name]):
                 raise ValueError(f"{name} has changed, and the adapter does not change it")
             continue
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.to(device, torch.float32)
         update = layer.get_delta_weight("default")
-        for (part, w), (_, new) in zip(as_written([(name, weight)]), as_written([(name, update)])):
-            w, new, w_merged = (tensor.to(device, torch.float32) for tensor in (w, new, after[part]))
-            w_right = (w + new).to(after[part].dtype).float()
-            products[part] = torch.stack([torch.sum(gain * new) for gain in (w_merged - w, w_right - w, new)]).cpu()
+        for (part, whole), (_, whole_update) in zip(as_written([(name, weight)]), as_written([(name, update)])):
+            products[part] = torch.zeros(3, device=device)
+            # Some rows at a time: what fits into the processor's cache is computed in a third of the time.
+            for w, new, w_merged in zip(*(tensor.split(128) for tensor in (whole, whole_update, after[part]))):
+                w, w_merged = w.to(device).float(), w_merged.to(device)
+                w_right = (w + new).to(w_merged.dtype)
+                products[part] += torch.stack([torch.sum(gain * new) for gain in (w_merged - w, w_right - w, new)])
+            products[part] = products[part].cpu()
     return products
 
 

@@ -11,7 +11,8 @@ import train
 import web_demo
 from baichuan import BaichuanForCausalLM
 from baichuan.modeling_baichuan import BaichuanModel
-from support.model.comparison import cache_error, compare_logits, compute_in_float32, logits_of
+from merge_params import logits_of
+from support.model.comparison import cache_error, compare_logits, compute_in_float32
 
 PROMPTS = [[5, 9, 77, 130], [11, 300, 8, 42, 600, 7, 19, 250]]
 

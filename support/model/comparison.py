@@ -6,8 +6,6 @@ import torch
 
 from support.model.answering import greedy, left_padded
 
-POSITIONS = 64  # the last tokens of a text, whose logits are compared
-
 
 class Agreement(NamedTuple):
     """How close found logits are to expected ones."""
@@ -20,37 +18,30 @@ class Agreement(NamedTuple):
 
 
 def compute_in_float32(model: torch.nn.Module):
-    """Make `model` compute in float32: a module's parameters are widened while it runs, the others stay as stored.
+    """Make `model` compute in float32: a module's weight is widened while it runs, the others stay as stored.
 
     In half precision the activations are rounded too, and that hides the differences of the weights, which a
-    comparison should show. This takes the memory of the largest single weight.
+    comparison should show. This takes the memory of the largest single weight, once for all of them.
     """
     stored = {}
+    wide = torch.empty(0)
 
     def widen(module, inputs):
-        stored[module] = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
-        for parameter, data in stored[module]:
-            parameter.data = data.float()
+        nonlocal wide
+        data = stored[module] = module.weight.data
+        if wide.numel() < data.numel() or wide.device != data.device:
+            wide = torch.empty(data.numel(), device=data.device)
+        module.weight.data = wide[: data.numel()].view_as(data).copy_(data)
 
     def restore(module, inputs, output):
-        for parameter, data in stored.pop(module):
-            parameter.data = data
+        module.weight.data = stored.pop(module)
 
     for module in model.modules():
-        if any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False)):
+        if isinstance(module, torch.nn.Embedding):  # copies rows: these alone are widened
+            module.register_forward_hook(lambda module, inputs, rows: rows.float())
+        elif any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(restore)
-
-
-@torch.no_grad()
-def logits_of(model: torch.nn.Module, texts: list[list[int]]) -> list[torch.Tensor]:
-    """The logits at the last POSITIONS tokens of each text, (up to POSITIONS, V) in float32 on the CPU. Texts run as one batch."""
-    ids, mask = left_padded(texts, 0, model.device)  # (b, l)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-    kept = mask[:, -POSITIONS:].bool()
-    logits = model.lm_head(hidden[:, -POSITIONS:][kept]).float().cpu()
-    return list(logits.split(kept.sum(1).tolist()))
 
 
 def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreement:

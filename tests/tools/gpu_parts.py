@@ -20,7 +20,6 @@ from support.device import pick_device
 from support.dialogues.samples import read_samples
 from support.errors import UserError
 from support.model.answering import greedy
-from support.model.comparison import logits_of
 from support.model.directory import ModelDirectory
 from support.model.weights import write_weights
 from support.page.speaker import Speaker
@@ -104,10 +103,10 @@ def llama(args) -> dict:
     prompts = bench_predict.distinct_prompts(samples(args)[1])[:8]  # of several lengths, so that there is a mask
     texts = [messages_to_ids(directory.tokenizer, prompt) for prompt in prompts]
     model = shared.random_model(args.size, torch.bfloat16, pick_device("auto"), directory.config.vocab_size)
-    half, their_half = logits_of(model, texts), logits_of(shared.as_llama(model), texts)
+    half, their_half = merge_params.logits_of(model, texts), merge_params.logits_of(shared.as_llama(model), texts)
     gc.collect()  # of the LlamaForCausalLM, which holds the same tensors
     model.float()  # a tensor at a time, so that one copy of the model is in memory
-    found, expected = logits_of(model, texts), logits_of(shared.as_llama(model), texts)
+    found, expected = merge_params.logits_of(model, texts), merge_params.logits_of(shared.as_llama(model), texts)
     single, own, their = (relative(logits, expected) for logits in (found, half, their_half))
     text = f"float32 differs by {single:.1e} of the logits' norm; bfloat16 from float32 by {own:.1e}, "
     text += f"LlamaForCausalLM itself by {their:.1e}"
