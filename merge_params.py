@@ -125,7 +125,7 @@ def merged_tensors(weights: Weights, updates: dict[str, Update], device: torch.d
     for name, weight in tqdm(weights, "merging", len(weights.tensors), leave=False, delay=3):
         if name in updates:
             a, b = (factor.to(device).float() for factor in (updates[name].a, updates[name].b))
-            wide = weight.to(device).to(torch.float32, copy=True)  # two bytes a number travel, and come back
+            wide = weight.to(device).to(torch.float32, copy=True)  # a GPU widens half precision itself, and rounds
             merged = wide.addmm_(b, a, alpha=updates[name].scaling).to(weight.dtype)
             if not torch.stack(merged.aminmax()).isfinite().all():
                 raise UserError(f"{name}: leaves the range of {weight.dtype} once merged: use a base in bfloat16")
@@ -158,20 +158,20 @@ def load_in_float32(directory: ModelDirectory, device: torch.device) -> torch.nn
 def logits_of(model: torch.nn.Module, texts: list[list[int]], adapter_names=None) -> list[torch.Tensor]:
     """The logits at the last POSITIONS tokens of each text, (up to POSITIONS, V) in float32 on the CPU.
 
-    What texts begin with is computed once for all of them, as in training. With `adapter_names`, of a PEFT model, each of
-    the tensors has one more dimension, the first: a weight is read once, and multiplied as it is and with each adapter.
+    What several texts begin with is computed once, as in training. With `adapter_names`, of a PEFT model, the tensors have
+    a first dimension more, one row an adapter: so each weight is read and widened once for all of them.
     """
-    found, layers, options = [], model.get_decoder().layers, {}
-    if adapter_names:
-        options["adapter_names"] = adapter_names
-    passes = [texts[start : start + PROBES_A_PASS] for start in range(0, len(texts), PROBES_A_PASS)]
-    with tqdm(total=len(passes) * len(layers), desc="comparing logits", leave=False, delay=3) as bar:
+    found, layers = [], model.get_decoder().layers
+    options = {"adapter_names": adapter_names} if adapter_names else {}
+    starts = range(0, len(texts), PROBES_A_PASS)
+    with tqdm(total=len(starts) * len(layers), desc="comparing logits", leave=False, delay=3) as bar:
 
-        def tell(*_):  # and return nothing, which a hook would take for the layer's output
+        def count(*_):  # returns None, since what a hook returns becomes the layer's output
             bar.update()
 
-        hooks = [layer.register_forward_hook(tell) for layer in layers]
-        for some in passes:
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        for start in starts:
+            some = texts[start : start + PROBES_A_PASS]
             last = [np.arange(len(ids))[-POSITIONS:] for ids in some]
             row = tree_row([(np.array(ids), np.stack((columns, columns), 1)) for ids, columns in zip(some, last)])
             row = {name: tensor.to(model.device) for name, tensor in row.items()}

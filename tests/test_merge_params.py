@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -266,6 +267,47 @@ def test_check_only_finds_a_weight_changed_by_a_hundredth(checkpoint, adapter, m
     tensors[f"model.{name}.weight"] *= 1.01
     save_file(tensors, copy / "model.safetensors")
     assert told in refusal(capsys, checkpoint, adapter, copy, "--check_only")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_those_of_each_text_by_itself(checkpoint, tmp_path, monkeypatch, dtype):
+    """Texts that begin alike stand in one row, base and adapter side by side: PEFT answers the same one by one."""
+    monkeypatch.setattr(merge_params, "PROBES_A_PASS", 3)
+    base = ModelDirectory(make_base(checkpoint, tmp_path / "base", dtype))
+    adapter = make_adapter(base.path, tmp_path / "adapter")
+    beginning = list(range(300, 380))
+    texts = [beginning + [5, 6], beginning + [5, 7, 8], [9], beginning[:70], beginning + [5, 6]]
+    found = merge_params.adapter_logits(base, adapter, texts, torch.device("cpu"))
+    alone = BaichuanForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(alone, adapter).eval()
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if "lora_" in name:
+                factor.copy_(factor.to(dtype))  # PEFT rounds them so beside a base in this dtype
+        one_by_one = [model(torch.tensor([text])).logits[0, -merge_params.POSITIONS :] for text in texts]
+        with model.disable_adapter():
+            alone = [model(torch.tensor([text])).logits[0, -merge_params.POSITIONS :] for text in texts]
+    for side, expected in zip(found, (one_by_one, alone)):
+        assert [len(logits) for logits in side] == [64, 64, 1, 64, 64]
+        assert max((a - b).abs().max() for a, b in zip(side, expected)) < 1e-5
+    assert max((a - b).abs().max() for a, b in zip(*found)) > 0.1
+
+
+def test_bars_reach_their_ends(checkpoint, adapter, tmp_path, monkeypatch, capsys):
+    shown = partial(merge_params.tqdm, ncols=80, mininterval=0)
+
+    def at_once(*args, delay, **options):
+        assert delay > 0  # who waits for nothing sees nothing
+        return shown(*args, **options)
+
+    monkeypatch.setattr(merge_params, "tqdm", at_once)
+    merge(checkpoint, adapter, tmp_path / "merged")
+    told = capsys.readouterr().err
+    merge(checkpoint, adapter, tmp_path / "merged", "--check_only")
+    again = capsys.readouterr().err
+    for name, count in (("merging", 17), ("comparing weights", 17), ("comparing logits", 2)):
+        assert f"{name}: 100%" in told and f" {count}/{count} " in told
+        assert (f"{name}: 100%" in again) == (name != "merging")
 
 
 def test_a_conversation_is_one_probe(checkpoint, tmp_path):

@@ -37,8 +37,8 @@ def compute_in_float32(model: torch.nn.Module):
         module.weight.data = stored.pop(module)
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):  # copies rows: these alone are widened
-            module.register_forward_hook(lambda module, inputs, rows: rows.float())
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda module, inputs, rows: rows.float())  # the few that were looked up
         elif any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(restore)

@@ -1,12 +1,13 @@
-"""Peak memory of a merge: python3 tests/tools/bench_merge.py --gigabytes 3
+"""Peak memory and time of a merge: python3 tests/tools/bench_merge.py --gigabytes 3 [--hidden_size 1024 --dtype float32]
 What rounding leaves of an update, and what wrong merges hold of it: python3 tests/tools/bench_merge.py --rounding
 
-A random base in bfloat16, in shards of 0.5 GB, and an adapter of rank 16 are written to a temporary directory and merged
-there by merge_params.py in a process of its own, whose resident memory is read from /proc (Linux).
+A random base, in shards of 0.5 GB, and an adapter of rank 16 are written to a temporary directory and merged there by
+merge_params.py in a process of its own, whose resident memory is read from /proc (Linux).
 """
 
 import argparse
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -22,14 +23,15 @@ from support.model.directory import ModelDirectory
 from tests.tools.shared import ROOT, with_lora, write_model
 
 
-def write_base_and_adapter(scratch: str, gigabytes: float) -> list[str]:
+def write_base_and_adapter(scratch: str, args) -> list[str]:
     """Their directories."""
-    directory = write_model(scratch, "--hidden_size", 2048, "--num_hidden_layers", 1)
+    directory = write_model(scratch, "--hidden_size", args.hidden_size, "--num_hidden_layers", 1)
     opened = ModelDirectory(directory)
     config, generation_config = BaichuanConfig.from_pretrained(directory), opened.generation_config
-    layer = 2 * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)  # bytes
-    config.num_hidden_layers = round(gigabytes * 1e9 / layer)
-    model = BaichuanForCausalLM._from_config(config, dtype=torch.bfloat16)
+    dtype = getattr(torch, args.dtype)
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size  # numbers
+    config.num_hidden_layers = round(args.gigabytes * 1e9 / (dtype.itemsize * layer))
+    model = BaichuanForCausalLM._from_config(config, dtype=dtype)
     model.generation_config = generation_config
     Path(directory, "model.safetensors").unlink()
     model.save_pretrained(directory, max_shard_size="500MB")
@@ -58,14 +60,16 @@ def print_rounding():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=3, help="size of the base, 10^9 bytes")
+    parser.add_argument("--hidden_size", type=int, default=2048)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounding", action="store_true", help="print what rounding leaves of updates instead")
     args = parser.parse_args()
     if args.rounding:
         return print_rounding()
     with TemporaryDirectory() as scratch:
-        base, adapter = write_base_and_adapter(scratch, args.gigabytes)
+        base, adapter = write_base_and_adapter(scratch, args)
         flags = ["--ori_model_dir", base, "--model_dir", adapter, "--save_model_dir", f"{scratch}/merged"]
-        start = time.perf_counter()
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         process = subprocess.Popen([sys.executable, str(ROOT / "merge_params.py"), *flags])
         peaks = {"VmHWM": 0, "RssAnon": 0}  # kB: all that was resident, mapped files included; and without these
         while process.poll() is None:
@@ -73,10 +77,12 @@ def main():
             for name, kilobytes in re.findall(r"(VmHWM|RssAnon):\s+(\d+)", status):
                 peaks[name] = max(peaks[name], int(kilobytes))
             time.sleep(0.02)
-        seconds = time.perf_counter() - start
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         size = sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
     peak, anonymous = (kilobytes * 1024 / 1e9 for kilobytes in peaks.values())
-    print(f"base {size / 1e9:.2f} GB: peak {peak:.2f} GB, {anonymous:.2f} GB of it no pages of files; {seconds:.0f} s")
+    print(f"base {size / 1e9:.2f} GB: peak {peak:.2f} GB, {anonymous:.2f} GB of it no pages of files")
+    print(f"{seconds:.0f} s, {processor:.0f} s of the processor")
     sys.exit(process.returncode)
 
 
