@@ -82,7 +82,7 @@ PROBES = [  # as data_helper.py writes them, of roles that are in no training da
 ]
 PROBE_LENGTH = 512  # tokens of a probe at most
 POSITIONS = 64  # its last tokens, whose logits are compared
-PROBES_A_PASS = 16  # that a forward pass reads, as a tree
+PROBES_A_PASS = 8  # that a forward pass reads, as a tree
 CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take for control tokens
 
 
