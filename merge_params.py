@@ -175,16 +175,10 @@ def logits_of(model: torch.nn.Module, texts: list[list[int]], adapter_names=None
             last = [np.arange(len(ids))[-POSITIONS:] for ids in some]
             row = tree_row([(np.array(ids), np.stack((columns, columns), 1)) for ids, columns in zip(some, last)])
             row = {name: tensor.to(model.device) for name, tensor in row.items()}
-            logits = model(
-                input_ids=row["input_ids"].expand(len(adapter_names or [""]), -1),
-                position_ids=row["position_ids"],
-                attention_mask=tree_mask(row["end"]),
-                logits_to_keep=row["loss_positions"][:, 0],
-                use_cache=False,
-                **options,
-            ).logits
-            logits = logits.float().cpu() if adapter_names else logits[0].float().cpu()
-            found += logits.split([len(columns) for columns in last], dim=-2)
+            options |= {"position_ids": row["position_ids"], "attention_mask": tree_mask(row["end"])}
+            options |= {"logits_to_keep": row["loss_positions"][:, 0], "use_cache": False}
+            logits = model(row["input_ids"].expand(len(adapter_names or [""]), -1), **options).logits.float().cpu()
+            found += (logits if adapter_names else logits[0]).split([len(columns) for columns in last], dim=-2)
         for hook in hooks:
             hook.remove()
     return found
