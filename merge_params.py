@@ -125,7 +125,7 @@ def merged_tensors(weights: Weights, updates: dict[str, Update], device: torch.d
     for name, weight in tqdm(weights, "merging", len(weights.tensors), leave=False, delay=3):
         if name in updates:
             a, b = (factor.to(device).float() for factor in (updates[name].a, updates[name].b))
-            wide = weight.to(device).to(torch.float32, copy=True)  # a GPU widens half precision itself, and rounds
+            wide = weight.to(device).to(torch.float32, copy=True)  # two bytes a number travel to a GPU
             merged = wide.addmm_(b, a, alpha=updates[name].scaling).to(weight.dtype)
             if not torch.stack(merged.aminmax()).isfinite().all():
                 raise UserError(f"{name}: leaves the range of {weight.dtype} once merged: use a base in bfloat16")
@@ -231,7 +231,8 @@ def gains(base: ModelDirectory, adapter: Path, merged: ModelDirectory, device) -
         for (part, whole), (_, whole_update) in zip(as_written([(name, weight)]), as_written([(name, update)])):
             products[part] = torch.zeros(3, device=device)
             # Some rows at a time: what fits into the processor's cache is computed in a third of the time.
-            for w, new, w_merged in zip(*(tensor.split(128) for tensor in (whole, whole_update, after[part]))):
+            pieces = (tensor.split(128) for tensor in (whole, whole_update, after[part]))
+            for w, new, w_merged in zip(*pieces, strict=True):
                 w, w_merged = w.to(device).float(), w_merged.to(device)
                 w_right = (w + new).to(w_merged.dtype)
                 products[part] += torch.stack([torch.sum(gain * new) for gain in (w_merged - w, w_right - w, new)])

@@ -220,8 +220,8 @@ def train_step(engine, batches, tokens: int, attn_implementation: str, stop: boo
 def update(engine, dtype: torch.dtype, numbers: torch.Tensor) -> tuple[float, bool, float]:
     """Let the optimizer take its step. Returns the loss, whether to stop, and the gradient's norm before clipping.
 
-    Reading a number waits for the device: `numbers`, those of `train_step`, are read once, together with the norm. It is
-    nan where the run cannot go on from it.
+    Reading a number waits for the device: `numbers`, those of `train_step`, are read once, together with the norm, after
+    DeepSpeed's clipping has waited for the same. The norm is nan where the run cannot go on from it.
 
     In float16 the loss is scaled so that small gradients do not vanish. When large ones overflow instead, DeepSpeed
     leaves the step out and lowers the scale; that is no error until the scale can fall no further.

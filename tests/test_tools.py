@@ -17,7 +17,7 @@ from tests.tools.steps import training_step
 
 
 def test_a_step_takes_few_operations(tmp_path):
-    """10,685 before the adapters were one parameter, 3,457 with PEFT's own layers."""
+    """10,685 before the adapters were one parameter, 3,457 with PEFT's own layers, 2,741 with autograd's rotation."""
     flags = ["--model_name_or_path", shared.write_model(tmp_path), "--train_path", str(tmp_path / "train.json")]
     flags += ["--test_path", str(tmp_path / "test.json"), "--output_dir", str(tmp_path / "run")]
     gather, update, steps = training_step(flags)
@@ -27,7 +27,7 @@ def test_a_step_takes_few_operations(tmp_path):
     assert two["adapters, dropout"][0] - one["adapters, dropout"][0] == 5 * (3 + 5)
     assert two["frozen linear layers"][0] - one["frozen linear layers"][0] == 5 * (1 + 1)
     found = roofline.whole_step("tree", data, indices)
-    assert found["in all"][0] <= 3_000
+    assert found["in all"][0] <= 2_600
     # Multiplications, as the sizes of the weights give them.
     config, (row,) = BaichuanConfig(), utils.Collator(data, "tree", 4096, 2)(data.in_tree_order(indices))
     sizes = row["input_ids"].numel(), len(row["loss_positions"])

@@ -45,7 +45,7 @@ def compute_in_float32(model: torch.nn.Module):
 
 
 def compare_logits(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Agreement:
-    """Both as `logits_of` returns them. A logit that is not finite makes the largest difference infinite."""
+    """Of each text (positions, V) in float32. A logit that is not finite makes the largest difference infinite."""
     largest, divergence, same, squares = [], [], [], []
     for p, q in zip(expected, found):  # (positions, V)
         largest.append((p - q).abs().nan_to_num(torch.inf).max().item())
