@@ -317,8 +317,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
             loss, a float32 scalar (cross-entropy in nats, plus z_loss_weight · mean max-logit²), with logits None;
             or logits (b, kept, V) in the model's dtype.
         """
-        tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        outputs = self.model(*tokens, use_cache=use_cache, cache=cache, **kwargs)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                             cache=cache, **kwargs)  # fmt: skip
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or loss_positions is not None:

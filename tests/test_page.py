@@ -602,6 +602,7 @@ def test_sizes_names_and_contrast(open_tab, scheme, language):
             tab.slid()
             for panel in 2 * ["#settings"] + 2 * ["#roles"]:  # opened and closed by a button that lies under nothing
                 tab.page.locator(f"{panel} .toggle-button").click()
+            tab.slid()
             tab.page.locator("#fresh").click(trial=True)
             left = "(one) => Math.round(document.querySelector(one).getBoundingClientRect().left)"
             assert len({tab.page.evaluate(left, one) for one in ("#top", ".message-wrap", "#question")}) == 1
