@@ -163,8 +163,7 @@ class Page:
             # gradio passes a set in the order in which its components were made: page.js takes the first four apart.
             given = {self.chats, self.growing, self.personas, self.cards, self.description, self.number}
             given |= {self.question, self.name, self.about, *self.switches}
-            shown = {*given, self.todo, self.recolour, self.who, self.log, self.words, self.lines}
-            shown |= {self.form}
+            shown = {*given, self.todo, self.recolour, self.who, self.log, self.words, self.lines, self.form}
             # Values as they come: gradio would refuse a choice that the server offered before it was restarted.
             private = {"api_visibility": "private", "preprocess": False}
             hidden = {"show_progress": "hidden", **private}

@@ -45,12 +45,12 @@ def rotary_cos_sin(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Ten
     Args:
         position_ids: (b or 1, l) integers.
     Returns:
-        cos and sin, each (b or 1, 1, l, d) in float32; the first half of sin is negative, as `rotate` needs it.
+        cos and sin, each (b or 1, 1, l, d) in float32; the first half of the angles is negative, for `rotate`.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[:, None, :, None].float() / 10_000.0**exponent  # (b, 1, l, d/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angles = torch.cat((-angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
