@@ -168,23 +168,23 @@ def input_files(args) -> list[tuple[str, str, Path]]:
 def read_inputs(args) -> dict[str, list[dict]]:
     """The samples for training and test, in the order of the files, each once. Raises: UserError with all that is wrong."""
     written, seen = {"train": [], "test": []}, set()
-    found, left_out = set(), Counter()  # found: roles of the samples
+    roles, left_out = set(), Counter()
     files = input_files(args)
     with Problems() as problems:
         if not files:
             problems.append(f"{args.data_dir}: has none of RoleBench's files: write one, or add --download")
-        taken = {os.path.realpath(path) for path in (args.desc_path, *(path for _, _, path in files))}
+        in_use = {os.path.realpath(path) for path in (args.desc_path, *(path for _, _, path in files))}
         for path in (args.train_path, args.test_path):
-            if os.path.realpath(path) in taken:
+            if os.path.realpath(path) in in_use:
                 problems.append(f"{path}: is an input or the other output: choose another path for what is written")
-            taken.add(os.path.realpath(path))
+            in_use.add(os.path.realpath(path))
         characters = {}
         if not args.conversations or args.desc_path.exists():  # conversations may bring all system texts themselves
             characters = problems.of(read_characters, args.desc_path) or {}
         for split, kind, path in files:
             for sample in problems.of(samples_of_file, path, kind, args, characters, problems) or []:
                 role = sample["role"]
-                found.add(role)
+                roles.add(role)
                 if role not in args.roles and "all" not in args.roles:
                     left_out["of other roles"] += 1
                     continue
@@ -202,7 +202,7 @@ def read_inputs(args) -> dict[str, list[dict]]:
                     continue
                 seen.add(text)
                 written[split].append(sample)
-        known = sorted(filter(None, found)) if args.conversations else list(characters)
+        known = sorted(filter(None, roles)) if args.conversations else list(characters)
         strangers = [role for role in args.roles if known and role not in {*known, "all"}]
         problems += [f"--roles {role}: is none of the roles: choose from {', '.join(known)}, all" for role in strangers]
     if left_out:
@@ -223,10 +223,10 @@ def samples_of_file(path: Path, kind: str, args, characters: dict[str, dict], pr
             if characters.setdefault(role, character)["description"] != character["description"]:
                 raise UserError(f"{path}: {role!r} differs in {args.desc_path}: keep one, or add --desc_path {path}")
         return [as_sample(example, f"{path}: its examples", merge=True) for example in card_conversations(card)]
-    found = list(read_samples(path, args.merge_turns, problems))
-    for sample in found:
+    conversations = list(read_samples(path, args.merge_turns, problems))
+    for sample in conversations:
         sample.pop("kind", None)
-    return found
+    return conversations
 
 
 def show_samples(args):

@@ -83,7 +83,7 @@ PROBES = [  # as data_helper.py writes them, of roles that are in no training da
 PROBE_LENGTH = 512  # tokens of a probe at most
 POSITIONS = 64  # its last tokens, whose logits are compared
 PROBES_A_PASS = 8  # that a forward pass reads, as a tree
-CONTROL = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take for control tokens
+CONTROL_TOKEN = re.compile(r"<reserved_\d+>|</?s>|<unk>")  # what other programs take for control tokens
 
 
 # ---------------------------------------------------------------- what can be wrong, found before anything slow
@@ -161,7 +161,7 @@ def logits_of(model: torch.nn.Module, texts: list[list[int]], adapter_names=None
     What several texts begin with is computed once, as in training. With `adapter_names`, of a PEFT model, the tensors have
     a first dimension more, one row an adapter: so each weight is read and widened once for all of them.
     """
-    found, layers = [], model.get_decoder().layers
+    all_logits, layers = [], model.get_decoder().layers
     options = {"adapter_names": adapter_names} if adapter_names else {}
     starts = range(0, len(texts), PROBES_A_PASS)
     with tqdm(total=len(starts) * len(layers), desc="comparing logits", leave=False, delay=3) as bar:
@@ -171,24 +171,24 @@ def logits_of(model: torch.nn.Module, texts: list[list[int]], adapter_names=None
 
         hooks = [layer.register_forward_hook(count) for layer in layers]
         for start in starts:
-            some = texts[start : start + PROBES_A_PASS]
-            last = [np.arange(len(ids))[-POSITIONS:] for ids in some]
-            row = tree_row([(np.array(ids), np.stack((columns, columns), 1)) for ids, columns in zip(some, last)])
+            batch = texts[start : start + PROBES_A_PASS]
+            last = [np.arange(len(ids))[-POSITIONS:] for ids in batch]
+            row = tree_row([(np.array(ids), np.stack((columns, columns), 1)) for ids, columns in zip(batch, last)])
             row = {name: tensor.to(model.device) for name, tensor in row.items()}
             options |= {"position_ids": row["position_ids"], "attention_mask": tree_mask(row["end"])}
             options |= {"logits_to_keep": row["loss_positions"][:, 0], "use_cache": False}
             logits = model(row["input_ids"].expand(len(adapter_names or [""]), -1), **options).logits.float().cpu()
-            found += (logits if adapter_names else logits[0]).split([len(columns) for columns in last], dim=-2)
+            all_logits += (logits if adapter_names else logits[0]).split([len(columns) for columns in last], dim=-2)
         for hook in hooks:
             hook.remove()
-    return found
+    return all_logits
 
 
 def adapter_logits(base: ModelDirectory, adapter: Path, texts, device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The logits of the base with its adapter, which PEFT reads and applies, and of the base alone."""
     model = load_adapter(load_in_float32(base, device), adapter)
-    found = logits_of(model, texts, ["default", "__base__"])  # PEFT's names for the adapter, and for none
-    return [both[0] for both in found], [both[1] for both in found]
+    logits = logits_of(model, texts, ["default", "__base__"])  # PEFT's names for the adapter, and for none
+    return [both[0] for both in logits], [both[1] for both in logits]
 
 
 def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]]):
@@ -203,10 +203,10 @@ def prove_layout(target: Path, merged: ModelDirectory, probes: list[tuple[list[d
         for messages, ids in probes:
             text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             # As such programs cut it: the markers that the template wrote are found in the text.
-            found = tokenizer.encode(text) if is_llama else tokenizer.sp_model.encode(text)
+            their_ids = tokenizer.encode(text) if is_llama else tokenizer.sp_model.encode(text)
             # A text that spells a control token becomes that token there, and stays a text here.
-            spelled = any(CONTROL.search(message["content"]) for message in messages)
-            if found[:PROBE_LENGTH] != ids and not spelled:
+            is_spelled = any(CONTROL_TOKEN.search(message["content"]) for message in messages)
+            if their_ids[:PROBE_LENGTH] != ids and not is_spelled:
                 raise ValueError(f"a conversation is not laid out as it was trained: {first_question(messages)!r}")
 
 
@@ -252,14 +252,14 @@ def prove_weights(args, base: ModelDirectory, merged: ModelDirectory, device: to
             worst = max(wrong, key=wrong.get)
             share, right, _ = shares[worst]
             raise ValueError(f"{worst} has gained {share:.3f} of its update, where a right merge gains {right:.3f}")
-    _, left, whole = sum(products.values()).tolist()
-    if left < LEAST * whole:
+    _, right, whole = sum(products.values()).tolist()
+    if right < LEAST * whole:
         raise UserError(
-            f"{args.save_model_dir}: nothing is proven, since rounding to {merged.weights.dtype} leaves {left / whole:.2f} of "
+            f"{args.save_model_dir}: nothing is proven, since rounding to {merged.weights.dtype} leaves {right / whole:.2f} of "
             "the adapter's updates: train longer, or use it unmerged (web_demo.py --adapter_path)"
         )
-    told = f"as PEFT computes them; rounding leaves {left / whole:.4f} of these"
-    print(f"{len(shares)} weights have gained their updates, {told}")
+    left = f"rounding leaves {right / whole:.4f} of these"
+    print(f"{len(shares)} weights have gained their updates, as PEFT computes them; {left}")
 
 
 def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple[list[dict], list[int]]], device):
@@ -270,24 +270,25 @@ def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple
     prove_layout(args.save_model_dir, merged, probes)
     prove_weights(args, base, merged, device)
     texts = [ids for _, ids in probes]
-    expected, alone = adapter_logits(base, args.model_dir, texts, device)
+    of_adapter, of_base = adapter_logits(base, args.model_dir, texts, device)
     gc.collect()  # a GPU may hold one of the models, not both
     torch.cuda.empty_cache()
-    found = logits_of(load_in_float32(merged, device), texts)
-    result, base_alone, dtype = compare_logits(expected, found), compare_logits(expected, alone), merged.weights.dtype
-    most, most_divergence = BOUNDS[dtype]
-    most = min(most * result.spread, base_alone.largest / 2)
-    most_divergence = min(most_divergence, base_alone.divergence / 2)
-    print(f"logits at {sum(map(len, expected))} positions of {len(probes)} probes, against those of base + adapter")
-    print(f"(standard deviation {result.spread:.3g}; computed in float32 from weights in {dtype})")
-    print("                                      merged    at most   base alone")
-    print(f"largest difference                  {result.largest:8.1e}   {most:8.1e}   {base_alone.largest:8.1e}")
-    print(
-        f"mean KL divergence (nats)           {result.divergence:8.1e}   {most_divergence:8.1e}   {base_alone.divergence:8.1e}"
+    of_merged = logits_of(load_in_float32(merged, device), texts)
+    model, alone, dtype = (
+        compare_logits(of_adapter, of_merged),
+        compare_logits(of_adapter, of_base),
+        merged.weights.dtype,
     )
-    print(f"equal argmax tokens                 {result.same_argmax:8.2%}              {base_alone.same_argmax:8.2%}")
-    if not (result.largest <= most and result.divergence <= most_divergence):
-        worst = first_question(probes[result.worst][0])
+    difference, divergence = BOUNDS[dtype]
+    difference, divergence = min(difference * model.spread, alone.largest / 2), min(divergence, alone.divergence / 2)
+    print(f"logits at {sum(map(len, of_adapter))} positions of {len(probes)} probes, against those of base + adapter")
+    print(f"(standard deviation {model.spread:.3g}; computed in float32 from weights in {dtype})")
+    print("                                      merged    at most   base alone")
+    print(f"largest difference                  {model.largest:8.1e}   {difference:8.1e}   {alone.largest:8.1e}")
+    print(f"mean KL divergence (nats)           {model.divergence:8.1e}   {divergence:8.1e}   {alone.divergence:8.1e}")
+    print(f"equal argmax tokens                 {model.same_argmax:8.2%}              {alone.same_argmax:8.2%}")
+    if not (model.largest <= difference and model.divergence <= divergence):
+        worst = first_question(probes[model.worst][0])
         raise UserError(f"{args.save_model_dir}: does not compute what the adapter does; the worst probe is {worst!r}")
 
 

@@ -84,7 +84,7 @@ with slow_imports(parse_args, __name__):
     from support.training.fused_lora import fuse
     from support.training.log import Log
     from support.training.resume import claim, find_state, load_state, run_identity, save_state
-    from support.training.run_record import announce, diverged
+    from support.training.run_record import announce, diverged, keep_record
     from support.training.sample_answers import sample_answers
     from support.training.trial import try_largest_rows
 
@@ -96,12 +96,12 @@ def read_inputs(args):
     """The model's directory, the DeepSpeed file, training and test data, test samples as they were read. Raises: UserError."""
     directory = ModelDirectory(args.model_name_or_path)
     refuse_wrong_arguments(args, directory)
+    tokenizer = directory.tokenizer
     with Problems() as problems:
         train = read_samples(args.train_path)
-        train_data = problems.of(read_data, args, directory.tokenizer, args.train_path, train, step_size(args))
+        train_data = problems.of(read_data, args, tokenizer, args.train_path, train, step_size(args))
         test = problems.of(list, read_samples(args.test_path))
-        if test is not None:
-            test_data = problems.of(read_data, args, directory.tokenizer, args.test_path, test, 1)
+        test_data = None if test is None else problems.of(read_data, args, tokenizer, args.test_path, test, 1)
     return directory, read_deepspeed_config(args.ds_file), train_data, test_data, test
 
 
@@ -301,10 +301,12 @@ def main(argv=None):
     if state:
         load_state(engine, state)
 
-    # 4. It is said what will be trained. The largest rows pass, so that a run which does not fit ends here.
+    # 4. What will be trained is said and kept. The largest rows pass, so that a run which does not fit ends here.
     engine.train()  # dropout and checkpointing act in no other mode
     if rank == 0:
         announce(args, engine, steps, done, state, dtype)
+        if not args.dry_run:
+            keep_record(args)
     if done < len(steps):
         try_largest_rows(args, engine, steps, test_rows, done, dtype)
     if args.dry_run:

@@ -24,12 +24,12 @@ from support.model.adapter import write_training
 
 
 class RoleDataset:
-    """Conversations as token ids and supervised pairs; a persona that many samples share is held once.
+    """Conversations as token ids with their loss positions; a persona that many samples share is held once.
 
     Sample i is the persona `personas[persona[i]]`, then `ids[starts[i]:starts[i + 1]]`: marker and text of each turn.
-    Supervised are the assistant's turns and the eos that ends each of them. A supervised pair is (the column that predicts
-    a token, that token); so no eos is among the ids, and no later turn sees one. In `pairs` columns count from the
-    persona's end. `numbers[i]` is the sample's number in its file, from 1; `supervised[i]` counts its pairs.
+    Supervised are the assistant's turns and the eos that ends each of them. Each such token has a loss position, (the
+    column that predicts it, the token); so no eos is among the ids, and no later turn sees one. In `loss_positions` columns
+    count from the persona's end. `numbers[i]` is the sample's number in its file, from 1; `supervised[i]` counts its tokens.
 
     Args:
         samples: dicts with system and messages, such as `support.dialogues.samples.read_samples` yields.
@@ -45,8 +45,8 @@ class RoleDataset:
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
         self.max_src_len, self.is_skip = max_src_len, is_skip
         known: dict[str, int] = {}  # system text → its number in personas
-        ids, starts, pairs, pair_starts = array("i"), array("q", [0]), array("i"), array("q", [0])
-        persona, numbers = array("i"), array("i")
+        ids, starts, persona, numbers = array("i"), array("q", [0]), array("i"), array("i")
+        loss_positions, loss_starts = array("i"), array("q", [0])
         for sample in encoded(samples, tokenizer):
             self.counts["read"] += 1
             system = sample["system"]
@@ -54,18 +54,19 @@ class RoleDataset:
                 known[system] = len(self.personas)
                 self.personas.append(messages_to_ids(tokenizer, [{"role": "system", "content": system}]))
             messages, is_whole = self._fit(sample["messages"], max_len - len(self.personas[known[system]]))
-            sample_ids, sample_pairs = self._lay_out(messages, is_whole)
-            if sample_pairs:
+            sample_ids, sample_loss_positions = self._lay_out(messages, is_whole)
+            if sample_loss_positions:
                 ids.extend(sample_ids)
                 starts.append(len(ids))
-                pairs.extend(chain.from_iterable(sample_pairs))
-                pair_starts.append(len(pairs) // 2)
+                loss_positions.extend(chain.from_iterable(sample_loss_positions))
+                loss_starts.append(len(loss_positions) // 2)
                 persona.append(known[system])
                 numbers.append(self.counts["read"])
         self.ids, self.starts = np.frombuffer(ids, "i"), np.frombuffer(starts, "q")
-        self.pairs, self.pair_starts = np.frombuffer(pairs, "i").reshape(-1, 2), np.frombuffer(pair_starts, "q")
+        self.loss_positions = np.frombuffer(loss_positions, "i").reshape(-1, 2)
+        self.loss_starts = np.frombuffer(loss_starts, "q")
         self.persona, self.numbers = np.frombuffer(persona, "i"), np.frombuffer(numbers, "i")
-        self.supervised = np.diff(self.pair_starts)
+        self.supervised = np.diff(self.loss_starts)
         self.counts["kept"] = len(self)
 
     def _fit(self, messages: list[dict], room: int) -> tuple[list[dict], bool]:
@@ -98,25 +99,25 @@ class RoleDataset:
         return [], False
 
     def _lay_out(self, messages: list[dict], is_whole: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Messages without their persona → (ids, supervised pairs). An answer that is not whole gets no eos."""
-        ids, pairs = [], []
+        """Messages without their persona → (ids, loss positions). An answer that is not whole gets no eos."""
+        ids, loss_positions = [], []
         for turn in messages:
             ids += messages_to_ids(self.tokenizer, [turn], add_generation_prompt=False)
             if is_trained(turn):
                 answer = [*turn["content"], self.eos] if is_whole or turn is not messages[-1] else turn["content"]
                 marker = len(ids) - len(turn["content"]) - 1  # predicts the first token; each predicts the next one
-                pairs += enumerate(answer, start=marker)
-        return ids, pairs
+                loss_positions += enumerate(answer, start=marker)
+        return ids, loss_positions
 
     def __len__(self) -> int:
         return len(self.persona)
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (l,), persona included; supervised pairs (n, 2)), both int64."""
+        """(ids (l,), persona included; loss positions (n, 2)), both int64."""
         persona = self.personas[self.persona[index]]
         ids = np.concatenate((persona, self.ids[self.starts[index] : self.starts[index + 1]]))
-        pairs = self.pairs[self.pair_starts[index] : self.pair_starts[index + 1]] + [len(persona), 0]
-        return ids.astype(np.int64), pairs.astype(np.int64)
+        loss_positions = self.loss_positions[self.loss_starts[index] : self.loss_starts[index + 1]] + [len(persona), 0]
+        return ids.astype(np.int64), loss_positions.astype(np.int64)
 
     def in_tree_order(self, indices: np.ndarray) -> np.ndarray:
         """Sorted by their ids, so that samples which begin alike lie side by side: the tree's leaves, depth first."""
@@ -168,32 +169,34 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
     Attention being causal, what the layers compute for a text does not depend on what follows it: losses and gradients
     are those of the samples one by one. The same idea: Tree Training (arXiv 2511.00413), Prefix Grouper (2506.05433).
 
-    Returns: input_ids, position_ids and end (1, l), where `end` is the column at which a token's own branch ends, see
+    Returns: input_ids, position_ids and end (1, l), where `end` is the column at which a token's branch ends, see
     `tree_mask`; loss_positions (n, 2). A text that several samples supervise is listed once for each of them.
     """
-    ids, positions, pairs, ends = [], [], [], np.empty(0, dtype=np.int64)
-    path = previous = np.empty(0, dtype=np.int64)  # path: where `previous` stands in the row
-    for tokens, supervised in samples:
-        shared, length = shared_beginning(previous, tokens), len(ends)
-        ends[path[shared:]] = length  # these branches are over
-        path = np.append(path[:shared], np.arange(length, length + len(tokens) - shared))
-        ends = np.append(ends, np.zeros(len(tokens) - shared, dtype=np.int64))
-        ids.append(tokens[shared:])
-        positions.append(np.arange(shared, len(tokens)))
-        pairs.append(np.stack((path[supervised[:, 0]], supervised[:, 1]), axis=1))
-        previous = tokens
-    ends[path] = len(ends)
-    row = {"input_ids": np.concatenate(ids), "position_ids": np.concatenate(positions), "end": ends}
+    new_ids, positions, loss_positions = [], [], []
+    branch_end = np.empty(0, dtype=np.int64)
+    previous = columns = np.empty(0, dtype=np.int64)  # the ids of the sample before, and in which columns they stand
+    for ids, loss in samples:
+        shared, length = shared_beginning(previous, ids), len(branch_end)
+        branch_end[columns[shared:]] = length  # these branches are over
+        columns = np.append(columns[:shared], np.arange(length, length + len(ids) - shared))
+        branch_end = np.append(branch_end, np.zeros(len(ids) - shared, dtype=np.int64))
+        new_ids.append(ids[shared:])
+        positions.append(np.arange(shared, len(ids)))
+        loss_positions.append(np.stack((columns[loss[:, 0]], loss[:, 1]), axis=1))
+        previous = ids
+    branch_end[columns] = len(branch_end)
+    row = {"input_ids": np.concatenate(new_ids), "position_ids": np.concatenate(positions), "end": branch_end}
     tensors = {name: torch.from_numpy(numbers)[None] for name, numbers in row.items()}
-    return {**tensors, "loss_positions": torch.from_numpy(np.concatenate(pairs))}
+    return {**tensors, "loss_positions": torch.from_numpy(np.concatenate(loss_positions))}
 
 
 def padded_batch(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
     """One sample a row, padded on the right: input_ids (b, l), loss_positions (n, 2)."""
     # No mask is needed: attention being causal, no token sees what follows it, and padding has no loss.
     input_ids = pad_sequence([torch.from_numpy(ids) for ids, _ in samples], batch_first=True)
-    pairs = [pairs + [[row * input_ids.shape[1], 0]] for row, (_, pairs) in enumerate(samples)]
-    return {"input_ids": input_ids, "loss_positions": torch.from_numpy(np.concatenate(pairs))}
+    length = input_ids.shape[1]
+    loss_positions = np.concatenate([loss + [row * length, 0] for row, (_, loss) in enumerate(samples)])
+    return {"input_ids": input_ids, "loss_positions": torch.from_numpy(loss_positions)}
 
 
 def tree_mask(end: torch.Tensor, implementation: str = "sdpa"):
@@ -271,8 +274,8 @@ class Steps(Dataset):
     def __init__(self, data: RoleDataset, collator: Collator, step_size: int, epochs: int, seed: int, rank=0, world=1):
         self.data, self.collator, self.step_size, self.rank, self.world = data, collator, step_size, rank, world
         self.steps_per_epoch = len(data) // step_size
-        taken = self.steps_per_epoch * step_size
-        epochs = [np.random.default_rng([seed, epoch]).permutation(len(data))[:taken] for epoch in range(epochs)]
+        whole_steps = self.steps_per_epoch * step_size  # samples of an epoch
+        epochs = [np.random.default_rng([seed, epoch]).permutation(len(data))[:whole_steps] for epoch in range(epochs)]
         self.order = np.concatenate(epochs).reshape(-1, step_size)  # indices of each step's samples
 
     def __len__(self) -> int:

@@ -66,8 +66,8 @@ def free_memory(device) -> int:
         return min(psutil.virtual_memory().available + psutil.swap_memory().free, free_in_container())
     import torch
 
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, for itself
-    return torch.cuda.mem_get_info(device)[0] + kept
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch's allocator
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 # Of control groups, with which Linux bounds containers, of version 2 and 1: where they lie, the names of the bound and of
@@ -84,12 +84,13 @@ def free_in_container(mounted=Path("/sys/fs/cgroup"), mine=Path("/proc/self/cgro
     for line in mine.read_text().splitlines() if mine.exists() else []:
         _, controllers, group = line.split(":", 2)
         most, used, files = CONTROL_GROUPS.get(controllers, CONTROL_GROUPS[""])
-        own = mounted / controllers / group.lstrip("/")
-        for directory in (own, *own.parents):  # a container may know its own group as the uppermost one
+        innermost = mounted / controllers / group.lstrip("/")
+        for directory in (innermost, *innermost.parents):  # a container may know its own group as the uppermost one
             with suppress(OSError, ValueError, KeyError):  # no such file, or the bound "max"
                 pages = dict(entry.split() for entry in (directory / "memory.stat").read_text().splitlines())
-                bound, taken = (int((directory / name).read_text()) for name in (most, used))
-                free = min(free, bound - taken + sum(int(pages[f"{files}{kind}active_file"]) for kind in ("", "in")))
+                bound, usage = (int((directory / name).read_text()) for name in (most, used))
+                of_files = sum(int(pages[f"{files}{kind}active_file"]) for kind in ("", "in"))
+                free = min(free, bound - usage + of_files)
     return free
 
 

@@ -42,11 +42,11 @@ class Problems(list):
         return self
 
     def __exit__(self, kind, *_):
-        found = list(dict.fromkeys(self))  # each once: two models may lack the same
-        if found and kind is None:
-            if len(found) > MOST_PROBLEMS:
-                found[MOST_PROBLEMS:] = [f"and {len(found) - MOST_PROBLEMS} more"]
-            raise UserError(*found)
+        problems = list(dict.fromkeys(self))  # each once: two models may lack the same
+        if problems and kind is None:
+            if len(problems) > MOST_PROBLEMS:
+                problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
+            raise UserError(*problems)
 
 
 def entry_point(main):
@@ -65,7 +65,8 @@ def entry_point(main):
 def slow_imports(parse_args, name: str):
     """Use around the imports that take seconds: a script that is run (`name` is "__main__") reads its arguments first.
 
-    So --help and a typing error are answered at once, and an environment that lacks a package is told in a line.
+    So --help and a typing error are answered at once, and an environment that lacks a package is told in a line. `main`
+    parses them again, since it may be called with others.
     """
     if name != "__main__":
         yield
@@ -84,8 +85,8 @@ class Lasting:
             stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
-        found = getattr(self.stream, name)
-        return functools.partial(self._unless_gone, found) if name in ("write", "flush") else found
+        attribute = getattr(self.stream, name)
+        return functools.partial(self._unless_gone, attribute) if name in ("write", "flush") else attribute
 
     def _unless_gone(self, function, *arguments):
         try:

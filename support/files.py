@@ -145,10 +145,10 @@ def file_digest(path) -> str:
 
 def fingerprint(*parts) -> str:
     """Sixteen digits that tell bytes, arrays and texts from others."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
-    return found.hexdigest()[:16]
+        digest.update(part.encode() if isinstance(part, str) else memoryview(part).cast("B"))
+    return digest.hexdigest()[:16]
 
 
 def put_on_disk(*paths):

@@ -338,7 +338,7 @@ def test_data_are_others_that_differ_in_what_is_trained_alone(checkpoint, monkey
     silent = conversation("你是李白。", "你是谁？", "李白。", "酒？", "来！", silent=[1])
     all_data = [utils.RoleDataset([sample, spoken], tokenizer, 256, 128) for sample in (spoken, silent)]
     assert all_data[0].ids.tolist() == all_data[1].ids.tolist() and identity(all_data[0]) != identity(all_data[1])
-    for name in ("ids", "starts", "pairs", "pair_starts", "persona", "personas"):
+    for name in ("ids", "starts", "loss_positions", "loss_starts", "persona", "personas"):
         with monkeypatch.context() as changed:
             before = identity(all_data[0])
             changed.setattr(all_data[0], name, getattr(all_data[1], name)[:-1])

@@ -60,5 +60,5 @@ def read_characters(path: str | Path) -> dict[str, dict]:
 def long_profiles(characters: dict[str, dict], tokenizer, context: int) -> list[str]:
     """A line for each profile that leaves less than half of the model's context for what is said."""
     lengths = {role: len(tokenizer.text_to_ids(character["description"])) for role, character in characters.items()}
-    told = "the profile of {} takes {:,} of the model's {:,} tokens: shorten it"
-    return [told.format(role, length, context) for role, length in lengths.items() if length > context // 2]
+    line = "the profile of {} takes {:,} of the model's {:,} tokens: shorten it"
+    return [line.format(role, length, context) for role, length in lengths.items() if length > context // 2]

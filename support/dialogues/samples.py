@@ -83,8 +83,8 @@ def is_marked_trained(fields: dict, where: str, speaker: str | None = None) -> b
             if yes is None and re.search(f"(?i)(?<![a-z])({words})", key):
                 raise UserError(f'{where}: "{key}" {reason}')
         if speaker and (yes is None or yes and speaker != "assistant"):
-            told = f'"{key}" in turns of the {speaker} is not read: answers are learned unless "train" is false'
-            tell(f"{re.sub('(:[0-9]+)?: .*', '', where)}: {told}")
+            file = re.sub("(:[0-9]+)?: .*", "", where)
+            tell(f'{file}: "{key}" in turns of the {speaker} is not read: answers are learned unless "train" is false')
         trained &= yes is not False
     return trained
 
@@ -102,8 +102,8 @@ def given_turns(record: dict, where: str) -> tuple[str, list]:
     for keys in QUESTIONS:
         if {*keys[1:3]} <= given <= {*keys} and is_pairs:
             system, *pair = (text_of(record, key, where) for key in keys[:3])
-            said = zip(cycle(("user", "assistant")), chain(*history, pair))
-            return system, [{"role": speaker, "content": text} for speaker, text in said]
+            speakers = cycle(("user", "assistant"))
+            return system, [{"role": role, "content": text} for role, text in zip(speakers, chain(*history, pair))]
     raise UserError(
         f'{where}: no sample has the keys ({", ".join(record)[:80]}): write "messages", or "prompt" and "response", or '
         "another form of data/README.md"
@@ -140,12 +140,12 @@ def checked_turns(system: str, given: list, where: str, merge: bool) -> tuple[st
         if speaker == "system":
             system = text
             continue
-        said = {"role": speaker, "content": text}
+        message = {"role": speaker, "content": text}
         if speaker == "assistant" and not (turns and trained):
-            said["train"] = False  # a greeting answers nothing
+            message["train"] = False  # a greeting answers nothing
         if speaker == before["role"]:
-            said = {**turns.pop(), **said, "content": f"{before['content']}\n{text}"}
-        turns.append(said)
+            message = {**turns.pop(), **message, "content": f"{before['content']}\n{text}"}
+        turns.append(message)
     return system, turns
 
 
@@ -155,12 +155,13 @@ def chat_log(path: str | Path) -> dict | None:
     with open(path, "rb") as file:
         if b'"is_user"' not in b"".join(islice(file, 2)):  # the first line is about the chat
             return None
-    said, turns = [line for _, line in read_records(path) if "mes" in line and not line.get("is_system")], []
+    turns = []
+    lines = [line for _, line in read_records(path) if "mes" in line and not line.get("is_system")]
     with blaming(f"{path}: is no log of a chat"):
-        for line in said:
+        for line in lines:
             shown = dict(enumerate(line.get("swipes") or [])).get(line.get("swipe_id"), line["mes"])
             turns.append({"role": "user" if line.get("is_user") else "assistant", "content": shown})
-        roles = {line.get("name") for line in said if not line.get("is_user")}
+        roles = {line.get("name") for line in lines if not line.get("is_user")}
     if len(roles) > 1:
         raise UserError(f"{path}: several characters speak, {', '.join(sorted(map(str, roles)))}: give each a file")
     return {"role": next(iter(roles), None), "messages": turns} if turns else None

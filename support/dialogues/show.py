@@ -16,15 +16,16 @@ def print_samples(data, tokenizer, path: Path):
     """
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     for index, number in enumerate(data.numbers):
-        ids, pairs = data.sample(index)
-        learned = {(column + 1, token) for column, token in pairs.tolist()}  # each is predicted one column before
+        ids, loss_positions = data.sample(index)
+        loss_positions[:, 0] += 1  # each token is predicted one column before
+        learned = set(map(tuple, loss_positions.tolist()))
         tokens = []  # (id, whether it carries loss)
         for column, id in enumerate([*ids.tolist(), None]):
             if (column, data.eos) in learned:  # ends an answer, and is not among the ids
                 tokens.append((data.eos, True))
             if id is not None:
                 tokens.append((id, (column, id) in learned))
-        print(f"{path}, sample {number}: {len(tokens)} tokens, {len(pairs)} of them supervised")
+        print(f"{path}, sample {number}: {len(tokens)} tokens, {len(loss_positions)} of them supervised")
         print(sample_text(tokenizer, tokens, colour) + "\n")
     print(", ".join(f"{count} {name}" for name, count in data.counts.items() if count))
 

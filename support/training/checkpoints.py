@@ -53,7 +53,7 @@ class Best:
         return patience is not None and self.saves_since >= patience
 
     def report(self, output_dir: Path, patience: int | None) -> str:
-        found = f"{output_dir / 'best'}: {self.name} with a loss of {self.test_loss:.4f} is the best adapter"
+        line = f"{output_dir / 'best'}: {self.name} with a loss of {self.test_loss:.4f} is the best adapter"
         if self.is_old(patience):
-            found += f"; stopped, since {self.saves_since} saves brought no better one (--patience {patience})"
-        return found
+            line += f"; stopped, since {self.saves_since} saves brought no better one (--patience {patience})"
+        return line

@@ -35,16 +35,16 @@ class _FusedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, a, b, scaling: float, dropout: float):
         """x (…, in), weight (out, in), a (r, in), b (out, r)."""
         rows = x.flatten(0, -2)  # (n, in)
-        dropped, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
+        dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
         low = dropped @ a.t()  # (n, r)
         y = (rows @ weight.t()).addmm_(low, b.t(), alpha=scaling)
-        ctx.save_for_backward(weight, a, b, dropped, kept, low)
+        ctx.save_for_backward(weight, a, b, dropped, mask, low)
         ctx.scaling, ctx.dropout = scaling, dropout
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_y):
-        weight, a, b, dropped, kept, low = ctx.saved_tensors
+        weight, a, b, dropped, mask, low = ctx.saved_tensors
         grad_rows = grad_y.flatten(0, -2)  # (n, out)
         # With a beta of 0 the first argument gives no more than its shape.
         grad_low = torch.addmm(low, grad_rows, b, beta=0, alpha=ctx.scaling)
@@ -53,7 +53,7 @@ class _FusedLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:  # not in the first layer
             grad_x = grad_low @ a
-            if kept is not None:
-                grad_x = torch.ops.aten.native_dropout_backward(grad_x, kept, 1 / (1 - ctx.dropout))
+            if mask is not None:
+                grad_x = torch.ops.aten.native_dropout_backward(grad_x, mask, 1 / (1 - ctx.dropout))
             grad_x = grad_x.addmm_(grad_rows, weight).view(*grad_y.shape[:-1], -1)
         return grad_x, None, grad_a, grad_b, None, None

@@ -91,8 +91,8 @@ def one_line_for_each_end():
         if not isinstance(error, RuntimeError):
             raise
         if out_of_memory(error):
-            told = f"the device has too little memory free: {SAVES_MEMORY}; --resume goes on from what is saved"
-            raise OneProcessError(told) from error
+            remedy = f"{SAVES_MEMORY}; --resume goes on from what is saved"
+            raise OneProcessError(f"the device has too little memory free: {remedy}") from error
         if isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)):
             raise UserError(
                 f"the connection to another process failed or broke off ({first_line(error)[-200:]}): its own message "

@@ -63,7 +63,7 @@ def run_identity(args, base: str, train_data: RoleDataset, test_data: RoleDatase
 
 
 def data_fingerprint(data: RoleDataset) -> str:
-    return fingerprint(data.ids, data.starts, data.pairs, data.pair_starts, data.persona, str(data.personas))
+    return fingerprint(data.ids, data.starts, data.loss_positions, data.loss_starts, data.persona, str(data.personas))
 
 
 def find_state(output_dir, identity: dict) -> tuple[int, Path | None, list[float], Best]:
@@ -120,8 +120,8 @@ def load_state(engine, state: Path):
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, never code
         ours = _parts(engine)
         for kind in ("adapters", "master weights"):
-            for tensor, found in zip(ours[kind], saved[kind], strict=True):
-                tensor.copy_(found)
+            for tensor, values in zip(ours[kind], saved[kind], strict=True):
+                tensor.copy_(values)
         engine.optimizer.optimizer.load_state_dict(saved["optimizer"])
         engine.lr_scheduler.load_state_dict(saved["schedule"])
         vars(engine.optimizer.loss_scaler).update(saved["loss scale"])

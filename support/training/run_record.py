@@ -18,29 +18,27 @@ OF_ONE_START = ("resume", "dry_run", "local_rank", "config")  # flags that no la
 
 
 def announce(args, engine, steps: Steps, done: int, state: Path | None, dtype: torch.dtype):
-    """Say what will be trained, going on from `state` after `done` steps, and keep the flags. On the main process."""
+    """Say what will be trained, going on from `state` after `done` steps. On the main process."""
     engine.module.print_trainable_parameters()
-    each = f"{steps.step_size} samples, {steps.steps_per_epoch:,} an epoch"
-    where = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {engine.device.type}"
-    print(f"{len(steps):,} steps of {each}; {where}; to {args.output_dir}")
+    samples = f"{steps.step_size} samples, {steps.steps_per_epoch:,} an epoch"
+    device = f"{str(dtype).removeprefix('torch.')} on {steps.world} × {engine.device.type}"
+    print(f"{len(steps):,} steps of {samples}; {device}; to {args.output_dir}")
     if state:
         print(f"going on from {state}")
     elif args.resume:
         print(f"{args.output_dir}: no state is saved there yet; starting anew")
     if done == len(steps):
         print(f"{args.output_dir}: is complete, nothing is left to do")
-    if not args.dry_run:
-        keep_record(args)
 
 
 def keep_record(args):
     """Write train_args.json: the flags in force, for `train.py --config`, and with what the run was made."""
-    kept = {name: value for name, value in vars(args).items() if name not in OF_ONE_START}
+    flags = {name: value for name, value in vars(args).items() if name not in OF_ONE_START}
     # What pip has left of a package that it could not remove has no name.
-    packages = dict(sorted((str(found.name), found.version) for found in distributions()))
-    kept["made_with"] = {"commit": commit(), "python": sys.version.split()[0], "packages": packages}
+    packages = dict(sorted((str(package.name), package.version) for package in distributions()))
+    made_with = {"commit": commit(), "python": sys.version.split()[0], "packages": packages}
     with whole_files(Path(args.output_dir) / "train_args.json") as (file,):
-        json.dump(kept, file, ensure_ascii=False, indent=2)
+        json.dump({**flags, "made_with": made_with}, file, ensure_ascii=False, indent=2)
 
 
 def commit() -> str | None:

@@ -42,23 +42,23 @@ def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: in
         model.zero_grad()
         evaluation(model, largest(test_rows), device, args.attn_implementation)
     trained = model.get_nb_trainable_parameters()[0]
-    moments = 0 if engine.optimizer.optimizer.state else 8 * trained / steps.world  # of the first step
+    moments = 0 if engine.optimizer.optimizer.state else 8 * trained / steps.world  # Adam's, which the first step makes
     if gpus:
         total, held = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
     else:
-        own = psutil.Process().memory_info()
-        total, held = psutil.virtual_memory().total, own.rss - own.shared
+        memory = psutil.Process().memory_info()
+        total, held = psutil.virtual_memory().total, memory.rss - memory.shared
     available = held + free_memory(device)
-    found = [None] * steps.world
-    dist.all_gather_object(found, (1e9 * peak_memory_gb() + moments, total, available, seconds * passes))
-    peak, total, available, seconds = max(found, key=lambda numbers: numbers[0] - numbers[2])
+    of_all = [None] * steps.world
+    dist.all_gather_object(of_all, (1e9 * peak_memory_gb() + moments, total, available, seconds * passes))
+    peak, total, available, seconds = max(of_all, key=lambda numbers: numbers[0] - numbers[2])
     if peak > available:
-        told = f"the run takes {in_bytes(peak)} of memory and may use {in_bytes(available)} on this device"
-        raise UserError(f"{told}: {SAVES_MEMORY}")
+        needed = f"the run takes {in_bytes(peak)} of memory and may use {in_bytes(available)} on this device"
+        raise UserError(f"{needed}: {SAVES_MEMORY}")
     if is_main_process():
-        told = f"peak {in_bytes(peak)} of {in_bytes(total)}; {len(steps) - done:,} steps"
-        disk = disk_needed(trained, dtype.itemsize, steps, done, args)
-        print(f"{told}, about {timedelta(seconds=round(seconds))}; {disk}")
+        memory = f"peak {in_bytes(peak)} of {in_bytes(total)}"
+        duration = f"{len(steps) - done:,} steps, about {timedelta(seconds=round(seconds))}"
+        print(f"{memory}; {duration}; {disk_needed(trained, dtype.itemsize, steps, done, args)}")
 
 
 def largest_rows(steps: Steps, done: int) -> tuple[list[dict], float]:
@@ -67,12 +67,12 @@ def largest_rows(steps: Steps, done: int) -> tuple[list[dict], float]:
     They are looked for in the steps with the most tokens, each persona counted once, with the most supervised ones, and
     with the longest samples. The mean of all steps is that of some in between.
     """
-    data, personas = steps.data, np.array([len(persona) for persona in steps.data.personas])
-    order, own = steps.order[done:], np.diff(data.starts)
+    data, order = steps.data, steps.order[done:]
+    persona_lengths, turn_lengths = np.array(list(map(len, data.personas))), np.diff(data.starts)  # in tokens
     persona = np.sort(data.persona[order], axis=1)
-    first = np.diff(persona, axis=1, prepend=-1) > 0
-    together = own[order].sum(1) + (personas[persona] * first).sum(1)
-    longest = (own + personas[data.persona])[order].max(1)
+    is_first = np.diff(persona, axis=1, prepend=-1) > 0
+    together = turn_lengths[order].sum(1) + (persona_lengths[persona] * is_first).sum(1)
+    longest = (turn_lengths + persona_lengths[data.persona])[order].max(1)
     kinds = (together, longest, data.supervised[order].sum(1))
     chosen = {int(step) for kind in kinds for step in np.argsort(kind)[-LOOKED_AT:]}
     rows = largest([batch for step in sorted(chosen) for batch in steps[done + step][0]])
@@ -99,11 +99,11 @@ def disk_needed(numbers: int, itemsize: int, steps: Steps, done: int, args) -> s
     """What the adapters, of so many numbers, and the state will take."""
     every, limit = args.save_model_step or steps.steps_per_epoch, args.save_total_limit
     saves = sum(step % every == 0 or step % steps.steps_per_epoch == 0 for step in range(done + 1, len(steps) + 1))
-    kept = min(saves, (limit or saves) + 1)  # the best one besides
-    each, state = numbers * itemsize, numbers * (itemsize + 12)
-    free, needed = free_bytes(args.output_dir), kept * each + 2 * state
-    told = f"saves {in_bytes(each)} each, {in_bytes(needed)} in all on a disk with {in_bytes(free)} free"
-    return told + (": too little, lower --save_total_limit" if needed > free else "")
+    adapters = min(saves, (limit or saves) + 1)  # the best one besides
+    adapter, state = numbers * itemsize, numbers * (itemsize + 12)
+    free, needed = free_bytes(args.output_dir), adapters * adapter + 2 * state
+    line = f"saves {in_bytes(adapter)} each, {in_bytes(needed)} in all on a disk with {in_bytes(free)} free"
+    return line + (": too little, lower --save_total_limit" if needed > free else "")
 
 
 def in_bytes(number: float) -> str:
