@@ -85,7 +85,7 @@ with slow_imports(parse_args, __name__):
     from support.training.log import Log
     from support.training.resume import claim, find_state, load_state, run_identity, save_state
     from support.training.run_record import announce, diverged, keep_record
-    from support.training.sample_answers import sample_answers
+    from support.training.sample_answers import generate_samples, uncompiled
     from support.training.trial import try_largest_rows
 
 
@@ -195,18 +195,23 @@ def start_engine(model, config: dict, args, total_steps: int):
 
 # ---------------------------------------------------------------- training
 
+# A step as the chapter has it. `train_step` and `update` compute the same, and differ for the reasons on the right.
+#
+#     for batch in batches:                  # as many rows as the samples need: their gradients are reduced once
+#         loss = engine(**batch).loss        # of a row: divided by the tokens of the whole step, each counts the same
+#         engine.backward(loss)              # × world_size, since DeepSpeed averages over the processes
+#         print(loss.item())                 # waits for the GPU: numbers stay there until all are read together
+#     engine.step()                          # its norm and overflow tell whether the run can go on
+
 
 def train_step(engine, batches, tokens: int, attn_implementation: str, stop: bool) -> torch.Tensor:
-    """Add up the gradients of a step's batches.
-
-    The loss is the mean over `tokens`, those of the whole step on all processes, so it does not depend on how samples
-    are spread over rows and processes. DeepSpeed averages gradients over processes, hence the factor world_size.
+    """Add up the gradients of a step's batches. tokens: supervised ones of the whole step, on all processes.
 
     Returns: (3,) on the device: the loss, how many processes were asked to stop, and room for the gradient's norm.
     """
     numbers = torch.zeros(3, device=engine.device)
     numbers[1] += stop
-    with engine.coalesce_grad_reduction():  # one reduction a step, however many rows each process has
+    with engine.coalesce_grad_reduction():
         for batch in batches:
             inputs = utils.model_inputs(batch, engine.device, attn_implementation)
             loss = engine(**inputs, use_cache=False, num_items_in_batch=tokens).loss
@@ -220,11 +225,9 @@ def train_step(engine, batches, tokens: int, attn_implementation: str, stop: boo
 def update(engine, dtype: torch.dtype, numbers: torch.Tensor) -> tuple[float, bool, float]:
     """Let the optimizer take its step. Returns the loss, whether to stop, and the gradient's norm before clipping.
 
-    Reading a number waits for the device: `numbers`, those of `train_step`, are read once, together with the norm, after
-    DeepSpeed's clipping has waited for the same. The norm is nan where the run cannot go on from it.
-
-    In float16 the loss is scaled so that small gradients do not vanish. When large ones overflow instead, DeepSpeed
-    leaves the step out and lowers the scale; that is no error until the scale can fall no further.
+    `numbers`, those of `train_step`, are read once DeepSpeed's clipping has waited for the device anyway. The norm is nan
+    where the run cannot go on from it. In float16 the loss is scaled so that small gradients do not vanish. When large ones
+    overflow instead, DeepSpeed leaves the step out and lowers the scale; no error until the scale can fall no further.
     """
     try:
         engine.step()
@@ -249,19 +252,15 @@ def evaluate(args, engine, test_rows, log: Log, step: int) -> float:
     return test_loss
 
 
-def log_answers(args, engine, directory, log: Log, step: int, test: list[dict]):
+def log_persona(args, engine, directory, log: Log, step: int, test: list[dict]):
     """Log who is heard, which the processes read together, and answers, for which the others wait at the next step."""
     engine.eval()  # neither is drawn with dropout
     limits = (args.max_len, args.max_src_len, args.packing, args.max_pack_len)
     log.show(step, who_said_it_now(test, engine.module, directory.tokenizer, *limits))
     if args.sample_answers and processes.is_main_process():
-        with answering_stance(args):
-            log.show(step, sample_answers(engine.module, directory, test, args.sample_answers))
+        with uncompiled(args.compile):
+            log.show(step, generate_samples(engine.module, directory, test, args.sample_answers))
     engine.train()
-
-
-def answering_stance(args):  # with --compile, the many shapes of answers would leave the compiler none for training
-    return torch.compiler.set_stance("force_eager" if args.compile else "default")
 
 
 def save_adapter(args, engine, directory, name: str, test_loss: float, best: Best):
@@ -296,7 +295,7 @@ def main(argv=None):
     model = model_with_adapters(args, directory, dtype, device)
     engine = start_engine(model, config, args, len(steps))
     if args.sample_answers and rank == 0:
-        with answering_stance(args):
+        with uncompiled(args.compile):
             directory.refuse_to_fail_later(model)
     if state:
         load_state(engine, state)
@@ -338,7 +337,7 @@ def main(argv=None):
                 now = {"identity": identity, "losses": log.losses, "best": asdict(best)}
                 save_state(engine, output_dir / "state" / steps.name(step), now)
             if save and not stop:
-                log_answers(args, engine, directory, log, step, test)
+                log_persona(args, engine, directory, log, step, test)
             if stop and step < len(steps):
                 if rank == 0:
                     print(f"\nstopped after step {step} of {len(steps)}; the same command with --resume goes on there")

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from support.dialogues.samples import conversation, first_question
 from support.model.answering import answer_batch, greedy, in_batches, rows_that_fit
 from support.model.directory import ModelDirectory
@@ -9,7 +11,12 @@ from support.model.directory import ModelDirectory
 LONGEST, MOST_ROLES = 128, 20  # tokens of an answer, and roles of a test set with hundreds of them
 
 
-def sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role: int) -> dict[str, str]:
+def uncompiled(is_compiled: bool):
+    """Use around answers: with --compile their many shapes would leave the compiler none for training."""
+    return torch.compiler.set_stance("force_eager" if is_compiled else "default")
+
+
+def generate_samples(model, directory: ModelDirectory, samples: Sequence, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive.
 
     samples: as read_samples yields them. The model is in evaluation mode.
