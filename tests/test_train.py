@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,7 +148,17 @@ def test_writes_adapters_curves_and_arguments(trained, checkpoint):
 
 @pytest.mark.parametrize(
     "step, total, ratio, factor",
-    [(1, 100, 0.03, 1 / 3), (3, 100, 0.03, 1), (100, 100, 0.03, 0.1), (1, 1, 0.5, 1), (1, 5, 0, 1), (3, 5, 0, 0.55)],
+    [
+        *(
+            (1, 100, 0.03, 1 / 3),
+            (3, 100, 0.03, 1),
+            (100, 100, 0.03, 0.1),
+            (1, 1, 0.5, 1),
+            (1, 5, 0, 1),
+            (3, 5, 0, 0.55),
+        ),
+        *((1, 60, 0.03, 1 / 2), (1, 80, 0.03, 1 / 2)),  # 1.8 and 2.4 steps of warm-up are rounded
+    ],
 )
 def test_learning_rate_by_hand(step, total, ratio, factor):
     assert train.learning_rate_factor(step, total, ratio) == pytest.approx(factor)
@@ -226,7 +237,12 @@ def test_the_books_command(train_arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train_step", watch)
     monkeypatch.setattr(processes, "has_bfloat16", lambda: True)
     train.main(train_arguments(tmp_path, *BOOK, "--save_model_step", 2))
-    assert "bfloat16 on 1 × cpu" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bfloat16 on 1 × cpu" in printed
+    told = re.findall(r"epoch-1-step-(\d): perplexity ([\d.]+) \(loss ([\d.]+)\)", printed)
+    for (step, perplexity, loss), (logged, ppl) in zip(told, scalars(tmp_path, "ppl"), strict=True):
+        assert (int(step), float(perplexity)) == (logged, pytest.approx(ppl, rel=1e-6, abs=6e-4))
+        assert float(loss) == pytest.approx(math.log(ppl), abs=6e-5)
     assert watched == [(1.0, False)] * 5  # the timer would wait for the device at each step
     weights = adapter_weights(tmp_path / "epoch-1-step-5").values()
     assert {tensor.dtype for tensor in weights} == {torch.bfloat16}

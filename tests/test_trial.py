@@ -1,6 +1,8 @@
 """What is said before the first step: memory, time and disk; and that saying it changes nothing."""
 
 import re
+from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +98,47 @@ def test_too_little_memory_is_told_with_the_flags_that_help(begun, monkeypatch):
     monkeypatch.setattr(trial, "free_memory", lambda device: -(10**12))  # in a container, say
     with pytest.raises(UserError, match="--gradient_checkpointing or --load_in_4bit, or lower --max_len and --max_p"):
         trial.try_largest_rows(*begun)
+
+
+def test_what_is_told_of_memory_and_time(begun, monkeypatch, capsys):
+    """Adam's moments come with the first step; the second pass is the one that is measured; the fullest device is told of."""
+    args, engine, steps, test_rows, _, dtype = begun
+    clock, rows = cycle([0, 100, 100, 107]), trial.largest_rows(steps, 0)[0]
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(trial, "largest_rows", lambda steps, done: (rows, 4000))
+    monkeypatch.setattr(trial, "peak_memory_gb", lambda: 0.1)
+    monkeypatch.setattr(trial, "free_memory", lambda device: 10**7)  # beside what is held already
+
+    def told(done: int, other=None) -> str:
+        def gather(found, ours):
+            found[:] = [ours, other][: steps.world]
+
+        steps.world = 2 if other else 1
+        monkeypatch.setattr(trial.dist, "all_gather_object", gather)
+        trial.try_largest_rows(args, engine, steps, test_rows, done, dtype)
+        return capsys.readouterr().out
+
+    moments = 8 * sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+    assert told(0).startswith(f"peak {(1e8 + moments) / 1e6:.2f} MB of ") and moments > 10**5
+    assert "; 3 steps, about 7:46:40; saves " in told(2)
+    roomy, full = (5e8, 2e9, 16e9, 1), (4e8, 16e9, 4.1e8, 3600)  # peak, total, available, seconds
+    assert told(0, roomy).startswith(f"peak {(1e8 + moments / 2) / 1e6:.2f} MB of ")
+    assert told(0, full).startswith("peak 400.00 MB of 16.0 GB; 5 steps, about 1:00:00; ")
+    with pytest.raises(UserError, match="the run takes 400.00 MB of memory and may use 390.00 MB on this device"):
+        told(0, (4e8, 16e9, 3.9e8, 1))
+    engine.optimizer.optimizer.state["of a state"] = {}
+    assert told(0).startswith("peak 100.00 MB of ")
+
+
+def test_what_is_told_of_the_disk(monkeypatch):
+    """20 steps, saved after 4, 8, 10, 12, 16 and 20: an adapter of a million numbers takes 2 MB, one of two states 14."""
+    steps = utils.Steps(range(100), None, 10, 2, seed=0)
+    monkeypatch.setattr(trial, "free_bytes", lambda path: 39e6)
+    for done, limit, needed in ((0, None, 40), (8, None, 36), (0, 2, 34), (0, 5, 40), (0, 9, 40)):  # and the best one
+        args = SimpleNamespace(output_dir="out", save_model_step=4, save_total_limit=limit)
+        told = f"saves 2.00 MB each, {needed}.00 MB in all on a disk with 39.00 MB free"
+        told += ": too little, lower --save_total_limit" if needed == 40 else ""
+        assert trial.disk_needed(10**6, 2, steps, done, args) == told
 
 
 def test_a_row_that_does_not_fit_is_told_before_the_first_step(train_arguments, tmp_path, monkeypatch, capsys):

@@ -44,6 +44,12 @@ def test_every_layout_of_the_base_is_read_alike(checkpoint, adapter, merged, tmp
         assert (tmp_path / "merged/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
+def test_the_dtype_is_that_of_the_largest_tensor(tmp_path):
+    tensors = {"a": torch.ones(4), "b": torch.ones(9, dtype=torch.bfloat16), "c": torch.ones(8, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Weights(tmp_path).dtype == torch.bfloat16
+
+
 class Evil:
     def __reduce__(self):
         return exec, ("raise SystemError('code of a pickle ran')",)
