@@ -1,9 +1,11 @@
 """The device that is chosen, and what is said of a GPU that cannot be used, as far as a machine without one can show it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from support.device import free_in_container, free_memory, pick_device
+from support.device import free_in_container, free_memory, pick_device, row_cost
 from support.errors import UserError
 from support.training import processes
 
@@ -70,6 +72,23 @@ def test_a_container_has_less_memory_than_its_host(tmp_path, version, files):
     assert free() == 1300
     assert free_in_container(mounted, tmp_path / "none") == float("inf")
     assert 0 < free_memory(torch.device("cpu")) <= free_in_container()
+
+
+def test_free_memory_is_what_the_host_and_the_container_allow(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100, total=1000))
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=20))
+    for bound, free in ((float("inf"), 120), (70, 70)):
+        monkeypatch.setattr("support.device.free_in_container", lambda bound=bound: bound)
+        assert free_memory(torch.device("cpu")) == free
+
+
+@pytest.mark.parametrize("device, slowness", [("cpu", 4), ("cuda", 2)])
+def test_the_cost_of_a_row_is_that_of_its_operations(device, slowness):
+    """At the sizes of 7B, in operations of the linear layers on a token."""
+    hidden, intermediate = 4096, 11_008
+    linear, pair = 2 * (4 * hidden**2 + 3 * hidden * intermediate), 4 * hidden
+    cost = row_cost(SimpleNamespace(hidden_size=hidden, intermediate_size=intermediate), torch.device(device))
+    assert cost(3000) == pytest.approx(32 + 3000 + slowness * pair * 3000**2 / linear)
 
 
 def test_cudnn_attention_is_off():

@@ -198,14 +198,16 @@ def test_weights_that_do_not_fit_into_memory_are_not_read(directory, monkeypatch
 
     monkeypatch.setattr("support.model.directory.free_memory", lambda device: 2 * numbers)
     opened.load(torch.bfloat16), opened.load()
-    with pytest.raises(
-        UserError, match=f"{directory}: its weights take .* GB as torch.float32, and cuda has .* GB free"
-    ):
+    needed, free = f"{4 * numbers / 1e9:.3g} GB", f"{2 * numbers / 1e9:.3g} GB"
+    told = f"{directory}: its weights take {needed} as torch.float32, and cuda has {free} free"
+    with pytest.raises(UserError, match=told):
         opened.load(device=gpu)
     monkeypatch.setenv("LOCAL_SIZE", "2")  # two processes of the launcher on this host
     monkeypatch.setattr(opened, "_load", lambda *_, **__: pytest.fail("was read"))
     with pytest.raises(UserError, match="take a device with more memory, or add --load_in_4bit"):
         opened.load(torch.bfloat16)
+    with pytest.raises(pytest.fail.Exception, match="was read"):  # each has a GPU of its own
+        opened.load(torch.bfloat16, device=gpu)
 
 
 def test_what_takes_long_is_told_beforehand(directory, monkeypatch, capsys):

@@ -266,6 +266,23 @@ def test_adapters_answer_as_their_merged_models_do_and_their_base_is_read_once(
     assert answers[0] != answers[1] != answers[2]
 
 
+def test_as_many_are_answered_at_a_time_as_fit(checkpoint, few_samples, tmp_path, monkeypatch):
+    """By the longest persona with its question, and the answer behind it; what is drawn depends on no machine's memory."""
+    lengths, sizes, in_batches = [], [], predict.in_batches
+
+    def batches(answer, order, size, done):
+        sizes.append(size)
+        return in_batches(answer, order, size, done)
+
+    monkeypatch.setattr(predict, "in_batches", batches)
+    monkeypatch.setattr(predict, "rows_that_fit", lambda model, tokens: lengths.append(tokens) or 3)
+    for flags in ([], ["--sample"], ["--batch_size", 2]):
+        run(checkpoint, few_samples, tmp_path / "answers.jsonl", "--overwrite", *flags)
+    tokenizer = BaichuanTokenizer.from_pretrained(checkpoint)
+    texts = [sample["system"] + sample["messages"][0]["content"] for sample in read_samples(few_samples[1])]
+    assert lengths == [max(map(len, tokenizer.text_to_ids(texts))) + 4] and sizes == [3, 16, 2]
+
+
 def test_adapters_of_one_name_are_told_apart():
     paths = ["a/run/epoch-1-step-300", "b/run/epoch-1-step-300"]
     args = predict.parse_args(["--model_path", "base", "--adapter_path", *paths])

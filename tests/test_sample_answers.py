@@ -26,11 +26,11 @@ def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, model, few_
 
 def test_sample_answers_of_many_roles(checkpoint, model, few_samples, monkeypatch):
     """So many at a time as the memory holds, of the first twenty roles; two questions of each."""
-    directory, calls = ModelDirectory(checkpoint), []
+    directory, calls, lengths = ModelDirectory(checkpoint), [], []
     samples = [
         {"role": f"第{number}个", "system": "", "messages": turns(question, "好")}
         for number in range(30)
-        for question in ("甲？", "甲？", "乙？", "丙？")
+        for question in ("甲？", "甲？", "乙乙？", "丙？")
     ]
 
     def answer_batch(model, tokenizer, conversations, config):
@@ -38,10 +38,10 @@ def test_sample_answers_of_many_roles(checkpoint, model, few_samples, monkeypatc
         return [Answer("好", True)] * len(conversations)
 
     monkeypatch.setattr(sample_answers, "answer_batch", answer_batch)
-    monkeypatch.setattr(sample_answers, "rows_that_fit", lambda model, tokens: 16)
+    monkeypatch.setattr(sample_answers, "rows_that_fit", lambda model, tokens: lengths.append(tokens) or 16)
     texts = sample_answers.generate_samples(model, directory, samples, 2)
-    assert calls == [16, 16, 8]
-    assert texts == {f"answers/第{number}个": "**甲？**  \n好\n\n**乙？**  \n好" for number in range(20)}
+    assert calls == [16, 16, 8] and lengths == [len(directory.tokenizer.text_to_ids("乙乙？")) + 128]
+    assert texts == {f"answers/第{number}个": "**甲？**  \n好\n\n**乙乙？**  \n好" for number in range(20)}
     for sample in samples[:4]:
         sample["system"] = "龘" * 1500  # by its bytes, 4,500 tokens: no room for an answer
     assert sample_answers.generate_samples(model, directory, samples[:4], 2) == {"answers/第0个": ""}

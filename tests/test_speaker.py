@@ -8,7 +8,7 @@ from web_client import ASKED, CHANGED, OWN, conversation, greedy, whole
 
 from baichuan.generation_utils import messages_to_ids
 from support.model.directory import ModelDirectory
-from support.page.speaker import PrefixCaches, Speaker
+from support.page.speaker import PrefixCaches, Speaker, TooLong
 
 
 def test_answers_are_those_of_the_model_alone(speaker):
@@ -122,6 +122,26 @@ def test_the_base_model_and_all_between_answer_beside_the_adapter(checkpoint, pa
         assert "".join(word for word, _ in words) == answer and len(words) > 1
         assert sum(gain for _, gain in words) == pytest.approx(gains[-1] - gains[0], abs=1e-3)
     assert len(set(texts)) == 3 and texts[0] == whole(speaker.answer(ASKED, greedy(20)))
+
+
+def test_the_context_is_shared_out(speaker, monkeypatch):
+    """Persona and question first, then the reply, of 16 tokens at least, and then of what was said as much as fits."""
+    asked, said = conversation("再说一遍。"), conversation("你是谁？", "我是李白。", "再说一遍。")
+    ids, whole = (messages_to_ids(speaker.tokenizer, messages) for messages in (asked, said))
+    moon = speaker.tokenizer.text_to_ids("床前明月光")
+
+    def fit(context, messages, wanted, begun=""):
+        monkeypatch.setattr(speaker.model.config, "model_max_length", context)
+        return speaker.fit(messages, wanted, begun)
+
+    assert fit(len(ids) + 16, asked, 100) == (ids, 16, False) and fit(len(ids) + 16, asked, 9) == (ids, 9, False)
+    assert fit(len(ids + moon) + 16, asked, 100, "床前明月光") == (ids + moon, 16, False)
+    for needed, messages, begun in ((len(ids), asked, ""), (len(ids + moon), said, "床前明月光")):
+        with pytest.raises(TooLong, match=f"have {needed:,} tokens, the model's context {needed + 15:,}: ") as told:
+            fit(needed + 15, messages, 100, begun)
+        assert (told.value.needed, told.value.context) == (needed, needed + 15)
+    assert fit(len(whole) + 20, said, 20) == (whole, 20, False)
+    assert fit(len(whole) + 19, said, 20) == (ids, 20, True)
 
 
 @pytest.mark.parametrize("marker", ["<reserved_106>", "<reserved_107>", "</s>", "<s>", "<unk>"])
