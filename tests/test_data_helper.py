@@ -392,7 +392,8 @@ def test_conversations_of_ones_own(run):
     assert run(*flags, roles=["all"]) == (train, test)
     parts = [run(*flags, "--seed", seed, roles=["all"])[1] for seed in range(5)]
     assert any(part != test for part in parts)
-    assert len(run(*flags, "--test_share", 0.5, roles=["all"])[1]) == 11
+    for share, count in ((0.5, 11), (0.125, 3)):  # of 22
+        assert len(run(*flags, "--test_share", share, roles=["all"])[1]) == count
 
 
 def test_a_test_file_of_conversations_is_the_test_part(run):

@@ -209,7 +209,7 @@ def test_wrong_merges_are_refused_at_any_state_of_training(checkpoint, tmp_path,
     "dtype, most, most_divergence",
     [(torch.float32, 1e-4, 1e-8), (torch.float16, 0.06, 3e-4), (torch.bfloat16, 0.5, 2e-2)],
 )
-def test_either_bound_alone_stops_a_merge(monkeypatch, dtype, most, most_divergence):
+def test_either_bound_alone_stops_a_merge(monkeypatch, capsys, dtype, most, most_divergence):
     """One unlikely token far off, at one position, hides in the mean; a little everywhere hides in the largest."""
     expected = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0)) * 3
     spread, signs = expected.std(), torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).sign()
@@ -235,6 +235,11 @@ def test_either_bound_alone_stops_a_merge(monkeypatch, dtype, most, most_diverge
             merge_params.prove(
                 SimpleNamespace(save_model_dir="m", model_dir="a"), None, merged, probes, torch.device("cpu")
             )
+        told = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+        farthest = 2 * expected.abs().max()  # of the base alone, which is -expected
+        assert told[0][2:] == [f"{number:.1e}" for number in (one.largest, most * spread, farthest)]
+        assert told[1][4:6] == [f"{number:.1e}" for number in (one.divergence, most_divergence)]
+        assert told[2][3:] == [f"{one.same_argmax:.2%}", "0.00%"] and one.same_argmax > 0.5
 
 
 def test_logits_are_nearer_to_the_adapters_than_half_of_what_it_changes(monkeypatch):
@@ -325,7 +330,11 @@ def test_a_conversation_is_one_probe(checkpoint, tmp_path):
 
 def test_probes_of_the_users_own(checkpoint, adapter, merged, samples, tmp_path, capsys):
     merge(checkpoint, adapter, merged, "--check_only", "--probe_path", samples[1], "--probes", "5")
-    assert "of 5 probes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"base     {checkpoint}: 17 tensors, 0.00145 GB, torch.float32\n" in out
+    assert f"adapter  {adapter}: rank 4, changes 10 of the tensors\n" in out
+    assert "10 weights have gained their updates, as PEFT computes them; rounding leaves 1.0000 of these\n" in out
+    assert "logits at 320 positions of 5 probes" in out  # the last 64 of each
     (tmp_path / "probes.json").write_text('{"system": ""}\n')
     error = refusal(capsys, checkpoint, adapter, tmp_path / "m", "--probe_path", tmp_path / "probes.json")
     assert "probes.json:1: " in error

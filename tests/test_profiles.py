@@ -1,11 +1,12 @@
 """The file of profiles: a string or an object for each role."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from support.dialogues.profiles import read_characters
+from support.dialogues.profiles import long_profiles, read_characters
 from support.errors import UserError
 
 SAMPLE = ROOT / "data/sample"
@@ -74,3 +75,9 @@ def test_a_wrong_field_of_a_profile_is_named(tmp_path):
             read_characters(path)
         (error,) = refused.value.problems
         assert error.startswith(f"{path}: the {field} of {role[:20]!r} cannot be "), (field, error)
+
+
+def test_a_profile_of_more_than_half_of_the_context_is_told():
+    characters = {role: {"description": "酒" * length} for role, length in (("李白", 2000), ("张飞", 2001))}
+    told = long_profiles(characters, SimpleNamespace(text_to_ids=list), 4000)
+    assert told == ["the profile of 张飞 takes 2,001 of the model's 4,000 tokens: shorten it"]

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, adapter_weights
 
 import train
+import utils
 from support.training import run_record
 
 
@@ -39,6 +40,16 @@ def test_the_record_says_with_what_the_run_was_made(tmp_path, monkeypatch):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         # Git refuses a directory that belongs to someone else.
         assert made_with["commit"] is None if head.returncode else made_with["commit"].startswith(head.stdout.strip())
+
+
+def test_what_is_said_of_a_run(capsys):
+    steps = utils.Steps(range(105), None, 10, 3, seed=0, world=2)
+    engine = SimpleNamespace(
+        module=SimpleNamespace(print_trainable_parameters=lambda: None), device=torch.device("cuda")
+    )
+    args = SimpleNamespace(dry_run=True, resume=False, output_dir="out")
+    run_record.announce(args, engine, steps, 0, None, torch.bfloat16)
+    assert capsys.readouterr().out == "30 steps of 10 samples, 10 an epoch; bfloat16 on 2 × cuda; to out\n"
 
 
 def test_a_wrong_file_of_flags_is_told(tmp_path):

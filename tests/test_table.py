@@ -51,6 +51,9 @@ def test_a_difference_of_few_is_not_called_sure():
     models = {name: {"rouge_l": Score(items, np.full(8, value))} for name, value in (("base", 1.0), ("tuned", 9.0))}
     (row,) = compare(models, 20, 1)
     assert row.clusters == 4 and row.differences == [(8, 8, 8)] and row.verdicts() == [0]
+    assert row._replace(clusters=5).verdicts() == [1]
+    large = compare({"base": {"perplexity": Score(items, np.full(8, np.log(1234.56)))}}, 5, 1)
+    assert "| 1,235 [1,235, 1,235] |" in table(large, ["base"], texts("en"))[2]
 
 
 def test_table_lines_up_under_chinese_names():

@@ -117,6 +117,7 @@ def test_a_question_keeps_its_beginning_and_a_cut_answer_gets_no_eos(loaded):
     system, prompt, answer = (loaded.text_to_ids(sample[key]) for key in ("system", "prompt", "response"))
     data = dataset(loaded, [sample], max_src_len=5)
     expected = [*system, 195, *prompt[:5], 196, *answer, 2]
+    assert +dataset(loaded, [sample], max_src_len=len(prompt), is_skip=True).counts == {"read": 1, "kept": 1}
     assert whole(data, 0) == expected and data.counts["cut questions"] == 1
     for max_len, cut in ((len(expected), 0), (len(expected) - 1, 1), (len(expected) - 2, 2)):
         data = dataset(loaded, [sample], max_len=max_len, max_src_len=5)
@@ -194,6 +195,8 @@ def test_rows_hold_every_sample_once_and_keep_their_length(loaded):
         supervised = [label for row in rows for label in row["loss_positions"][:, 1].tolist()]
         assert supervised == [token for index in indices for token in data.sample(index)[1][:, 1].tolist()]
     assert len(rows) == 1
+    for less, count in ((0, 1), (1, 2)):  # of a row that is exactly as long as it may be
+        assert len(utils.Collator(data, "tree", rows[0]["end"].shape[1] - less, 2)(indices)) == count
     prefixes = {tuple(data.sample(index)[0][:end]) for index in indices for end in range(1, longest + 1)}
     assert rows[0]["input_ids"].shape[1] == len(prefixes)  # every distinct beginning is one token of a tree
 
@@ -308,6 +311,7 @@ def test_steps_take_every_sample_at_most_once_an_epoch(loaded):
 def test_processes_share_a_step_without_overlap(loaded, world):
     data = dataset(loaded, SAMPLES * 4)
     collator = utils.Collator(data, "tree", 1000, 2)
+    assert [len(utils.Steps(data, list, 8, 2, 7, rank, world)[0][0]) for rank in range(world)] == [8 // world] * world
     shares = [utils.Steps(data, collator, 8, 2, 7, rank, world) for rank in range(world)]
     for step in range(len(shares[0])):
         expected = shares[0].samples(step)

@@ -66,6 +66,8 @@ def test_scores_are_split_into_copies_and_others():
     assert rows["copied"].models[0].value == 60 and rows["copies"].models[0].value == 50
     assert rows["copies"].beside == {"recorded": 25}  # one recorded answer is a copy
     assert rows["style_others"].models[0].value == 100
+    half = measured([question("李白", "举杯甲乙")], answered("举杯丙丁"), style, recall)["copies"]
+    assert half.value.tolist() == half.beside["recorded"].tolist() == [100]
 
 
 def test_a_role_without_training_answers_has_no_copies_and_no_style(tmp_path):

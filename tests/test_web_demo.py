@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from web_client import ASKED, CHANGED, DESC_PATH, OWN, PROFILES, free_port
 
 import web_demo
+from baichuan.generation_utils import messages_to_ids
 from support.errors import Problems, UserError
 from support.model.answering import answer_batch, greedy
 from support.page import chats
@@ -224,6 +225,32 @@ def test_the_page_begins_with_the_models_own_settings(speaker, monkeypatch):
         assert expected.items() <= {name: box.value for name, box in page.settings.items()}.items()
         for name in CHANGED.keys() - {"seed"}:
             monkeypatch.setattr(speaker.own_settings, name, None)
+    monkeypatch.setattr(speaker.own_settings, "max_new_tokens", 4096)  # beyond the end of the slider
+    (page := web_demo.Page(speaker, PROFILES)).blocks()
+    assert page.settings["max_new_tokens"].value == 2048
+
+
+def test_numbers_that_the_page_shows(speaker, monkeypatch):
+    """The third of four answers, in the second conversation; the seed of another attempt; what is too long."""
+    (page := web_demo.Page(speaker, PROFILES)).blocks()
+    said = [{"text": text, "base": "", "state": "done"} for text in "甲乙丙丁"]
+    first, second = ([{"question": text, "versions": said, "shown": 2}] for text in ("一", "二"))
+    conversations = [{"greeting": "", "turns": turns} for turns in (first, second)]
+    values = {page.chats: {"role": "李白", "chats": {"李白": conversations}, "shown": {"李白": 1}}, page.growing: {}}
+    values |= {page.personas: {}, page.description: "诗人", page.question: ""}
+    values |= {switch: switch.value for switch in page.switches} | {page.settings["seed"]: 2**32 - 1}
+    visit = web_demo.Visit(page, values, SimpleNamespace(session_hash="visitor", headers={}))
+    assert [option["label"] for option in visit.options()] == ["‹ Previous answer 2/4", "Next answer 4/4 ›"]
+    shown = visit.view()[page.number]
+    assert shown.choices == [("1. 一", 0), ("2. 二", 1)] and shown.value == 1
+    assert visit.settings()["seed"] == 1  # 2³² − 1 + 2
+    monkeypatch.setattr(speaker, "words", lambda *_: [("甲", 2.0), ("乙", -0.5)])
+    visit.colour = True
+    assert visit.coloured()[page.words].label == "Words by what fine-tuning changed (sum +1.5 nats)"
+    monkeypatch.setattr(speaker.model.config, "model_max_length", 20)
+    needed = len(messages_to_ids(speaker.tokenizer, visit.prompt()))
+    with pytest.raises(web_demo.Refusal, match=f"have {needed} tokens, .* in the model's 20"):
+        page.begin(visit)
 
 
 def test_each_model_reads_its_own_earlier_answers(speaker, monkeypatch):
