@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import SYSTEM, TWO_ROUNDS, as_written, turns, write_lines
 
-from support.dialogues.samples import read_rolebench, read_samples, rounds
+from support.dialogues.samples import first_question, read_rolebench, read_samples, rounds, split_off
 from support.errors import UserError
 
 
@@ -272,3 +272,10 @@ def test_what_is_no_sample_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=r"samples.json:[12]: is not a JSON object in UTF-8"):
             list(read_samples(path))
+
+
+def test_samples_that_open_alike_stay_together():
+    samples = [{"role": "李白", "messages": turns(f"问{n % 10}", f"答{n}")} for n in range(40)]
+    parts = split_off(samples, 0.5, seed=1)
+    train, test = ({first_question(sample["messages"]) for sample in part} for part in parts.values())
+    assert not train & test and [len(part) for part in parts.values()] == [20, 20]
