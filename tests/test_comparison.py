@@ -66,7 +66,7 @@ def test_comparison_against_numpy():
     assert result.largest == pytest.approx(np.abs(p[1] - q[1]).max())
     assert result.divergence == pytest.approx(divergence.mean())
     assert result.same_argmax == pytest.approx((3 + (p[1].argmax(-1) == q[1].argmax(-1)).sum()) / 8)
-    assert result.worst == 1
+    assert result.worst == 1 and result.spread == pytest.approx(np.mean([x.var(ddof=1) for x in p]) ** 0.5)
 
 
 def test_comparison_does_not_pass_over_nan():

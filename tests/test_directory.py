@@ -248,8 +248,11 @@ def test_the_fingerprint_is_of_the_arithmetic(checkpoint, directory):
     torch.save(other, directory / "pytorch_model.bin")
     assert fingerprint() != first
     torch.save(tensors, directory / "pytorch_model.bin")
-    settings_of(directory, "config.json", rms_norm_eps=1e-5)
-    assert fingerprint() != first
+    found = [fingerprint()]
+    for change in ({"rms_norm_eps": 1e-5}, {"hidden_act": "gelu"}, {"num_attention_heads": 4}):
+        settings_of(directory, "config.json", **change)
+        found.append(fingerprint())
+    assert found[0] == first and len(set(found)) == 4
 
 
 # ---------------------------------------------------------------- files that are not what they should be

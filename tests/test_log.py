@@ -29,7 +29,7 @@ def test_peak_memory_is_of_what_the_process_holds_by_itself(monkeypatch, tmp_pat
 
 
 def test_rates_are_those_since_the_last_report(monkeypatch, tmp_path):
-    clock = iter([0.0, 4.0, 304.0])  # begun; each report
+    clock = iter([0.0, 4.0, 304.0, 400.0])  # begun; each report; begun again
     monkeypatch.setattr("support.training.log.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with closing(Log(tmp_path / "runs", 3, 0, [], main_process=True)) as log:
         log.add(1.0, 8, 700)
@@ -40,3 +40,5 @@ def test_rates_are_those_since_the_last_report(monkeypatch, tmp_path):
         assert "samples_s=0.0267" in log.bar.postfix  # a step of minutes has a speed, too
     for name, values in (("train_loss", (2, 5)), ("samples_per_second", (4, 2 / 75)), ("tokens_per_second", (300, 2))):
         assert scalars(tmp_path, name) == [(2, pytest.approx(values[0])), (3, pytest.approx(values[1]))]
+    with closing(Log(tmp_path / "runs", 5, 3, [], main_process=True)) as log:
+        assert (log.bar.n, log.bar.total) == (3, 5)  # of a run that goes on

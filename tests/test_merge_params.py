@@ -242,7 +242,7 @@ def test_either_bound_alone_stops_a_merge(monkeypatch, capsys, dtype, most, most
         assert told[2][3:] == [f"{one.same_argmax:.2%}", "0.00%"] and one.same_argmax > 0.5
 
 
-def test_logits_are_nearer_to_the_adapters_than_half_of_what_it_changes(monkeypatch):
+def test_logits_are_nearer_to_the_adapters_than_half_of_what_it_changes(monkeypatch, capsys):
     """In bfloat16 a small adapter changes less than rounding may."""
     expected = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0))
     for name, result in {
@@ -259,6 +259,9 @@ def test_logits_are_nearer_to_the_adapters_than_half_of_what_it_changes(monkeypa
         monkeypatch.setattr(merge_params, "logits_of", lambda *_, change=change: [expected * change])
         with nullcontext() if passes else pytest.raises(UserError, match="does not compute what the adapter does"):
             merge_params.prove(*arguments)
+    base, told = compare_logits([expected], [expected * 1.01]), capsys.readouterr().out.splitlines()
+    assert told[-3].split()[3:] == [f"{base.largest / 2:.1e}", f"{base.largest:.1e}"]
+    assert told[-2].split()[5:] == [f"{base.divergence / 2:.1e}", f"{base.divergence:.1e}"]
 
 
 @pytest.mark.parametrize(

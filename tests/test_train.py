@@ -345,6 +345,14 @@ def test_all_problems_are_reported_together(train_arguments, tmp_path):
     assert "--max_pack_len 100 is less than --max_len 256" in told and not (tmp_path / "out").exists()
 
 
+def test_a_sample_may_fill_the_models_context(train_arguments, checkpoint):
+    args = train.parse_args(train_arguments("out", "--max_len", 4096))
+    arguments.refuse_wrong_arguments(args, ModelDirectory(checkpoint))
+    args.max_len = 4097
+    with pytest.raises(train.UserError, match="--max_len 4097 exceeds the model's model_max_length, 4096"):
+        arguments.refuse_wrong_arguments(args, ModelDirectory(checkpoint))
+
+
 def test_numbers_out_of_their_range_are_refused():
     wrong = dict.fromkeys(("save_model_step", "eval_steps", "sample_answers", "seed", "weight_decay"), -1)
     wrong |= dict.fromkeys(("max_len", "max_src_len", "lora_dim", "num_train_epochs", "show_loss_step"), 0)
@@ -368,6 +376,27 @@ def test_samples_that_do_not_fit(train_arguments, few_samples, checkpoint, capsy
         args = train.parse_args(train_arguments("out", *flags))
         with pytest.raises(train.UserError, match=f"^t.json: {told}"):
             train.read_data(args, tokenizer, "t.json", given, train.step_size(args))
+    assert len(train.read_data(args, tokenizer, "t.json", samples[:8], train.step_size(args))) == 8
+
+
+def test_the_samples_of_a_step_that_fails_are_named(
+    train_arguments, few_samples, data_of, tmp_path, capsys, monkeypatch
+):
+    """They are those whose answers stand in the step's rows."""
+    learned = []
+
+    def train_step(engine, batches, *_, stop):
+        learned.append(sorted(token for batch in batches for token in batch["loss_positions"][:, 1].tolist()))
+        return torch.tensor([math.nan if len(learned) == 2 else 1.0, 0.0, 0.0])
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(train, "update", lambda engine, dtype, numbers: tuple(numbers.tolist()))
+    with pytest.raises(SystemExit):
+        train.main(train_arguments(tmp_path, "--sample_answers", 0))
+    named = re.search("loss of step 2 is nan, .* with samples ([0-9, ]+); look", capsys.readouterr().err)[1]
+    data = data_of(few_samples[0])
+    pairs = [data.sample(int(number) - 1)[1] for number in named.split(", ")]  # all samples fit
+    assert len(pairs) == 8 and learned[1] == sorted(token for own in pairs for token in own[:, 1].tolist())
 
 
 @pytest.mark.parametrize(
