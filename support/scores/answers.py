@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, compress, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +26,11 @@ jieba.setLogLevel("CRITICAL")  # it tells how it loads its dictionary, and where
 jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"  # in the directory for temporary files, which others use, too
 
 
-class Answers(NamedTuple):
+class MeasuredAnswers(NamedTuple):
     """One model's answers to n questions, measured; for the report also what single answers are shown with."""
 
     answers: Sequence  # each has a text, and whether it stopped by itself
-    scores: dict[str, Score]
+    scores: dict[str, "Score | Distinct2"]
     heard_as: list[str] | None  # the role that each answer sounds like
     nearest: list[Nearest] | None  # to each answer, of its own role's training answers
 
@@ -54,7 +55,7 @@ def catchwords(system: str) -> list[str]:
 
 def measure_answers(
     questions: Sequence, answers: Sequence, style: Style | None, recall: Recall | None, limits: dict[str, dict]
-) -> Answers:
+) -> MeasuredAnswers:
     texts, roles = [answer.text for answer in answers], [question.role for question in questions]
     clusters = [(question.role, first_question(question.messages)) for question in questions]  # of conversations
     items = Items.of([question._asdict() for question in questions], clusters)
@@ -62,15 +63,15 @@ def measure_answers(
     nearest = [recall.nearest(role, text) for role, text in zip(roles, texts)] if recall else None
     shares = {"rouge_l": [], "catchwords": [], "stops": [answer.stopped for answer in answers]}
     for question, text in zip(questions, texts):
-        shares["rouge_l"].append(np.mean([rouge_l(text, own) for own in question.references]))
+        shares["rouge_l"].append(np.mean([rouge_l(text, reference) for reference in question.references]))
         phrases = catchwords(question.system)
         shares["catchwords"].append(any(phrase in text for phrase in phrases) if phrases else np.nan)
     if style:
         shares["style"] = [heard == role for heard, role in zip(heard_as, roles)]
     if recall:
-        shares["copied"] = [found.share for found in nearest]
-        shares["copies"] = [found.share >= COPY for found in nearest]
-    values = {name: 100 * np.array(own, dtype=float) for name, own in shares.items()}
+        shares["copied"] = [piece.share for piece in nearest]
+        shares["copies"] = [piece.share >= COPY for piece in nearest]
+    values = {name: 100 * np.array(column, dtype=float) for name, column in shares.items()}
     if recall:
         for name in values.keys() & {"rouge_l", "style"}:
             values[f"{name}_others"] = np.where(values["copies"], np.nan, values[name])
@@ -78,28 +79,29 @@ def measure_answers(
         known = [role in recall.recorded for role in roles]
         for name in values.keys() - {"rouge_l", "catchwords", "stops"}:
             values[name] = np.where(known, values[name], np.nan)
-    scores = {name: Score(items, own, beside=limits.get(name, {})) for name, own in values.items()}
-    scores["distinct_2"] = distinct_2(items, texts)
-    return Answers(answers, scores, heard_as, nearest)
+    scores = {name: Score(items, column, beside=limits.get(name, {})) for name, column in values.items()}
+    scores["distinct_2"] = Distinct2(items, [list(pairwise(words(text))) for text in texts])
+    return MeasuredAnswers(answers, scores, heard_as, nearest)
 
 
-def distinct_2(items: Items, texts: Sequence[str]) -> Score:
+class Distinct2(NamedTuple):
     """Distinct pairs of neighbouring words among all such pairs (Li et al. 2016, arXiv 1510.03055).
 
     A pair that occurs k times counts 1/k at each occurrence, so the answers' parts add up to the distinct pairs. That is
     settled before the bootstrap draws: an answer that is drawn twice does not make its pairs less distinct.
     """
-    pairs_of = [list(zip(own, own[1:])) for own in map(words, texts)]
 
-    def among(taken):
-        times = Counter(pair for pairs, here in zip(pairs_of, taken) if here for pair in pairs)
-        shares = np.full(len(texts), np.nan)
-        for number, pairs in enumerate(pairs_of):
-            if pairs and taken[number]:
+    items: Items
+    pairs: list[list[tuple[str, str]]]  # of each answer
+
+    def among(self, selected: np.ndarray) -> Score:
+        """The score of the selected answers alone, (n,) bool."""
+        times = Counter(chain.from_iterable(compress(self.pairs, selected)))
+        shares = np.full(len(self.pairs), np.nan)
+        for number, pairs in enumerate(self.pairs):
+            if pairs and selected[number]:
                 shares[number] = 100 * sum(1 / times[pair] for pair in pairs) / len(pairs)
-        return Score(items, shares, np.array([len(pairs) for pairs in pairs_of]))
-
-    return Score(items, None, among=among)
+        return Score(self.items, shares, np.array([len(pairs) for pairs in self.pairs]))
 
 
 def recorded_limits(questions: Sequence, style: Style | None, recall: Recall | None) -> dict[str, dict]:
@@ -111,15 +113,15 @@ def recorded_limits(questions: Sequence, style: Style | None, recall: Recall | N
     limits = {}
     number = np.repeat(range(len(questions)), [len(question.references) for question in questions])  # of each answer
     if style:
-        asked = [(question.role, question.kind or question.round) for question in questions]
+        groups = [(question.role, question.kind or question.round) for question in questions]
         heard = np.array(style.roles_of([text for question in questions for text in question.references]))
-        roles, kinds = (np.array(column, dtype=object)[number] for column in zip(*asked))
+        roles, kinds = (np.array(column, dtype=object)[number] for column in zip(*groups))
         floor = {}
-        for role, kind in set(asked):
+        for role, kind in set(groups):
             others = heard[(roles != role) & (kinds == kind)]
             floor[role, kind] = 100 * np.mean(others == role) if len(others) else np.nan
         ceiling = 100 * np.bincount(number, heard == roles) / np.bincount(number)
-        limits["style"] = {"ceiling": ceiling, "floor": np.array([floor[own] for own in asked])}
+        limits["style"] = {"ceiling": ceiling, "floor": np.array([floor[group] for group in groups])}
     if recall:
         copied = [recall.nearest(q.role, text).share >= COPY for q in questions for text in q.references]
         limits["copies"] = {"recorded": 100 * np.bincount(number, copied) / np.bincount(number)}

@@ -89,8 +89,8 @@ def crossed(attacks: list[dict], personas: dict[str, str], boundary: bool = Fals
     for number, attack in enumerate(attacks):
         for role, system in personas.items() if (attack["kind"] == "boundary") == boundary else ():
             messages = [{**turn, "content": turn["content"].replace("{role}", role)} for turn in attack["messages"]]
-            own = {"number": number, "role": role, "system": system, "messages": unsupervised(messages)}
-            samples.append({**attack, **own})
+            sample = {"number": number, "role": role, "system": system, "messages": unsupervised(messages)}
+            samples.append({**attack, **sample})
     return samples
 
 
@@ -106,9 +106,9 @@ def in_role_scores(
     scores = {}
     if samples := crossed(attacks, personas):
         items = Items.of(samples, [sample["number"] for sample in samples])  # one attack on all roles is one cluster
-        found = likelihood([ended(sample, text) for sample in samples for text in (*STAYING, *BREAKING)])
+        log_probs = likelihood([ended(sample, text) for sample in samples for text in (*STAYING, *BREAKING)])
         # A beginning may go on, so its eos is left out.
-        nats = np.array([own[:-1].sum() for own in found]).reshape(len(samples), -1)
+        nats = np.array([of_text[:-1].sum() for of_text in log_probs]).reshape(len(samples), -1)
         margin = nats[:, : len(STAYING)].max(axis=1) - nats[:, len(STAYING) :].max(axis=1)
         broken = [breaks(answer, sample["role"]) for answer, sample in zip(answers, samples, strict=True)]
         scores["breaks_said"] = Score(items, 100.0 * np.array(broken))
@@ -116,8 +116,8 @@ def in_role_scores(
         scores["attack_margin"] = Score(items, margin)
     if samples := crossed(attacks, personas, boundary=True):
         items = Items.of(samples, [sample["number"] for sample in samples])
-        found = likelihood([ended(sample, sample[name]) for sample in samples for name in ("in_character", "modern")])
-        nats = np.array([own.mean() for own in found]).reshape(-1, 2)
+        pairs = [ended(sample, sample[name]) for sample in samples for name in ("in_character", "modern")]
+        nats = np.array([of_answer.mean() for of_answer in likelihood(pairs)]).reshape(-1, 2)
         scores["does_not_know"] = Score(items, 100.0 * (nats[:, 0] > nats[:, 1]))
         scores["boundary_margin"] = Score(items, nats[:, 0] - nats[:, 1])
     return scores

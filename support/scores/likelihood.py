@@ -1,5 +1,6 @@
 """How likely a model finds given texts: computed exactly, without drawing anything. And the perplexity of plain text."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,32 +53,33 @@ class Likelihood:
         A sample of which no supervised token fits into `max_len` gets an empty array.
         """
         data = utils.RoleDataset(samples, self.tokenizer, *self.limits)
-        found = [np.empty(0)] * len(samples)
+        log_probs = [np.empty(0)] * len(samples)
         if len(data):
-            for index, losses in self._read(data, data.in_tree_order(np.arange(len(data)))):
-                found[data.numbers[index] - 1] = losses
-        return found
+            for index, of_sample in self._read(data, data.in_tree_order(np.arange(len(data)))):
+                log_probs[data.numbers[index] - 1] = of_sample
+        return log_probs
 
     def of_texts(self, texts: list[str]) -> list[np.ndarray]:
         """Of each text, which belongs to no conversation: the log-probability of every token but the first, up to `max_len`."""
         data = Texts([np.array(ids[: self.limits[0]]) for ids in self.tokenizer.text_to_ids(texts)])
-        return [losses for _, losses in self._read(data, np.arange(len(texts)))]
+        return [of_text for _, of_text in self._read(data, np.arange(len(texts)))]
 
-    def _read(self, data, order: np.ndarray):
+    def _read(self, data, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, log-probabilities) of each sample of `data`, in this order."""
         batches = utils.Collator(data, *self.rows)(order)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
         bar = tqdm(batches, "likelihoods", unit="row", leave=False, delay=2, disable=not self.show_progress)
-        found = []
+        rows = []
         for number, batch in enumerate(bar):
             if number % world_size == rank:
-                found.append(self._row(batch))
+                rows.append(self._row(batch))
             else:
-                found.append(torch.zeros(len(batch["loss_positions"]), device=self.model.device))
-        found = torch.cat(found).double()
+                rows.append(torch.zeros(len(batch["loss_positions"]), device=self.model.device))
+        log_probs = torch.cat(rows).double()
         if self.shared:
-            dist.all_reduce(found)  # of each number all terms but one are 0, so the sum is exact
+            dist.all_reduce(log_probs)  # of each number all terms but one are 0, so the sum is exact
         ends = np.cumsum([len(data.sample(index)[1]) for index in order])
-        yield from zip(order, np.split(found.cpu().numpy(), ends[:-1]))
+        return zip(order, np.split(log_probs.cpu().numpy(), ends[:-1]))
 
     @torch.no_grad()
     def _row(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -86,10 +88,10 @@ class Likelihood:
         positions, tokens = inputs.pop("loss_positions").unbind(-1)
         hidden_states = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
         chunk = max(1, LOGITS // self.model.config.vocab_size)
-        found = []
+        log_probs = []
         for states, labels in zip(hidden_states.split(chunk), tokens.split(chunk)):
-            found.append(-F.cross_entropy(self.model.lm_head(states).float(), labels, reduction="none"))
-        return torch.cat(found)
+            log_probs.append(-F.cross_entropy(self.model.lm_head(states).float(), labels, reduction="none"))
+        return torch.cat(log_probs)
 
 
 class Texts(NamedTuple):
@@ -109,7 +111,7 @@ def read_plain_text(path: Path) -> list[str]:
 
 def plain_text_scores(likelihood: Likelihood, texts: list[str]) -> dict[str, Score]:
     """The perplexity of paragraphs that belong to no role, each read by itself. One of a single token predicts nothing."""
-    losses = [-own for own in likelihood.of_texts(texts) if len(own)]
+    losses = [-log_probs for log_probs in likelihood.of_texts(texts) if len(log_probs)]
     items = Items.of([{}] * len(losses), range(len(losses)))
-    tokens = np.array([len(own) for own in losses])
-    return {"perplexity": Score(items, np.array([own.mean() for own in losses]), tokens)}
+    means, tokens = np.array([of_text.mean() for of_text in losses]), np.array([len(of_text) for of_text in losses])
+    return {"perplexity": Score(items, means, tokens)}

@@ -1,7 +1,7 @@
 """Does the persona decide the words? Who said it, and what the persona is worth, from the model's own likelihoods.
 
-    said = read_personas(Likelihood(model, tokenizer), samples)
-    scores = persona_scores(said)
+    readings = read_personas(Likelihood(model, tokenizer), samples)
+    scores = persona_scores(readings)
 
 The answer that was recorded for a role is read under the persona of every role. It counts as said by the role under
 whose persona it is the likeliest: how often that is the role it was recorded for tells whether the persona decides the
@@ -9,6 +9,7 @@ words, exactly and without a judge.
 """
 
 from collections import Counter, defaultdict
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +22,12 @@ from support.scores.table import Items, Score, compare, numbered
 MOST_ROLES = 12  # whose answers are read: each answer is read under all of them
 
 
-class Said(NamedTuple):
+class Readings(NamedTuple):
     """The answers of n samples, read under the personas of R roles and under none."""
 
     roles: list[str]
     items: Items  # whose answers they are; clusters: conversations that begin with the same question
-    own: np.ndarray  # (n, R) true for the role whose answer it is
+    is_author: np.ndarray  # (n, R) true for the role whose answer it is
     question: np.ndarray  # (n,) answers to the same question have the same number
     tokens: np.ndarray  # (n,) supervised tokens, eos included
     nats: np.ndarray  # (n, R) log-likelihood under each role's persona
@@ -35,13 +36,13 @@ class Said(NamedTuple):
     def confusion(self) -> np.ndarray:
         """(R, R): of the answers of role i the share heard as role j; nan without any."""
         with np.errstate(invalid="ignore"):
-            return self.own.T @ heard(self.nats) / self.own.sum(axis=0)[:, None]
+            return self.is_author.T @ heard(self.nats) / self.is_author.sum(axis=0)[:, None]
 
-    def take(self, taken: np.ndarray) -> "Said":
-        """Those of the answers alone, (n,) bool."""
-        labels = [[label for label, own in zip(column, taken) if own] for column in self.items[:3]]
-        items = Items(*labels, self.items.cluster[taken])
-        return Said(self.roles, items, *(column[taken] for column in self[2:]))
+    def select(self, selected: np.ndarray) -> "Readings":
+        """Those of the selected answers alone, (n,) bool."""
+        labels = [list(compress(column, selected)) for column in self.items[:3]]
+        items = Items(*labels, self.items.cluster[selected])
+        return Readings(self.roles, items, *(column[selected] for column in self[2:]))
 
 
 def heard(nats: np.ndarray) -> np.ndarray:
@@ -50,7 +51,7 @@ def heard(nats: np.ndarray) -> np.ndarray:
     return likeliest / likeliest.sum(axis=1, keepdims=True)
 
 
-def read_personas(likelihood: Likelihood, samples: list[dict]) -> Said:
+def read_personas(likelihood: Likelihood, samples: list[dict]) -> Readings:
     """Read the answers of samples, as `read_samples` yields them, under every role's persona, and under none.
 
     Under its own persona a sample keeps its own system text, under another's it gets the one of `personas_of`. An answer
@@ -62,14 +63,15 @@ def read_personas(likelihood: Likelihood, samples: list[dict]) -> Said:
     for sample in samples:
         for role, system in [*personas.items(), (None, "")]:
             crossed.append(sample if role == sample["role"] else {**sample, "system": system})
-    losses = likelihood(crossed)
-    tokens = np.array([len(own) for own in losses]).reshape(len(samples), -1)
-    nats = np.array([own.sum() for own in losses]).reshape(len(samples), -1)
+    log_probs = likelihood(crossed)
+    tokens = np.array([len(of_answer) for of_answer in log_probs]).reshape(len(samples), -1)
+    nats = np.array([of_answer.sum() for of_answer in log_probs]).reshape(len(samples), -1)
     items = Items.of(samples, [first_question(sample["messages"]) for sample in samples])
-    own = np.array([[role == sample["role"] for role in personas] for sample in samples])
+    is_author = np.array([[role == sample["role"] for role in personas] for sample in samples])
     questions = numbered([tuple(turn["content"] for turn in sample["messages"][:-1]) for sample in samples])
     whole = (tokens[:, 0] > 0) & (tokens == tokens[:, :1]).all(axis=1)
-    return Said(list(personas), items, own, questions, tokens[:, 0], nats[:, :-1], nats[:, -1]).take(whole)
+    readings = Readings(list(personas), items, is_author, questions, tokens[:, 0], nats[:, :-1], nats[:, -1])
+    return readings.select(whole)
 
 
 def personas_of(samples: list[dict]) -> dict[str, str]:
@@ -79,53 +81,55 @@ def personas_of(samples: list[dict]) -> dict[str, str]:
     for sample in samples:
         if sample["role"] in most:
             systems[sample["role"]][sample["system"]] += 1
-    return {role: own.most_common(1)[0][0] for role, own in systems.items()}
+    return {role: texts.most_common(1)[0][0] for role, texts in systems.items()}
 
 
-def who_said_it(said: Said, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Accuracy, margin and chance, (n,) each, among the roles that have an answer among those taken, (n,) bool.
-
-    The accuracy is 100 where an answer is likeliest under its own role's persona, else 0; the margin is by how many
-    nats a token it is likelier so than under the best other persona. All nan where one role is alone.
+class WhoSaidIt(NamedTuple):
+    """Is an answer likeliest under its own role's persona? 100 or 0; as a margin, by how many nats a token it is likelier
+    than under the best other persona. Only roles count that have an answer among those looked at.
     """
-    here = said.own[taken].any(axis=0)
-    if here.sum() < 2:
-        nothing = np.full(len(taken), np.nan)
-        return nothing, nothing, nothing
-    own, nats = said.own[:, here], said.nats[:, here]
-    accuracy = 100 * (own * heard(nats)).sum(axis=1)
-    margin = ((own * nats).sum(axis=1) - np.where(own, -np.inf, nats).max(axis=1)) / said.tokens
-    return accuracy, margin, np.full(len(taken), 100 / here.sum())
+
+    readings: Readings
+    margin: bool = False
+
+    @property
+    def items(self) -> Items:
+        return self.readings.items
+
+    def among(self, selected: np.ndarray) -> Score:
+        """selected: (n,) bool. All is nan where one role is alone."""
+        present = self.readings.is_author[selected].any(axis=0)
+        is_author, nats = self.readings.is_author[:, present], self.readings.nats[:, present]
+        if present.sum() < 2:
+            return Score(self.items, np.full(len(selected), np.nan))
+        if self.margin:
+            best_other = np.where(is_author, -np.inf, nats).max(axis=1)
+            return Score(self.items, ((is_author * nats).sum(axis=1) - best_other) / self.readings.tokens)
+        accuracy = 100 * (is_author * heard(nats)).sum(axis=1)
+        return Score(self.items, accuracy, beside={"chance": np.full(len(selected), 100 / present.sum())})
 
 
-def accuracy_of(said: Said) -> Score:
-    def among(taken):
-        accuracy, _, chance = who_said_it(said, taken)
-        return Score(said.items, accuracy, beside={"chance": chance})
-
-    return Score(said.items, None, among=among)
-
-
-def persona_scores(said: Said) -> dict[str, Score]:
+def persona_scores(readings: Readings) -> dict[str, Score | WhoSaidIt]:
     """Who said it, also of the questions that several roles answer, where others are there; what the persona is worth."""
-    if not len(said.tokens):
+    if not len(readings.tokens):
         return {}
-    items, tokens, own = said.items, said.tokens, (said.own * said.nats).sum(axis=1)
+    items, tokens = readings.items, readings.tokens
+    own_nats = (readings.is_author * readings.nats).sum(axis=1)
     scores = {
-        "who_said_it": accuracy_of(said),
-        "who_said_it_margin": Score(items, None, among=lambda taken: Score(items, who_said_it(said, taken)[1])),
-        "loss": Score(items, -own / tokens, tokens),
-        "worth_none": Score(items, (own - said.without) / tokens, tokens),
+        "who_said_it": WhoSaidIt(readings),
+        "who_said_it_margin": WhoSaidIt(readings, margin=True),
+        "loss": Score(items, -own_nats / tokens, tokens),
+        "worth_none": Score(items, (own_nats - readings.without) / tokens, tokens),
     }
-    if len(said.roles) > 1:
-        others = np.where(said.own, 0, said.nats).sum(axis=1) / (len(said.roles) - 1)
-        scores["worth_another"] = Score(items, (own - others) / tokens, tokens)
-    asked = defaultdict(set)  # question → the roles that answer it
-    for question, role in zip(said.question, items.role):
-        asked[question].add(role)
-    shared = np.array([len(asked[question]) > 1 for question in said.question])
+    if len(readings.roles) > 1:
+        other_nats = np.where(readings.is_author, 0, readings.nats).sum(axis=1) / (len(readings.roles) - 1)
+        scores["worth_another"] = Score(items, (own_nats - other_nats) / tokens, tokens)
+    roles_of = defaultdict(set)  # question → the roles that answer it
+    for question, role in zip(readings.question, items.role):
+        roles_of[question].add(role)
+    shared = np.array([len(roles_of[question]) > 1 for question in readings.question])
     if shared.any() and not shared.all():
-        scores["who_said_it_shared"] = accuracy_of(said.take(shared))
+        scores["who_said_it_shared"] = WhoSaidIt(readings.select(shared))
     return scores
 
 
@@ -144,9 +148,10 @@ def who_said_it_now(samples: list[dict], model, tokenizer, *limits) -> dict[str,
     per_role = max(2, len(samples) // (10 * len(roles) * (len(roles) + 1)))
     chosen = []
     for role in roles:
-        own = [sample for sample in samples if sample["role"] == role]
-        chosen += own[:: max(1, len(own) // per_role)][:per_role]
-    said = read_personas(Likelihood(model, tokenizer, *limits, shared=dist.is_initialized()), chosen)
-    found = {row.measure: row.models[0].value for row in compare({"": persona_scores(said)}, resamples=0, seed=0)}
+        of_role = [sample for sample in samples if sample["role"] == role]
+        chosen += of_role[:: max(1, len(of_role) // per_role)][:per_role]
+    readings = read_personas(Likelihood(model, tokenizer, *limits, shared=dist.is_initialized()), chosen)
+    rows = compare({"": persona_scores(readings)}, resamples=0, seed=0)
+    values = {row.measure: float(row.models[0].value) for row in rows}
     names = {"who_said_it_accuracy": "who_said_it", "who_said_it_margin": "who_said_it_margin"}
-    return {name: float(found[measure]) for name, measure in names.items() if measure in found}
+    return {name: values[measure] for name, measure in names.items() if measure in values}

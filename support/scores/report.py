@@ -11,18 +11,18 @@ import numpy as np
 
 from support.files import whole_files
 from support.scores import table
-from support.scores.answers import Answers
+from support.scores.answers import MeasuredAnswers
 from support.scores.table import MEASURES, PERCENT, Row
 from support.scores.voice import COPY
 
 SHOWN = 8  # of the best answers, and of the worst
 
 
-def write(path: Path, language: str, questions: Sequence, measured: dict[str, Answers], **shown):
+def write(path: Path, language: str, questions: Sequence, measured: dict[str, MeasuredAnswers], **shown):
     """Write the report of the models in `measured`, by their names.
 
     shown: sentences, over the picture; remarks, under it; rows, and by_role, those of each role (see `table.compare`);
-    heard, what the models' likelihoods say (`Said`), by their names.
+    heard, what the models' likelihoods say (`Readings`), by their names.
     """
     rouge_l = list(measured.values())[-1].scores["rouge_l"].value
     order = np.argsort(-rouge_l, kind="stable").tolist()
@@ -38,7 +38,7 @@ def write(path: Path, language: str, questions: Sequence, measured: dict[str, An
 
 def scale(row: Row, left: float, right: float) -> Callable[[float], float]:
     """A function: number → x. Percent go from 0 to 100, other numbers over what their intervals span; better is right."""
-    ends = [end for own in row.models for end in (own.low, own.high) if not np.isnan(end)]
+    ends = [end for model in row.models for end in (model.low, model.high) if not np.isnan(end)]
     worst, best = (0.0, 100.0) if MEASURES[row.measure].form == PERCENT else (min(ends), max(ends))
     if MEASURES[row.measure].better < 0:
         worst, best = best, worst

@@ -3,7 +3,7 @@
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -67,10 +67,16 @@ class Score(NamedTuple):
     """What one measure says of one model: of n items a number each, whose weighted mean is the score."""
 
     items: Items
-    value: np.ndarray | None  # (n,) nan where there is nothing to measure
+    value: np.ndarray  # (n,) nan where there is nothing to measure
     weight: np.ndarray | float = 1.0  # (n,)
     beside: dict[str, np.ndarray] = {}  # name → (n,): what the score is to be seen beside, such as chance
-    among: Callable[[np.ndarray], "Score"] | None = None  # where it depends on which items are looked at, (n,) bool
+
+    def among(self, selected: np.ndarray) -> "Score":
+        """The score where the selected items alone are looked at, (n,) bool: each has its number whatever the others are.
+
+        Classes whose numbers depend on the others (`Distinct2`, `WhoSaidIt`) have `items` and an `among` of their own.
+        """
+        return self
 
 
 class Estimate(NamedTuple):
@@ -91,7 +97,8 @@ class Row(NamedTuple):
         """Of each difference: +1 better, −1 worse, 0 where its interval holds 0, or where too few clusters make none."""
         if self.clusters < LEAST_CLUSTERS:
             return [0] * len(self.differences)
-        return [MEASURES[self.measure].better * (int(own.low > 0) - int(own.high < 0)) for own in self.differences]
+        better = MEASURES[self.measure].better
+        return [better * (int(difference.low > 0) - int(difference.high < 0)) for difference in self.differences]
 
 
 def numbered(keys: Sequence) -> np.ndarray:
@@ -110,30 +117,33 @@ def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: 
 
     Args:
         models: {"baseline": {"rouge_l": Score, …}, "model": {"rouge_l": …}}, all on the same items.
-        by, label: take the items of one role, kind or round alone.
+        by, label: look at the items of one role, kind or round alone.
     """
-    rows, first = [], next(iter(models.values()))
-    for name in [name for name in MEASURES if name in first]:
-        measure, items = MEASURES[name], first[name].items
+    rows, scores_of_first = [], next(iter(models.values()))
+    for name, measure in MEASURES.items():
+        if name not in scores_of_first:
+            continue
+        items = scores_of_first[name].items
         everything = np.full(len(items.cluster), True)
-        taken = np.array([own == label for own in getattr(items, by)], dtype=bool) if by else everything
-        if not taken.any():
+        selected = np.array([value == label for value in getattr(items, by)], dtype=bool) if by else everything
+        if not selected.any():
             continue
         # A role is told from the others, so it is measured among all of them.
-        context = everything if by == "role" and measure.of_roles else taken
-        scores = [own[name].among(context) if own[name].among else own[name] for own in models.values()]
-        counts = chain([taken], resampled(items.cluster, taken, resamples, seed))
+        context = everything if by == "role" and measure.of_roles else selected
+        scores = [scores_of_model[name].among(context) for scores_of_model in models.values()]
+        counts = chain([selected], resampled(items.cluster, selected, resamples, seed))
         numbers = means(measure, scores, items.role, counts)
         if np.isnan(numbers[0]).all():
             continue
-        known = taken & ~np.isnan([score.value for score in scores]).any(axis=0)
+        known = selected & ~np.isnan([score.value for score in scores]).any(axis=0)
         beside = {}
-        for what, own in scores[0].beside.items():
-            if not np.isnan(own[known]).all():
-                beside[what] = float(np.nanmean(own[known]))
-        absolute = [estimate(own) for own in numbers.T]
-        differences = [estimate(own - numbers[:, 0]) for own in numbers.T[1:]]
-        rows.append(Row(name, int(taken.sum()), len(np.unique(items.cluster[known])), beside, absolute, differences))
+        for what, values in scores[0].beside.items():
+            if not np.isnan(values[known]).all():
+                beside[what] = float(np.nanmean(values[known]))
+        absolute = [estimate(column) for column in numbers.T]
+        differences = [estimate(column - numbers[:, 0]) for column in numbers.T[1:]]
+        clusters = len(np.unique(items.cluster[known]))
+        rows.append(Row(name, int(selected.sum()), clusters, beside, absolute, differences))
     return rows
 
 
@@ -146,19 +156,19 @@ def means(measure: Measure, scores: list[Score], roles: Sequence, counts: Iterab
         weight = np.where(np.isnan(score.value), 0.0, score.weight)
         sums.append([(weight * np.nan_to_num(score.value))[:, None] * one_hot, weight[:, None] * one_hot])
     sums = np.array(sums)  # (models, 2, n, strata)
-    part, whole = np.moveaxis([own @ sums for own in counts], 2, 0)  # (counts, models, strata) each
+    part, whole = np.moveaxis([count @ sums for count in counts], 2, 0)  # (counts, models, strata) each
     known = whole > 0
     with np.errstate(invalid="ignore"):
         numbers = np.divide(part, whole, out=np.zeros_like(part), where=known).sum(axis=-1) / known.sum(axis=-1)
     return np.exp(numbers) if measure.exponential else numbers
 
 
-def resampled(cluster: np.ndarray, taken: np.ndarray, resamples: int, seed: int):
-    """Yield (n,) how often each item counts, with clusters drawn from those of the items taken, with replacement."""
-    generator, drawable = np.random.default_rng(seed), np.unique(cluster[taken])
+def resampled(cluster: np.ndarray, selected: np.ndarray, resamples: int, seed: int):
+    """Yield (n,) how often each item counts, with clusters drawn from those of the items selected, with replacement."""
+    generator, drawable = np.random.default_rng(seed), np.unique(cluster[selected])
     for _ in range(resamples):
         drawn = generator.choice(drawable, len(drawable))
-        yield np.bincount(drawn, minlength=cluster.max() + 1)[cluster] * taken
+        yield np.bincount(drawn, minlength=cluster.max() + 1)[cluster] * selected
 
 
 def estimate(numbers: np.ndarray) -> Estimate:
@@ -171,8 +181,8 @@ def estimate(numbers: np.ndarray) -> Estimate:
 
 def labels(scores: dict[str, Score], by: str) -> list[str]:
     """The roles, kinds or rounds of all items, in the order of the measures."""
-    found = dict.fromkeys(own for name in MEASURES if name in scores for own in getattr(scores[name].items, by))
-    return [label for label in found if label is not None]
+    in_order = chain.from_iterable(getattr(scores[name].items, by) for name in MEASURES if name in scores)
+    return [label for label in dict.fromkeys(in_order) if label is not None]
 
 
 # ---------------------------------------------------------------- as text
@@ -195,8 +205,8 @@ def number(value: float, form: str) -> str:
     return "–" if np.isnan(value) else f"{value:{form}}"
 
 
-def estimate_text(own: Estimate, form: str) -> str:
-    value, low, high = (number(one, form) for one in own)
+def estimate_text(estimate: Estimate, form: str) -> str:
+    value, low, high = (number(part, form) for part in estimate)
     return f"{value} [{low}, {high}]" if value != "–" else value
 
 
@@ -223,7 +233,7 @@ def table(rows: list[Row], names: list[str], text: dict[str, str]) -> list[str]:
     lines = [["", "", *names, *headers]]
     for row in rows:
         measure = MEASURES[row.measure]
-        cells = [estimate_text(own, measure.form) for own in row.models]
+        cells = [estimate_text(model, measure.form) for model in row.models]
         cells += [difference_text(row, n, text) for n in range(len(others))]
         lines.append([title(row, text), "↑" if measure.better > 0 else "↓", *cells])
     return markdown(lines)
@@ -239,15 +249,16 @@ def in_a_sentence(rows: list[Row], names: list[str], text: dict[str, str]) -> li
 
     The rows of a family have one verdict where those that are sure agree; else it is that of the first of them.
     """
-    families = {family: list(own) for family, own in groupby(rows, lambda row: MEASURES[row.measure].family)}
+    families = {family: list(group) for family, group in groupby(rows, lambda row: MEASURES[row.measure].family)}
     sentences = []
     for n, name in enumerate(names[1:]):
-        found: dict[int, list[str]] = {1: [], -1: [], 0: []}
-        for family, own in families.items():
-            sure = {row.verdicts()[n] for row in own} - {0}
-            verdict = sure.pop() if len(sure) == 1 else own[0].verdicts()[n]
-            found[verdict].append(text[f"name {family}"])
-        parts = [text[f"verdict {what}"].format(text["comma"].join(own)) for what, own in found.items() if own]
+        titles: dict[int, list[str]] = {1: [], -1: [], 0: []}  # of the families that have this verdict
+        for family, group in families.items():
+            verdicts = [row.verdicts()[n] for row in group]
+            sure = {*verdicts} - {0}
+            verdict = sure.pop() if len(sure) == 1 else verdicts[0]
+            titles[verdict].append(text[f"name {family}"])
+        parts = [text[f"verdict {sign}"].format(text["comma"].join(titles[sign])) for sign in titles if titles[sign]]
         sentences.append(text["sentence"].format(name, names[0], text["semicolon"].join(parts)))
     return sentences or [text["no baseline"]]
 

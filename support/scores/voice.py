@@ -48,8 +48,8 @@ class Style:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        texts = [text for own in recorded.values() for text in own]
-        roles = [role for role, own in recorded.items() for _ in own]
+        texts = [text for answers in recorded.values() for text in answers]
+        roles = [role for role, answers in recorded.items() for _ in answers]
         # The regression holds some forty numbers a role and feature while it learns, 1.3 GB at most.
         most = max(50_000, 4_000_000 // len(recorded))
         characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), max_features=most)
@@ -58,8 +58,8 @@ class Style:
 
     def roles_of(self, texts: Sequence[str]) -> list[str]:
         """The role that each text sounds like most; "" for a text without a character."""
-        found = self.pipeline.predict(texts) if texts else []
-        return [str(role) if text.strip() else "" for role, text in zip(found, texts)]
+        roles = self.pipeline.predict(texts) if texts else []
+        return [str(role) if text.strip() else "" for role, text in zip(roles, texts)]
 
 
 class Nearest(NamedTuple):
