@@ -67,7 +67,7 @@ with slow_imports(parse_args, __name__):
     from support.model.answering import Answer, answer_batch, greedy, in_batches, rows_that_fit
     from support.scores import report
     from support.scores.answers import measure_answers, recorded_limits
-    from support.scores.candidates import AnswerFile, Candidate, Loader, answer_settings, name_candidates, read_answers
+    from support.scores.candidates import Candidate, Loader, Transcript, name_candidates, read_transcript, version_of
     from support.scores.in_role import crossed, in_role_scores, read_attacks
     from support.scores.likelihood import Likelihood, plain_text_scores, read_plain_text
     from support.scores.persona import persona_scores, personas_of, read_personas
@@ -105,8 +105,8 @@ def read_questions(test_path: Path) -> list[Question]:
             number = sum(message["role"] == "user" for message in messages)
             name = ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if has_conversations else None
             new = Question(sample["role"], sample["system"], messages[-1]["content"], kind, name, [], messages)
-            asked = (sample["role"], *(message["content"] for message in messages))  # a role may lack a system text
-            questions.setdefault(asked, new).references.append(answer)
+            key = (sample["role"], *(message["content"] for message in messages))  # a role may lack a system text
+            questions.setdefault(key, new).references.append(answer)
     if not questions:
         raise UserError(f"{test_path}: holds no sample: write it with data_helper.py")
     return list(questions.values())
@@ -116,25 +116,25 @@ def recorded_samples(questions: list[Question]) -> list[dict]:
     """The questions with their recorded answers as samples, in which the last answer alone is supervised."""
     samples = []
     for question in questions:
-        asked = unsupervised([turn for turn in question.messages if turn["role"] != "system"])
+        turns = unsupervised([turn for turn in question.messages if turn["role"] != "system"])
         for reference in question.references:
-            samples.append({**question._asdict(), "messages": [*asked, {"role": "assistant", "content": reference}]})
+            samples.append({**question._asdict(), "messages": [*turns, {"role": "assistant", "content": reference}]})
     return samples
 
 
 # ---------------------------------------------------------------- answering
 
 
-def answer_all(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
+def generate_answers(args, candidate: Candidate, questions: list[Question], loader: Loader) -> list[Answer]:
     """Answer the questions, batch by batch into the candidate's file. An interrupted run goes on from that."""
-    settings = answer_settings(args, candidate, questions)
-    file = AnswerFile(candidate.output, settings, questions, args.overwrite)
-    if file.changed:
-        told = f"was answered under other settings ({', '.join(file.changed)}): all is answered anew"
-        print(f"{file.path}: {told}", file=sys.stderr)
-    if file.complete:
-        print(f"{file.path}: has all answers of {candidate.name} already", file=sys.stderr)
-        return file.in_order()
+    version = version_of(args, candidate, questions)
+    transcript = Transcript(candidate.output, version, questions, args.overwrite)
+    if transcript.changed:
+        message = f"was answered under other settings ({', '.join(transcript.changed)}): all is answered anew"
+        print(f"{transcript.path}: {message}", file=sys.stderr)
+    if transcript.complete:
+        print(f"{transcript.path}: has all answers of {candidate.name} already", file=sys.stderr)
+        return transcript.in_order()
 
     def persona_and_length(number):
         """Those of one persona go together, which is then read once; the longest of them first, which go on longest."""
@@ -144,20 +144,20 @@ def answer_all(args, candidate: Candidate, questions: list[Question], loader: Lo
 
     order = sorted(range(len(questions)), key=persona_and_length)
     if candidate.server:
-        left = [(number, questions[number].messages) for number in order if number not in file.answers]
-        found = candidate.server.answers(left, args.batch_size or 128, args.max_new_tokens)
+        left = [(number, questions[number].messages) for number in order if number not in transcript.answers]
+        numbered = candidate.server.generate_all(left, args.batch_size or 128, args.max_new_tokens)
     else:
-        found = answer_here(args, candidate, loader(candidate), questions, order, file.answers)
-    known = len(file.answers)
+        numbered = generate_here(args, candidate, loader(candidate), questions, order, transcript.answers)
+    known = len(transcript.answers)
     with tqdm(total=len(questions), initial=known, desc=candidate.name, unit=" answers") as progress:
-        for number, own in found:
-            if number not in file.answers:
-                file.add(number, own)
+        for number, answer in numbered:
+            if number not in transcript.answers:
+                transcript.add(number, answer)
                 progress.update()
-    return file.in_order()
+    return transcript.in_order()
 
 
-def answer_here(args, candidate: Candidate, model, questions: list[Question], order: list[int], done: dict):
+def generate_here(args, candidate: Candidate, model, questions: list[Question], order: list[int], done: dict):
     """An iterator over (number, answer), in this order; of a batch that is `done` in part, all of them.
 
     Raises: UserError at once, before anything is answered.
@@ -173,18 +173,18 @@ def answer_here(args, candidate: Candidate, model, questions: list[Question], or
     elif args.sample:
         size = 16  # what is drawn depends on who is in a batch, so it has the same size on every machine
     else:
-        joined = ["".join(turn["content"] for turn in question.messages) for question in questions]
-        longest = max(map(len, tokenizer.text_to_ids(joined)))
+        texts = ["".join(turn["content"] for turn in question.messages) for question in questions]
+        longest = max(map(len, tokenizer.text_to_ids(texts)))
         size = rows_that_fit(model, longest + args.max_new_tokens)
 
-    def answer(batch):
+    def generate(batch):
         set_seed((args.seed + batch[0]) % 2**32)  # a run that was interrupted draws what it would have drawn
         try:
             return answer_batch(model, tokenizer, [questions[number].messages for number in batch], config)
         except ValueError as error:  # a system text leaves no room
             raise UserError(f"{args.test_path}: {error}") from error
 
-    batches = in_batches(answer, order, size, done)
+    batches = in_batches(generate, order, size, done)
     return chain.from_iterable(zip(batch, answers) for batch, answers in batches)
 
 
@@ -192,22 +192,22 @@ def answer_here(args, candidate: Candidate, model, questions: list[Question], or
 
 
 def read_likelihoods(args, candidate: Candidate, questions: list[Question], loader: Loader, longest: int):
-    """The scores from the model's own likelihoods, and who is heard. Its answers to the attacks go to a file of their own.
+    """The scores from the model's own likelihoods, and its readings. Its answers to the attacks go to a file of their own.
 
     longest: tokens that are read at most, the same for all models, so that all have the same items.
     """
-    attacks, recorded, asked = read_attacks(args.attacks), recorded_samples(questions), []
+    attacks, recorded, attacking = read_attacks(args.attacks), recorded_samples(questions), []
     personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
-    for own in crossed(attacks, personas):
-        messages = with_system(own["system"], own["messages"])
-        asked.append(Question(own["role"], own["system"], messages[-1]["content"], own["kind"], None, [], messages))
-    answers = answer_all(args, candidate.attacked(), asked, loader) if asked else []
+    for attack in crossed(attacks, personas):
+        role, system, kind, prompt = attack["role"], attack["system"], attack["kind"], attack["messages"][-1]["content"]
+        attacking.append(Question(role, system, prompt, kind, None, [], with_system(system, attack["messages"])))
+    answers = generate_answers(args, candidate.attacked(), attacking, loader) if attacking else []
     likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, longest, show_progress=True)
-    said = read_personas(likelihood, recorded)
-    scores = persona_scores(said)
+    readings = read_personas(likelihood, recorded)
+    scores = persona_scores(readings)
     scores |= in_role_scores(likelihood, attacks, personas, [answer.text for answer in answers])
     scores |= plain_text_scores(likelihood, read_plain_text(args.plain_text))
-    return scores, said
+    return scores, readings
 
 
 # ---------------------------------------------------------------- the script
@@ -228,8 +228,8 @@ def read_inputs(args) -> tuple[torch.device, list[Question], list[Candidate]]:
         candidates = name_candidates(args)
         for candidate in candidates:
             problems.of(candidate.check, args.load_in_4bit)
-            problems.of(read_answers, candidate.output)
-            problems.of(read_answers, candidate.attacked().output)
+            problems.of(read_transcript, candidate.output)
+            problems.of(read_transcript, candidate.attacked().output)
         device = problems.of(pick_device, args.device)
     return device, questions, candidates
 
@@ -249,7 +249,7 @@ def main(argv=None):
     loader, measured, scores, heard = Loader(device, args.load_in_4bit), {}, {}, {}
     for candidate in candidates:
         name = candidate.name
-        answers = answer_all(args, candidate, questions, loader)
+        answers = generate_answers(args, candidate, questions, loader)
         measured[name] = measure_answers(questions, answers, style, recall, limits)
         scores[name] = measured[name].scores
         if not (args.answers_only or args.engine):
@@ -264,13 +264,13 @@ def main(argv=None):
         remarks.append(text["engine"])
     sentences = in_a_sentence(rows, names, text)
     print("", *table(rows, names, text), "", *remarks, "", *sentences, sep="\n")
-    found = labels(scores[names[0]], args.by) if args.by else []
-    if args.by and not found:
+    parts = labels(scores[names[0]], args.by) if args.by else []
+    if args.by and not parts:
         print("", text["nothing to split"].format(args.by), sep="\n")
-    for label in found:
-        part = compare(scores, args.resamples, args.seed, args.by, label)
-        title = f"{label_text(args.by, label, text)} ({part[0].count})"
-        print("", title, "", *table(part, names, text), sep="\n")
+    for label in parts:
+        rows_of_part = compare(scores, args.resamples, args.seed, args.by, label)
+        title = f"{label_text(args.by, label, text)} ({rows_of_part[0].count})"
+        print("", title, "", *table(rows_of_part, names, text), sep="\n")
 
     # 3. The report.
     if args.html:

@@ -90,31 +90,33 @@ class Loader:
 # ---------------------------------------------------------------- answers on disk
 
 
-def answer_settings(args, candidate: Candidate, questions: Sequence) -> dict:
-    """What a candidate's answers depend on. The batch size is left out, so that a run may go on with a smaller one."""
+def version_of(args, candidate: Candidate, questions: Sequence) -> dict:
+    """Which answers a candidate's are: the settings that they depend on. A copied or renamed model gives the same ones.
+
+    The batch size is left out, so that a run may go on with a smaller one.
+    """
     directory, sources = candidate.directory, [json.dumps([question.messages for question in questions])]
-    settings = {"test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
-    settings["sampling_seed"] = args.seed if args.sample else None
+    version = {"test": args.test_path.name, "max_new_tokens": args.max_new_tokens}
+    version["sampling_seed"] = args.seed if args.sample else None
     if candidate.server:
-        settings |= {"engine": candidate.server.url, "model": candidate.server.model}
+        version |= {"engine": candidate.server.url, "model": candidate.server.model}
     else:
-        settings["model"] = directory.path.resolve().name
-        for file in [*directory.weights.files, directory.path / "generation_config.json"]:
-            sources.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
+        version["model"] = f"{directory.fingerprint} {directory.weights.dtype}"
+        sources.append((directory.path / "generation_config.json").read_text(encoding="utf-8"))
     if args.load_in_4bit:
-        settings["load_in_4bit"] = True
+        version["load_in_4bit"] = True
     if candidate.adapter:
-        settings["adapter"] = candidate.name
+        version["adapter"] = candidate.name
         sources.append(adapter_digest(candidate.adapter))
         sources.append((candidate.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return {**settings, "digest": fingerprint("\n".join(sources))}
+    return {**version, "digest": fingerprint("\n".join(sources))}
 
 
-class AnswerFile:
-    """JSON lines: first the settings that the answers depend on, then one answer a line, in the order of answering.
+class Transcript:
+    """JSON lines: first the version (`version_of`), then one answer a line, in the order of answering.
 
-    They are written to `path`.part, which takes the name `path` once it holds all of them. Until then what was answered
-    under other settings stays. `changed` names what differs; the digest stands for weights, generation_config.json, questions.
+    They are written to `path`.part, which takes the name `path` once it holds all of them. Until then answers of another
+    version stay. `changed` names what differs; the digest stands for questions, generation_config.json and adapter.
 
     Args:
         overwrite: answer anew, whatever the files hold.
@@ -122,16 +124,17 @@ class AnswerFile:
         answers: {number of the question: its answer}, as far as they are known from either file.
     """
 
-    def __init__(self, path: Path, settings: dict, questions: Sequence, overwrite: bool = False):
+    def __init__(self, path: Path, version: dict, questions: Sequence, overwrite: bool = False):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
-        self.settings, self.questions, self.overwrite, self.begun = settings, questions, overwrite, False
+        self.version, self.questions, self.overwrite, self.begun = version, questions, overwrite, False
         self.answers, self.changed = {}, []
         for file in (self.path, self.part):
-            found, answers = read_answers(file)
-            if found == settings and not overwrite:
+            old_version, answers = read_transcript(file)
+            if old_version == version and not overwrite:
                 self.answers, self.changed = self.answers | answers, []
-            elif found and not (overwrite or self.answers):
-                self.changed = [name for name in {**settings, **found} if found.get(name) != settings.get(name)]
+            elif old_version and not (overwrite or self.answers):
+                names = {**version, **old_version}
+                self.changed = [name for name in names if old_version.get(name) != version.get(name)]
 
     @property
     def complete(self) -> bool:
@@ -150,7 +153,7 @@ class AnswerFile:
             if self.overwrite:
                 self.path.unlink(missing_ok=True)  # a run without --overwrite goes on from this one
             with whole_files(self.part) as (file,):
-                file.write(as_line({"settings": self.settings}))
+                file.write(as_line({"settings": self.version}))
                 file.writelines(map(self._line, self.answers))
             self.begun = True
         if self.complete:
@@ -159,16 +162,16 @@ class AnswerFile:
 
     def _line(self, number: int) -> str:
         question, answer = self.questions[number], self.answers[number]
-        asked = {"question": number, "role": question.role, "prompt": question.prompt}
-        return as_line({**asked, "answer": answer.text, "stopped": answer.stopped})
+        line = {"question": number, "role": question.role, "prompt": question.prompt}
+        return as_line({**line, "answer": answer.text, "stopped": answer.stopped})
 
 
 def as_line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
-    """The settings, None where there are none yet, and the answers by the number of the question.
+def read_transcript(path: Path) -> tuple[dict | None, dict[int, Answer]]:
+    """The version, None where there is none yet, and the answers by the number of the question.
 
     A last line that was cut off does not count. Raises: UserError: the file is something else.
     """
@@ -180,5 +183,5 @@ def read_answers(path: Path) -> tuple[dict | None, dict[int, Answer]]:
             except ValueError:
                 if line.endswith(b"\n") or not (records or b'{"settings": '.startswith(line[:13])):
                     raise
-        settings = dict(records.pop(0)["settings"]) if records else None
-        return settings, {found["question"]: Answer(found["answer"], found["stopped"]) for found in records}
+        version = dict(records.pop(0)["settings"]) if records else None
+        return version, {record["question"]: Answer(record["answer"], record["stopped"]) for record in records}
