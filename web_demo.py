@@ -82,8 +82,8 @@ def read_inputs(args) -> tuple:
         if args.role is not None and characters and args.role not in characters:
             problems.append(f"--role {args.role}: {args.desc_path} has {', '.join(characters)}")
         callers = access(args, problems)
-    for told in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
-        print(f"warning: {args.desc_path}: {told}", file=sys.stderr)
+    for warning in long_profiles(characters, model.tokenizer, model.config.model_max_length) if model else ():
+        print(f"warning: {args.desc_path}: {warning}", file=sys.stderr)
     return device, characters, callers
 
 
@@ -131,10 +131,11 @@ class Page:
                     self.colour = gr.Checkbox(label=I18N("colour"))
                     self.strength = gr.Slider(0, 1.5, 1, step=0.05, label=I18N("strength"))
                 with gr.Accordion(I18N("sampling"), open=False):
-                    own = self.speaker.own_settings
-                    self.settings = {"do_sample": gr.Checkbox(bool(own.do_sample), label=I18N("do_sample"))}
+                    config = self.speaker.own_settings
+                    self.settings = {"do_sample": gr.Checkbox(bool(config.do_sample), label=I18N("do_sample"))}
                     for name, (low, high, step, unset) in SETTINGS.items():
-                        value = unset if getattr(own, name) is None else min(max(getattr(own, name), low), high)
+                        value = getattr(config, name)
+                        value = unset if value is None else min(max(value, low), high)
                         self.settings[name] = gr.Slider(low, high, value, step=step, label=I18N(name))
                     self.settings["seed"] = gr.Number(-1, label=I18N("seed"), precision=0, minimum=-1)
                 with gr.Accordion(I18N("data"), open=False):
@@ -180,7 +181,7 @@ class Page:
             }.items():  # fmt: skip
                 trigger(self.listener(step), given, shown, **hidden)
             grows = [self.growing, self.log]
-            answered = self.todo.change(self.answer, given, grows, show_progress_on=self.log, **model)
+            answered = self.todo.change(self.stream, given, grows, show_progress_on=self.log, **model)
             answered.then(self.end, given, shown, **hidden)
             coloured = [self.recolour.change, self.colour.change, self.strength.change]
             last = {"show_progress": "hidden", "trigger_mode": "always_last"}
@@ -202,8 +203,8 @@ class Page:
                 chosen.then(None, js="page.chosen")
 
             # What the browser does alone, and the download.
-            kept = [self.chats, self.growing, self.personas]
-            gr.on([self.chats.change, self.personas.change], None, kept, js="page.kept")
+            stored = [self.chats, self.growing, self.personas]
+            gr.on([self.chats.change, self.personas.change], None, stored, js="page.stored")
             described = [self.description, self.chats, self.personas]
             self.description.blur(None, described, self.personas, js="page.described")
             self.compare.change(None, self.compare, js="page.compared")
@@ -257,30 +258,30 @@ class Page:
             chats.add_version(turn)
         self.busy.add(visit.request.session_hash)
         button = gr.Textbox(submit_btn=False, stop_btn=visit.say("stop"))
-        due = {self.growing: chats.growing(visit.kept), self.todo: time.time(), self.recolour: gr.skip()}
+        due = {self.growing: chats.growing(visit.storage), self.todo: time.time(), self.recolour: gr.skip()}
         return due | {self.question: button}
 
     def colour_words(self, values: dict, request: gr.Request) -> dict:
         return gr.skip() if request.session_hash in self.busy else Visit(self, values, request).coloured()
 
-    def answer(self, values: dict, request: gr.Request):
+    def stream(self, values: dict, request: gr.Request):
         """The answer as it grows, in the bubble and in what the browser keeps."""
         if request.session_hash not in self.busy:  # it was stopped while it waited
             yield (gr.skip(),) * 2
             return
         visit = Visit(self, values, request, writing=True)
-        version = chats.answer_of(visit.chat["turns"][-1])
+        version = chats.shown_version(visit.chat["turns"][-1])
         settings, begun, due = visit.settings(), version["text"], 0.0
-        yield chats.growing(visit.kept), visit.bubbles()
+        yield chats.growing(visit.storage), visit.bubbles()
         with visit.failures():
             for whose in ["text", "base"] if visit.compare else ["text"]:
                 how = {"begun": begun, "strength": values[self.strength]} if whose == "text" else {"strength": 0.0}
-                answer = self.speaker.answer(visit.prompt(whose), settings, **how)
-                with closing(answer):  # also where the visitor stops it or leaves: that frees the model
-                    for version[whose], state in answer:
+                stream = self.speaker.stream(visit.prompt(whose), settings, **how)
+                with closing(stream):  # also where the visitor stops it or leaves: that frees the model
+                    for version[whose], state in stream:
                         version["state"] = state if whose == "text" else version["state"]
                         if time.monotonic() >= due or state != "stopped":
-                            yield chats.growing(visit.kept), visit.bubbles()
+                            yield chats.growing(visit.storage), visit.bubbles()
                             due = time.monotonic() + 0.05  # seconds between two updates
             if not version["text"].strip():
                 warn(visit.say("silent", role=visit.role))
@@ -312,11 +313,11 @@ def main(argv=None):
         role = args.role or next(iter(characters))
         messages = conversation(persona(role, characters[role]["description"]), args.ask)
         longest = speaker.own_settings.max_new_tokens or SETTINGS["max_new_tokens"][-1]
-        answer = speaker.answer(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})
+        stream = speaker.stream(messages, {"do_sample": False, "seed": -1, "max_new_tokens": longest})
         with said_if_slow(f"reading the persona of {role} and the question"):
-            shown, _ = next(answer)
+            shown, _ = next(stream)
         print(shown, end="", flush=True)
-        for text, _ in answer:
+        for text, _ in stream:
             print(text[len(shown) :], end="", flush=True)
             shown = text
         return print()

@@ -37,23 +37,29 @@ def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generati
 
     Raises: ValueError: a system text leaves no room.
     """
-    longest, pad, ends = generation_config.max_new_tokens, tokenizer.pad_token_id, generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    longest, pad, ends = generation_config.max_new_tokens, tokenizer.pad_token_id, end_ids(generation_config)
     room = model.config.model_max_length - longest
     prompts = [messages_to_ids(tokenizer, messages, max_length=room) for messages in conversations]
     if generation_config == greedy(generation_config, longest):
         systems = [[message for message in messages[:1] if message["role"] == "system"] for messages in conversations]
         shared = [len(messages_to_ids(tokenizer, system)) for system in systems]
-        found = greedy_ids(model, prompts, shared, longest, ends, pad)
+        generated = greedy_ids(model, prompts, shared, longest, ends, pad)
     else:
         ids, mask = left_padded(prompts, pad, model.device)
         output = model.generate(ids, attention_mask=mask, generation_config=deepcopy(generation_config))
-        found = output[:, ids.shape[1] :].tolist()
+        generated = output[:, ids.shape[1] :].tolist()
     answers = []
-    for ids in found:
-        own = list(takewhile(lambda id: id not in ends, ids))  # padding may follow the end
-        answers.append(Answer(tokenizer.decode(own, skip_special_tokens=True), stopped=len(own) < len(ids)))
+    for ids in generated:
+        answer_ids = list(takewhile(lambda id: id not in ends, ids))  # padding may follow the end
+        text = tokenizer.decode(answer_ids, skip_special_tokens=True)
+        answers.append(Answer(text, stopped=len(answer_ids) < len(ids)))
     return answers
+
+
+def end_ids(generation_config: GenerationConfig) -> list[int]:
+    """The tokens that end an answer; generation_config.json may name one or several."""
+    ends = generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +122,9 @@ def greedy_ids(model, prompts, shared, max_new_tokens: int, ends: list[int], pad
         distinct = list(dict.fromkeys(personas))
         persona_ids, persona_mask = left_padded(distinct, pad, model.device)
         read(persona_ids, persona_mask)
-        own = torch.tensor([distinct.index(persona) for persona in personas], device=model.device)
-        cache.batch_select_indices(own)
-        mask = torch.cat((persona_mask[own], mask), dim=1)
+        index = torch.tensor([distinct.index(persona) for persona in personas], device=model.device)
+        cache.batch_select_indices(index)
+        mask = torch.cat((persona_mask[index], mask), dim=1)
 
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompts that are still in the batch
@@ -127,13 +133,13 @@ def greedy_ids(model, prompts, shared, max_new_tokens: int, ends: list[int], pad
         for row, id in zip(rows, ids[:, 0].tolist()):
             if not answers[row] or answers[row][-1] not in ends:
                 answers[row].append(id)
-        going = [index for index, row in enumerate(rows) if answers[row][-1] not in ends]
+        going = [place for place, row in enumerate(rows) if answers[row][-1] not in ends]
         if not going:
             break
         if len(going) <= len(rows) * 7 // 8:  # to drop rows copies the others
-            kept = torch.tensor(going, device=model.device)
-            cache.batch_select_indices(kept)
-            ids, mask, rows = ids[kept], mask[kept], [rows[index] for index in going]
+            index = torch.tensor(going, device=model.device)
+            cache.batch_select_indices(index)
+            ids, mask, rows = ids[index], mask[index], [rows[place] for place in going]
         mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
     return answers
 
@@ -160,10 +166,11 @@ def unusable_settings(settings: dict, vocab_size: int) -> list[str]:
 
     def problem(settings: dict) -> str | None:
         streamed = {"streamer": reader, CACHE_NAME: DynamicCache(config=model.config)}
+        drawn = {**settings, "do_sample": True}
         try:
-            for rows, own, options in ((1, settings, streamed), (2, {**settings, "do_sample": True}, {})):
+            for rows, trial, options in ((1, settings, streamed), (2, drawn, {})):
                 tokens = {"input_ids": ids[:rows], "attention_mask": ids[:rows]}
-                config = GenerationConfig.from_dict(own)
+                config = GenerationConfig.from_dict(trial)
                 output = model.generate(**tokens, generation_config=config, **first_token_ends, **options)
                 if not isinstance(output, torch.Tensor) or len(output) != rows:
                     raise ValueError("it gives other things than one answer to a question")
@@ -176,11 +183,11 @@ def unusable_settings(settings: dict, vocab_size: int) -> list[str]:
         model = BaichuanForCausalLM(BaichuanConfig(vocab_size=vocab_size, **sizes)).eval()
         if not (together := problem(settings)):
             return []
-        found = []
+        unusable = []
         for key, value in settings.items():
             if reason := problem({"eos_token_id": 2, "max_new_tokens": 1, key: value}):
-                found.append(f"{key} = {json.dumps(value, ensure_ascii=False)} cannot be used here: {reason}")
-    return found or [together]
+                unusable.append(f"{key} = {json.dumps(value, ensure_ascii=False)} cannot be used here: {reason}")
+    return unusable or [together]
 
 
 def rows_that_fit(model, tokens: int) -> int:
@@ -192,8 +199,8 @@ def rows_that_fit(model, tokens: int) -> int:
     return max(1, min(MOST_ROWS[model.device.type], free_memory(model.device) // 2 // row))
 
 
-def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Iterator[tuple[list[int], list]]:
-    """Yield batches of the numbers, `size` at most, with what `answer` makes of each; those that are `done` are left out.
+def in_batches(generate: Callable, numbers: Sequence[int], size: int, done) -> Iterator[tuple[list[int], list]]:
+    """Yield batches of the numbers, `size` at most, with what `generate` makes of each; those that are `done` are left out.
 
     A batch that the memory does not hold is halved, and so are those after it.
     """
@@ -201,7 +208,7 @@ def in_batches(answer: Callable, numbers: Sequence[int], size: int, done) -> Ite
     while batch := list(numbers[start : start + size]):
         try:
             if not all(number in done for number in batch):
-                yield batch, answer(batch)
+                yield batch, generate(batch)
             start += len(batch)
         except Exception as error:
             if not out_of_memory(error) or len(batch) == 1:

@@ -16,7 +16,7 @@ from support.command_line import said_if_slow
 from support.device import free_memory
 from support.errors import Problems, UserError, blaming
 from support.files import fingerprint, kind_of_file, read_object
-from support.model.answering import unusable_settings
+from support.model.answering import end_ids, unusable_settings
 from support.model.comparison import cache_error
 from support.model.four_bit import check_four_bit, keep_as_loaded, loading
 from support.model.weights import Weights
@@ -98,12 +98,12 @@ class ModelDirectory:
                 raise ValueError("auto_map in tokenizer_config.json is no object")
             if turn_markers(tokenizer) != markers:
                 raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
-            ends = self.generation_config.eos_token_id
-            if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-                own = f"eos_token {tokenizer.eos_token}, id {tokenizer.eos_token_id}"
+            ends, learned = end_ids(self.generation_config), tokenizer.eos_token_id
+            if learned not in ends:
                 raise ValueError(
                     f"answers end at another token (eos_token_id {ends} in generation_config.json) than is learned "
-                    f"({own}, in tokenizer_config.json): take both files of Baichuan2-7B-Chat"
+                    f"(eos_token {tokenizer.eos_token}, id {learned}, in tokenizer_config.json): take both files of "
+                    "Baichuan2-7B-Chat"
                 )
             if len(tokenizer) != self.config.vocab_size:
                 raise ValueError(f"it has {len(tokenizer)} tokens, config.json says {self.config.vocab_size}")
@@ -140,9 +140,9 @@ class ModelDirectory:
         if device.type == "cpu":
             needed *= int(os.environ.get("LOCAL_SIZE", 1))  # processes on this host, as the launcher says
         if needed > free:
-            told = f"its weights take {needed / 1e9:.3g} GB as {dtype}, and {device} has {free / 1e9:.3g} GB free"
+            reason = f"its weights take {needed / 1e9:.3g} GB as {dtype}, and {device} has {free / 1e9:.3g} GB free"
             remedy = "take a device with more memory" + (", or add --load_in_4bit" if not four_bit else "")
-            raise UserError(f"{self.path}: {told}: {remedy}")
+            raise UserError(f"{self.path}: {reason}: {remedy}")
         settings = loading(dtype, device) if four_bit else {}
         with said_if_slow(f"reading {self.path}, {self.weights.bytes / 1e9:.3g} GB"):
             model = self._load(self.path, dtype=dtype, attn_implementation=attn_implementation, **settings)
@@ -172,8 +172,8 @@ class ModelDirectory:
         prompts = [messages_to_ids(self.tokenizer, [{"role": "user", "content": text}]) for text in questions]
         training = model.training
         model.eval()
-        told = f"comparing answers of {path} with and without the cache of keys and values"
-        with said_if_slow(told), blaming(f"{path}: no answer can be generated with its weights"):
+        task = f"comparing answers of {path} with and without the cache of keys and values"
+        with said_if_slow(task), blaming(f"{path}: no answer can be generated with its weights"):
             error = cache_error(model, prompts, self.tokenizer.pad_token_id)
         model.train(training)
         if not error <= (1e-3 if model.dtype == torch.float32 else 0.2):  # measured: 4e-6 and 0.03; 1.5 without a cache

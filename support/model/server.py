@@ -11,15 +11,15 @@ from transformers import GenerationConfig
 from support.errors import UserError, blaming, first_line
 from support.model.answering import Answer
 
-CONTROL = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # a server may take them for the markers; docs/merging.md
+MARKERS = re.compile(r"<reserved_10[67]>|</?s>|<unk>")  # for a server, in any text; docs/merging.md
 # No proxy of the environment stands between this machine and itself. Servers print 0.0.0.0 as their address.
 HERE = re.compile(r"https?://((?:[\w-]+\.)*localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?])(:|/|$)", re.IGNORECASE)
 
 
 def without_markers(text: str) -> str:
     """A text without what a server takes for a marker. Repeated, since what stood around one may spell another."""
-    while CONTROL.search(text):
-        text = CONTROL.sub("", text)
+    while MARKERS.search(text):
+        text = MARKERS.sub("", text)
     return text
 
 
@@ -57,56 +57,58 @@ class Server:
         remedy = "start the server as docs/merging.md shows, and give its address up to /v1"
         return blaming(f"--engine {self.url}: no answer from it ({remedy})")
 
-    def answers(
-        self, asked: Sequence[tuple[int, list[dict]]], at_once: int, max_new_tokens: int
+    def generate_all(
+        self, conversations: Sequence[tuple[int, list[dict]]], at_once: int, max_new_tokens: int
     ) -> Iterator[tuple[int, Answer]]:
-        """Yield (number, greedy Answer) of each (number, conversation) asked, as they come. Raises: UserError.
+        """Yield (number, greedy Answer) of each (number, conversation), as they come. Raises: UserError.
 
         at_once: how many the server has before it. They may wait there as long as it takes.
         """
 
-        def answer(question):
-            number, messages = question
+        def generate(numbered):
+            number, messages = numbered
             with self.reached():
                 choice = self._create(messages, 1.0, temperature=0, max_tokens=max_new_tokens).choices[0]
                 return number, Answer(choice.message.content or "", choice.finish_reason == "stop")
 
-        with ThreadPool(min(at_once, len(asked))) as pool:  # of daemons: whoever stops the run need not wait for them
-            yield from pool.imap_unordered(answer, asked)
+        # Threads are daemons: whoever stops the run need not wait for them.
+        with ThreadPool(min(at_once, len(conversations))) as pool:
+            yield from pool.imap_unordered(generate, conversations)
 
     def fit(self, messages: list[dict], wanted: int, begun: str = "") -> tuple[None, int, bool]:
         return None, wanted, False  # the server alone knows how long its context is
 
-    def answer(self, messages: list[dict], settings: dict, begun: str = "", **others) -> Iterator[tuple[str, str]]:
-        """As `Speaker.answer`: the answer as it grows, and its state. Raises: UserError: none comes, or it is refused."""
-        options, more = {"max_tokens": settings["max_new_tokens"], "temperature": 0}, {}
+    def stream(self, messages: list[dict], settings: dict, begun: str = "", **others) -> Iterator[tuple[str, str]]:
+        """As `Speaker.stream`: the answer as it grows, and its state. Raises: UserError: none comes, or it is refused."""
+        options, extra = {"max_tokens": settings["max_new_tokens"], "temperature": 0, "stream": True}, {}
         if settings["seed"] != -1:
             options["seed"] = settings["seed"]
         if settings["do_sample"]:
             options |= {"temperature": settings["temperature"], "top_p": settings["top_p"]}
-            more["top_k"] = settings["top_k"]
-        turns, begins = list(messages), []
+            extra["top_k"] = settings["top_k"]
+        turns, beginning = list(messages), []
         if begun:
-            begins = [{"role": "assistant", "content": begun}]
-            more |= {"add_generation_prompt": False, "continue_final_message": True}
-        penalty, text, state, stream = settings.get("repetition_penalty", 1.0), begun, "cut", None
+            beginning = [{"role": "assistant", "content": begun}]
+            extra |= {"add_generation_prompt": False, "continue_final_message": True}
+        penalty, text, state, chunks = settings.get("repetition_penalty", 1.0), begun, "cut", None
         with self.reached():
-            while stream is None:
+            while chunks is None:
                 try:
-                    stream = self._create([*turns, *begins], penalty, more, stream=True, **options)
+                    chunks = self._create([*turns, *beginning], penalty, extra, **options)
                 except self.refused as error:  # longer than its context: without the oldest round, or the greeting
                     if len(turns) == 2:
                         raise UserError(f"the server refuses: {first_line(error)}") from error
                     del turns[1 : 3 if turns[1]["role"] == "user" else 2]
-            with closing(stream):
-                for choice in (choice for chunk in stream for choice in chunk.choices[:1]):
-                    text += choice.delta.content or ""
-                    state = "done" if choice.finish_reason == "stop" else state
-                    yield text, "stopped"
+            with closing(chunks):
+                for chunk in chunks:
+                    for choice in chunk.choices[:1]:
+                        text += choice.delta.content or ""
+                        state = "done" if choice.finish_reason == "stop" else state
+                        yield text, "stopped"
         yield text, state
 
-    def _create(self, messages: list[dict], penalty: float, more: dict | None = None, **options):
+    def _create(self, messages: list[dict], penalty: float, extra: dict | None = None, **options):
         messages = [{"role": turn["role"], "content": without_markers(turn["content"])} for turn in messages]
         # Servers take repetition_penalty from generation_config.json; llama.cpp has its own name for it.
-        extra = {"repetition_penalty": penalty, "repeat_penalty": penalty} | (more or {})
-        return self.client.chat.completions.create(model=self.model, messages=messages, extra_body=extra, **options)
+        body = {"repetition_penalty": penalty, "repeat_penalty": penalty} | (extra or {})
+        return self.client.chat.completions.create(model=self.model, messages=messages, extra_body=body, **options)

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from ipaddress import IPv6Address, ip_address
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -26,8 +27,8 @@ def access(args, problems: Problems) -> tuple[dict, list[str]]:
     urls = problems.of(listens_on, name.strip("[]"), args.port) if args.ask is None else None
     hosts = [re.escape(host).replace(r"\*", ".*") for host in (*LOCAL, name, *more)]
     if urls:  # any address, too: only a name can be made to point here, and a container does not know its machine's
-        own, short = socket.gethostname(), socket.gethostname().split(".")[0]
-        hosts += [r"\[.*]|[\d.]+", *map(re.escape, (own, short, f"{short}.local", socket.getfqdn()))]
+        full, short = socket.gethostname(), socket.gethostname().split(".")[0]
+        hosts += [r"\[.*]|[\d.]+", *map(re.escape, (full, short, f"{short}.local", socket.getfqdn()))]
     guard = Middleware(guarded, re.compile("|".join(hosts), re.IGNORECASE))
     return launch | {"server_name": name, "server_port": args.port, "app_kwargs": {"middleware": [guard]}}, urls
 
@@ -36,7 +37,7 @@ def guarded(app, hosts: re.Pattern):
     """An ASGI app that refuses any other Host, of a page that had its name point here (DNS rebinding), and logs it once."""
     refused = {"*"}
 
-    async def answer(scope, receive, send):
+    async def serve(scope, receive, send):
         typed = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
         host = Problems().of(host_of, typed.replace("*", " ")) or "*"
         if scope["type"] == "lifespan" or hosts.fullmatch(host):
@@ -46,7 +47,7 @@ def guarded(app, hosts: re.Pattern):
             print(f"warning: {host} was refused: if this page is meant, add --allowed_hosts {host}", flush=True)
         await PlainTextResponse("Invalid host header", 400)(scope, receive, send)
 
-    return answer
+    return serve
 
 
 def host_of(typed: str) -> str:
@@ -62,9 +63,10 @@ def host_of(typed: str) -> str:
 
 def root_of(typed: str) -> str:
     """/chat, of chat and /chat/, too; or a whole address, which gradio takes as well. Raises: UserError."""
-    if not (found := ROOT.fullmatch(typed)):
+    if not (match := ROOT.fullmatch(typed)):
         raise UserError(f"--root_path {typed}: must be a path, such as /chat, or an address, https://role.example/chat")
-    return found[1] + (found[2] and f"/{found[2]}")
+    address, path = match.groups()
+    return f"{address}/{path}" if path else address
 
 
 def listens_on(name: str, port: int) -> list[str]:
@@ -75,12 +77,14 @@ def listens_on(name: str, port: int) -> list[str]:
         with socket.create_server((name, port), family=family) as server:
             address = ip_address(server.getsockname()[0])
     except OSError as error:
-        raise UserError(
-            f"{name}:{port}: cannot listen there ({error}): give another --port or --server_name"
-        ) from error
-    own = [card.address for cards in psutil.net_if_addrs().values() for card in cards if card.family == family]
-    found = map(ip_address, own if address.is_unspecified else [address])
-    return [f"http://{host_of(str(one))}:{port}" for one in found if not (one.is_loopback or one.is_link_local)]
+        remedy = "give another --port or --server_name"
+        raise UserError(f"{name}:{port}: cannot listen there ({error}): {remedy}") from error
+    addresses = [address]
+    if address.is_unspecified:
+        cards = chain.from_iterable(psutil.net_if_addrs().values())
+        addresses = [ip_address(card.address) for card in cards if card.family == family]
+    outside = [address for address in addresses if not (address.is_loopback or address.is_link_local)]
+    return [f"http://{host_of(str(address))}:{port}" for address in outside]
 
 
 def account_of(auth_file: Path | None) -> tuple[str, str] | None:

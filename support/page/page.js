@@ -79,28 +79,28 @@ addEventListener("mouseover", ({ target }) => {
 
 let seen; // the conversations as this tab has read or written them
 window.page = { // for the listeners of web_demo.py
-  start: (kept, ...values) => {
+  start: (storage, ...values) => {
     open("roles", !narrow.matches);
-    return [{ ...kept, role: sessionStorage.getItem("role") || kept.role }, ...values]; // each tab keeps to its own
+    return [{ ...storage, role: sessionStorage.getItem("role") || storage.role }, ...values]; // each tab keeps to its own
   },
   loaded: () => { loaded = true },
-  named: (kept, growing, personas, card, ...values) => { // a role by its name: its number may be another's after a restart
-    return [kept, growing, personas, document.querySelectorAll("#cards b")[card]?.textContent, ...values];
+  named: (storage, growing, personas, card, ...values) => { // a role by its name: its number may be another's after a restart
+    return [storage, growing, personas, document.querySelectorAll("#cards b")[card]?.textContent, ...values];
   },
   chosen: () => (narrow.matches && open("roles", false), composer().focus()),
-  kept: (kept, growing, personas) => {
-    sessionStorage.setItem("role", kept.role);
-    document.title = kept.role || document.title;
-    find("#main").classList.toggle("several", kept.chats[kept.role]?.length > 1); // conversations to choose from
-    const now = JSON.stringify([kept.chats, personas]);
+  stored: (storage, growing, personas) => {
+    sessionStorage.setItem("role", storage.role);
+    document.title = storage.role || document.title;
+    find("#main").classList.toggle("several", storage.chats[storage.role]?.length > 1); // conversations to choose from
+    const now = JSON.stringify([storage.chats, personas]);
     if (growing.version || seen === now) return;
     if (seen) localStorage.setItem("role-play-2-settled", Date.now()); // other tabs hear of it
     tell("stale", false);
     seen = now;
   },
-  described: (text, kept, personas) => {
-    const before = personas[kept.role] ?? find("#who span")?.textContent;
-    return text === before ? personas : { ...personas, [kept.role]: text };
+  described: (text, storage, personas) => {
+    const before = personas[storage.role] ?? find("#who span")?.textContent;
+    return text === before ? personas : { ...personas, [storage.role]: text };
   },
   compared: (on) => find("#main").classList.toggle("both", on),
   sure: (key) => () => { if (!confirm(say[key])) throw "no" }, // gradio runs no `success` after it

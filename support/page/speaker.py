@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig
 from baichuan.generation_utils import CACHE_NAME, messages_to_ids
 from support.errors import UserError, out_of_memory
 from support.model.adapter import load_adapter
-from support.model.answering import greedy
+from support.model.answering import end_ids, greedy
 from support.model.directory import ModelDirectory
 
 SHORTEST_REPLY = 16  # tokens; a question that leaves less room is too long
@@ -65,9 +65,7 @@ class Speaker:
     def __init__(self, model, tokenizer, adapter: PeftModel | None = None):
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.stand_in, self.own_settings = hasattr(model.config, "stand_in"), model.generation_config
-        model.generation_config = (
-            GenerationConfig()
-        )  # generate() would take from it what an answer's settings leave open
+        model.generation_config = GenerationConfig()  # generate() would take from it what an answer leaves open
         self.personas = PrefixCaches()
         self.turn = threading.Lock()
 
@@ -101,7 +99,7 @@ class Speaker:
         prompt = messages_to_ids(self.tokenizer, messages, context - room - len(begun))
         return prompt + begun, room, len(prompt) < len(whole)
 
-    def answer(self, messages: list[dict], settings: dict, begun="", strength=1.0) -> Iterator[tuple[str, str]]:
+    def stream(self, messages: list[dict], settings: dict, begun="", strength=1.0) -> Iterator[tuple[str, str]]:
         """Yield the answer so far and its state: "stopped", and at last "done", or "cut" at its longest. It only grows.
 
         Closing the iterator stops the model, and frees it. What is yielded begins with `begun`.
@@ -124,8 +122,7 @@ class Speaker:
                         text = begun + next(stream)
                         yield text, "stopped"
             except StopIteration as end:
-                ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-                yield text, "done" if end.value in ends else "cut"
+                yield text, "done" if end.value in end_ids(config) else "cut"
 
     @torch.no_grad()
     def words(self, messages: list[dict], answer: str, strength: float = 1.0) -> list[tuple[str, float]]:

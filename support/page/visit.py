@@ -28,42 +28,44 @@ class Refusal(Exception):
 class Visit:
     """What a listener works with; `view` gives what it returns.
 
-    Attributes: `values`, the values of the page's components; `data` of the event; `kept`, `role` and its `chat` that is
-    shown; `personas`, {role: description} of those that the visitor has changed or invented; `draft`, what the composer
-    is to hold where that changes.
+    Attributes: `values`, the values of the page's components; `data` of the event; `storage`, what the browser keeps
+    (chats.py); `role` and its `chat`, which are shown; `personas`, {role: description} of those that the visitor has
+    changed or invented; `draft`, what the composer is to hold where that changes.
     """
 
     def __init__(self, page, values: dict, request: gr.Request, event: gr.EventData | None = None, writing=False):
         self.page, self.values, self.request, self.writing = page, values, request, writing
         self.data = (event and event._data) or {}
-        self.kept = deepcopy(values[page.chats])
-        self.personas = {role: text for role, text in values[page.personas].items() if text != self.own(role)}
+        self.storage = deepcopy(values[page.chats])
+        personas = values[page.personas].items()
+        self.personas = {role: text for role, text in personas if text != self.description_of(role)}
         self.description, self.turned, self.draft = values[page.description], False, None
         tuned = page.speaker.adapter is not None  # else the boxes are hidden, and may be ticked from another time
         self.compare, self.colour = tuned and values[page.compare], tuned and values[page.colour]
-        if lost := chats.settle(self.kept, values[page.growing], ended=not writing):
+        if lost := chats.settle(self.storage, values[page.growing], ended=not writing):
             self.draft = "\n".join(filter(None, [lost, values[page.question]]))  # beside what was typed meanwhile
-        self.open(self.kept["role"])
+        self.open(self.storage["role"])
 
     def open(self, role: str):
         """The role's conversation; the first role's where there is none of this name (any more)."""
         self.role = role if role in self.roles() else self.roles()[0]
-        self.chat = chats.open_chat(self.kept, self.role, self.character(self.role)["greeting"])
+        self.chat = chats.open_chat(self.storage, self.role, self.character(self.role)["greeting"])
 
     def turn_to(self, role: str):
         """Another role, or the same one otherwise described."""
         self.open(role)
-        self.description, self.turned = self.personas.get(self.role, self.own(self.role)), True
+        self.description, self.turned = self.personas.get(self.role, self.description_of(self.role)), True
 
     def character(self, role: str) -> dict:
         return self.page.characters.get(role, NOBODY)
 
-    def own(self, role: str) -> str:
+    def description_of(self, role: str) -> str:
+        """As the profiles have it; `personas` may have another."""
         return self.character(role)["description"]
 
     def roles(self) -> list[str]:
         """Those of the profiles, and those that the visitor has invented."""
-        return list(dict.fromkeys([*self.page.characters, *self.personas, *self.kept["chats"]]))
+        return list(dict.fromkeys([*self.page.characters, *self.personas, *self.storage["chats"]]))
 
     def say(self, key: str, **values) -> str:
         """A text of the page, in the browser's language where there is one."""
@@ -114,7 +116,7 @@ class Visit:
             return self.page.ask(self)
         turn = self.chat["turns"][-1]
         if self.data["value"] == "continue":
-            return self.page.begin(self, chats.answer_of(turn)["text"])
+            return self.page.begin(self, chats.shown_version(turn)["text"])
         turn["shown"] += 1 if self.data["value"] == "next" else -1
 
     def undo(self) -> dict:
@@ -125,9 +127,9 @@ class Visit:
     def edit(self) -> dict | None:
         """An edited answer is another answer; an edited question is asked in a conversation of its own."""
         text = html.unescape(self.data["value"])  # see `exactly`
-        number, whose, _ = list(self.said())[self.data["index"]]
+        number, whose, _ = list(self.bubble_texts())[self.data["index"]]
         if whose == "question":
-            self.chat = chats.add(self.kept, self.chat["greeting"], self.chat["turns"][:number])
+            self.chat = chats.add(self.storage, self.chat["greeting"], self.chat["turns"][:number])
             chats.add_turn(self.chat, text)
             self.draft = "\n".join(filter(None, [text.strip(), self.values[self.page.question]]))  # where it is refused
             begun, self.draft = self.page.begin(self), None
@@ -137,14 +139,14 @@ class Visit:
             self.chat |= {"greeting": text, "edited": True}
         elif whose == "text":
             turn = self.chat["turns"][number]
-            chats.add_version(turn, text=text, base=chats.answer_of(turn)["base"], state="edited")
+            chats.add_version(turn, text=text, base=chats.shown_version(turn)["base"], state="edited")
 
     def fresh(self):
         if self.chat["turns"] or self.chat.get("edited"):
-            self.chat = chats.add(self.kept, self.character(self.role)["greeting"])
+            self.chat = chats.add(self.storage, self.character(self.role)["greeting"])
 
     def choose_chat(self):
-        self.kept["shown"][self.role] = self.values[self.page.number]
+        self.storage["shown"][self.role] = self.values[self.page.number]
         self.open(self.role)
 
     def choose_role(self):
@@ -166,20 +168,20 @@ class Visit:
 
     def remove(self):
         """A role that the visitor has invented, and what was said with it."""
-        for kept in (self.personas, self.kept["chats"], self.kept["shown"]):
-            kept.pop(self.role, None)
+        for by_role in (self.personas, self.storage["chats"], self.storage["shown"]):
+            by_role.pop(self.role, None)
         self.turn_to("")
 
     def delete(self):
-        chats.remove(self.kept)
+        chats.remove(self.storage)
         self.turn_to(self.role)
 
     def clear(self):
-        self.kept = deepcopy(chats.NOTHING)
+        self.storage = deepcopy(chats.NOTHING)
         self.turn_to("")
 
     def download(self) -> dict:
-        lines = chats.samples(self.kept, self.page.persona(self.role, self.description), self.page.greeted)
+        lines = chats.samples(self.storage, self.page.persona(self.role, self.description), self.page.greeted)
         if not lines:
             warn(self.say("nothing"))
         return {self.page.lines: lines}
@@ -188,17 +190,16 @@ class Visit:
 
     def view(self) -> dict:
         """The conversation as it stands, while no answer is being written: new values of the page's components."""
-        page, number, face = self.page, self.kept["shown"][self.role], self.face(self.role)
-        firsts = [
-            chat["turns"][0]["question"][:200] if chat["turns"] else "…" for chat in self.kept["chats"][self.role]
-        ]
-        titles = [f"{count}. {first}" for count, first in enumerate(firsts, start=1)]
+        page, number, face = self.page, self.storage["shown"][self.role], self.face(self.role)
+        titles = []
+        for count, chat in enumerate(self.storage["chats"][self.role], start=1):
+            titles.append(f"{count}. " + (chat["turns"][0]["question"][:200] if chat["turns"] else "…"))
         examples = [{"text": question} for question in self.character(self.role)["questions"]]
         composer = {"placeholder": self.say("ask", role=self.role), "submit_btn": self.say("send"), "stop_btn": False}
         if self.draft is not None:
             composer["value"] = self.draft
         shown = {
-            page.chats: self.kept,
+            page.chats: self.storage,
             page.growing: {},
             page.who: card(self.role, self.description, face, head="own" if self.role in page.characters else "invented"),
             page.number: gr.Dropdown([*zip(titles, range(len(titles)))], value=number),
@@ -211,7 +212,7 @@ class Visit:
         if self.turned:
             cards = []
             for role in self.roles():
-                line = self.character(role)["greeting"] or self.personas.get(role, self.own(role))
+                line = self.character(role)["greeting"] or self.personas.get(role, self.description_of(role))
                 cards.append([card(role, line, self.face(role), current=role == self.role)])
             shown[page.cards] = gr.Dataset(samples=cards)
             shown |= {page.personas: self.personas, page.description: self.description}
@@ -221,7 +222,7 @@ class Visit:
         """The last answer, each word by how much likelier fine-tuning made it."""
         gains = []
         if self.chat["turns"] and self.colour:
-            answer = chats.answer_of(self.chat["turns"][-1])["text"]
+            answer = chats.shown_version(self.chat["turns"][-1])["text"]
             with self.failures():
                 gains = self.page.speaker.words(self.prompt(), answer, self.values[self.page.strength])
         label = self.say("words", sum=sum(gain for _, gain in gains))
@@ -231,23 +232,24 @@ class Visit:
     def face(self, role: str) -> str:
         return self.character(role)["portrait"] or portrait(role)
 
-    def said(self):
+    def bubble_texts(self):
         """Yield what the bubbles say, as (number of the turn, whose, text). whose: greeting, question, base or text."""
         if self.chat["greeting"]:
             yield -1, "greeting", self.chat["greeting"]
         for number, turn in enumerate(self.chat["turns"]):
-            answer, last = chats.answer_of(turn), turn is self.chat["turns"][-1]
+            version, is_last = chats.shown_version(turn), turn is self.chat["turns"][-1]
             yield number, "question", turn["question"]
-            due = last and self.compare and (self.writing or not answer["text"])
-            if answer["base"] or due:
-                yield number, "base", answer["base"]
-            yield number, "text", answer["text"]
+            is_due = is_last and self.compare and (self.writing or not version["text"])
+            if version["base"] or is_due:
+                yield number, "base", version["base"]
+            yield number, "text", version["text"]
 
     def bubbles(self) -> list[dict]:
         """The messages of the Chatbot. The base model's answer stands before the tuned one's; page.css places the two."""
-        roles = {"question": "user"}
-        said = [(whose, exactly(text or "…")) for _, whose, text in self.said()]  # …: no word of the answer yet
-        messages = [{"role": roles.get(whose, "assistant"), "content": content} for whose, content in said]
+        messages = []
+        for _, whose, text in self.bubble_texts():
+            role = "user" if whose == "question" else "assistant"
+            messages.append({"role": role, "content": exactly(text or "…")})  # …: no word of the answer yet
         if messages and not self.writing:
             messages[-1]["options"] = self.options()
         return messages
@@ -262,7 +264,7 @@ class Visit:
             options.append({"value": "previous", "label": f"‹ {self.say('previous')} {number - 1}/{count}"})
         if number < count:
             options.append({"value": "next", "label": f"{self.say('next')} {number + 1}/{count} ›"})
-        state = chats.answer_of(turn)["state"]
+        state = chats.shown_version(turn)["state"]
         if state in ("cut", "stopped"):
             options.append({"value": "continue", "label": f"{self.say('was_' + state)} {self.say('continue')}"})
         return options
