@@ -103,8 +103,8 @@ def read_questions(test_path: Path) -> list[Question]:
         kind = sample.get("kind", "other") if has_kinds else None
         for messages, answer in rounds(sample):
             number = sum(message["role"] == "user" for message in messages)
-            name = ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if has_conversations else None
-            new = Question(sample["role"], sample["system"], messages[-1]["content"], kind, name, [], messages)
+            label = ("round 1", "round 2", "round 3+")[min(number, 3) - 1] if has_conversations else None
+            new = Question(sample["role"], sample["system"], messages[-1]["content"], kind, label, [], messages)
             key = (sample["role"], *(message["content"] for message in messages))  # a role may lack a system text
             questions.setdefault(key, new).references.append(answer)
     if not questions:
@@ -196,11 +196,13 @@ def read_likelihoods(args, candidate: Candidate, questions: list[Question], load
 
     longest: tokens that are read at most, the same for all models, so that all have the same items.
     """
-    attacks, recorded, attacking = read_attacks(args.attacks), recorded_samples(questions), []
+    attacks, recorded = read_attacks(args.attacks), recorded_samples(questions)
     personas = {role: system for role, system in personas_of(recorded).items() if role}  # no name, nobody to be
-    for attack in crossed(attacks, personas):
-        role, system, kind, prompt = attack["role"], attack["system"], attack["kind"], attack["messages"][-1]["content"]
-        attacking.append(Question(role, system, prompt, kind, None, [], with_system(system, attack["messages"])))
+    attacking = []
+    for sample in crossed(attacks, personas):
+        role, system = sample["role"], sample["system"]
+        messages = with_system(system, sample["messages"])
+        attacking.append(Question(role, system, messages[-1]["content"], sample["kind"], None, [], messages))
     answers = generate_answers(args, candidate.attacked(), attacking, loader) if attacking else []
     likelihood = Likelihood(loader(candidate), candidate.directory.tokenizer, longest, show_progress=True)
     readings = read_personas(likelihood, recorded)
@@ -246,7 +248,8 @@ def main(argv=None):
     longest = min((directory.config.model_max_length for directory in directories), default=0)
 
     # 1. Each model is loaded once, answers and is measured. Adapters of one base share its weights.
-    loader, measured, scores, heard = Loader(device, args.load_in_4bit), {}, {}, {}
+    loader = Loader(device, args.load_in_4bit)
+    measured, scores, heard = {}, {}, {}  # by the model's name
     for candidate in candidates:
         name = candidate.name
         answers = generate_answers(args, candidate, questions, loader)

@@ -227,7 +227,8 @@ class Page:
                 more = step(visit) or {}
             except Refusal as refusal:
                 warn(str(refusal))
-                draft, visit, more = visit.draft, Visit(self, values, request), {}
+                draft, more = visit.draft, {}
+                visit = Visit(self, values, request)
                 visit.draft = draft
             return visit.view() | more
 

@@ -110,11 +110,11 @@ class ChatMixin:
         room = self.config.model_max_length - (config.max_new_tokens or 0)
         prompt = torch.tensor([messages_to_ids(tokenizer, messages, room)], device=self.device)
         if stream:
-            return self.stream_answer(tokenizer, prompt, config)
+            return self.stream(tokenizer, prompt, config)
         output = self.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
 
-    def stream_answer(self, tokenizer, prompt: torch.LongTensor, generation_config, **generate_kwargs) -> Iterator[str]:
+    def stream(self, tokenizer, prompt: torch.LongTensor, generation_config, **generate_kwargs) -> Iterator[str]:
         """Yield the answer so far while `generate` runs in a thread. prompt: (1, l) ids. Returns its last token.
 
         An exception in the thread (out of memory, say) is raised here; closing the generator stops the thread.

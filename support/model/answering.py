@@ -37,8 +37,8 @@ def answer_batch(model, tokenizer, conversations: Sequence[list[dict]], generati
 
     Raises: ValueError: a system text leaves no room.
     """
-    longest, pad, ends = generation_config.max_new_tokens, tokenizer.pad_token_id, end_ids(generation_config)
-    room = model.config.model_max_length - longest
+    longest, ends = generation_config.max_new_tokens, end_ids(generation_config)
+    room, pad = model.config.model_max_length - longest, tokenizer.pad_token_id
     prompts = [messages_to_ids(tokenizer, messages, max_length=room) for messages in conversations]
     if generation_config == greedy(generation_config, longest):
         systems = [[message for message in messages[:1] if message["role"] == "system"] for messages in conversations]
@@ -166,9 +166,8 @@ def unusable_settings(settings: dict, vocab_size: int) -> list[str]:
 
     def problem(settings: dict) -> str | None:
         streamed = {"streamer": reader, CACHE_NAME: DynamicCache(config=model.config)}
-        drawn = {**settings, "do_sample": True}
         try:
-            for rows, trial, options in ((1, settings, streamed), (2, drawn, {})):
+            for rows, trial, options in ((1, settings, streamed), (2, settings | {"do_sample": True}, {})):
                 tokens = {"input_ids": ids[:rows], "attention_mask": ids[:rows]}
                 config = GenerationConfig.from_dict(trial)
                 output = model.generate(**tokens, generation_config=config, **first_token_ends, **options)

@@ -90,7 +90,8 @@ class Server:
         if begun:
             beginning = [{"role": "assistant", "content": begun}]
             extra |= {"add_generation_prompt": False, "continue_final_message": True}
-        penalty, text, state, chunks = settings.get("repetition_penalty", 1.0), begun, "cut", None
+        penalty, chunks = settings.get("repetition_penalty", 1.0), None
+        text, state = begun, "cut"
         with self.reached():
             while chunks is None:
                 try:

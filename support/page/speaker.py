@@ -117,7 +117,7 @@ class Speaker:
             cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), strength)
             text = begun
             try:
-                with closing(self.model.stream_answer(self.tokenizer, prompt, config, **{CACHE_NAME: cache})) as stream:
+                with closing(self.model.stream(self.tokenizer, prompt, config, **{CACHE_NAME: cache})) as stream:
                     while True:
                         text = begun + next(stream)
                         yield text, "stopped"

@@ -39,7 +39,8 @@ class Visit:
         self.storage = deepcopy(values[page.chats])
         personas = values[page.personas].items()
         self.personas = {role: text for role, text in personas if text != self.description_of(role)}
-        self.description, self.turned, self.draft = values[page.description], False, None
+        self.description = values[page.description]
+        self.turned, self.draft = False, None
         tuned = page.speaker.adapter is not None  # else the boxes are hidden, and may be ticked from another time
         self.compare, self.colour = tuned and values[page.compare], tuned and values[page.colour]
         if lost := chats.settle(self.storage, values[page.growing], ended=not writing):

@@ -133,8 +133,7 @@ class Transcript:
             if old_version == version and not overwrite:
                 self.answers, self.changed = self.answers | answers, []
             elif old_version and not (overwrite or self.answers):
-                names = {**version, **old_version}
-                self.changed = [name for name in names if old_version.get(name) != version.get(name)]
+                self.changed = [name for name in version | old_version if old_version.get(name) != version.get(name)]
 
     @property
     def complete(self) -> bool:

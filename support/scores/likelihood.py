@@ -1,6 +1,5 @@
 """How likely a model finds given texts: computed exactly, without drawing anything. And the perplexity of plain text."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,10 +63,11 @@ class Likelihood:
         data = Texts([np.array(ids[: self.limits[0]]) for ids in self.tokenizer.text_to_ids(texts)])
         return [of_text for _, of_text in self._read(data, np.arange(len(texts)))]
 
-    def _read(self, data, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, log-probabilities) of each sample of `data`, in this order."""
+    def _read(self, data, order: np.ndarray):
+        """An iterator over (index, log-probabilities) of the samples of `data`, in this order."""
         batches = utils.Collator(data, *self.rows)(order)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
+        rank = dist.get_rank() if self.shared else 0
+        world_size = dist.get_world_size() if self.shared else 1
         bar = tqdm(batches, "likelihoods", unit="row", leave=False, delay=2, disable=not self.show_progress)
         rows = []
         for number, batch in enumerate(bar):

@@ -38,9 +38,10 @@ def write(path: Path, language: str, questions: Sequence, measured: dict[str, Me
 
 def scale(row: Row, left: float, right: float) -> Callable[[float], float]:
     """A function: number → x. Percent go from 0 to 100, other numbers over what their intervals span; better is right."""
-    ends = [end for model in row.models for end in (model.low, model.high) if not np.isnan(end)]
-    worst, best = (0.0, 100.0) if MEASURES[row.measure].form == PERCENT else (min(ends), max(ends))
-    if MEASURES[row.measure].better < 0:
+    measure = MEASURES[row.measure]
+    ends = [(0, 100)] if measure.form == PERCENT else [(model.low, model.high) for model in row.models]
+    worst, best = np.nanmin(ends), np.nanmax(ends)
+    if measure.better < 0:
         worst, best = best, worst
     margin = (right - left) / 20
 

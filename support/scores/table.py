@@ -72,10 +72,7 @@ class Score(NamedTuple):
     beside: dict[str, np.ndarray] = {}  # name → (n,): what the score is to be seen beside, such as chance
 
     def among(self, selected: np.ndarray) -> "Score":
-        """The score where the selected items alone are looked at, (n,) bool: each has its number whatever the others are.
-
-        Classes whose numbers depend on the others (`Distinct2`, `WhoSaidIt`) have `items` and an `among` of their own.
-        """
+        """The score, if the selected items are looked at, (n,) bool: another one in `Distinct2` and `WhoSaidIt` alone."""
         return self
 
 
@@ -120,10 +117,8 @@ def compare(models: dict[str, dict[str, Score]], resamples: int, seed: int, by: 
         by, label: look at the items of one role, kind or round alone.
     """
     rows, scores_of_first = [], next(iter(models.values()))
-    for name, measure in MEASURES.items():
-        if name not in scores_of_first:
-            continue
-        items = scores_of_first[name].items
+    for name in [name for name in MEASURES if name in scores_of_first]:
+        measure, items = MEASURES[name], scores_of_first[name].items
         everything = np.full(len(items.cluster), True)
         selected = np.array([value == label for value in getattr(items, by)], dtype=bool) if by else everything
         if not selected.any():
