@@ -224,13 +224,13 @@ class Page:
                 warn(visit.say("busy"))
                 return gr.skip()
             try:
-                more = step(visit) or {}
+                changes = step(visit) or {}
             except Refusal as refusal:
                 warn(str(refusal))
-                draft, more = visit.draft, {}
+                draft, changes = visit.draft, {}
                 visit = Visit(self, values, request)
                 visit.draft = draft
-            return visit.view() | more
+            return visit.view() | changes
 
         return listen
 
@@ -259,8 +259,8 @@ class Page:
             chats.add_version(turn)
         self.busy.add(visit.request.session_hash)
         button = gr.Textbox(submit_btn=False, stop_btn=visit.say("stop"))
-        due = {self.growing: chats.growing(visit.storage), self.todo: time.time(), self.recolour: gr.skip()}
-        return due | {self.question: button}
+        shown = {self.growing: chats.growing(visit.storage), self.todo: time.time(), self.recolour: gr.skip()}
+        return shown | {self.question: button}
 
     def colour_words(self, values: dict, request: gr.Request) -> dict:
         return gr.skip() if request.session_hash in self.busy else Visit(self, values, request).coloured()

@@ -98,12 +98,12 @@ class ModelDirectory:
                 raise ValueError("auto_map in tokenizer_config.json is no object")
             if turn_markers(tokenizer) != markers:
                 raise ValueError("generation_config.json and tokenizer_config.json name different turn markers")
-            ends, learned = end_ids(self.generation_config), tokenizer.eos_token_id
-            if learned not in ends:
+            if tokenizer.eos_token_id not in end_ids(self.generation_config):
+                end = self.generation_config.eos_token_id
                 raise ValueError(
-                    f"answers end at another token (eos_token_id {ends} in generation_config.json) than is learned "
-                    f"(eos_token {tokenizer.eos_token}, id {learned}, in tokenizer_config.json): take both files of "
-                    "Baichuan2-7B-Chat"
+                    f"answers end at another token (eos_token_id {end} in generation_config.json) than is learned "
+                    f"(eos_token {tokenizer.eos_token}, id {tokenizer.eos_token_id}, in tokenizer_config.json): "
+                    "take both files of Baichuan2-7B-Chat"
                 )
             if len(tokenizer) != self.config.vocab_size:
                 raise ValueError(f"it has {len(tokenizer)} tokens, config.json says {self.config.vocab_size}")

@@ -57,9 +57,7 @@ class Server:
         remedy = "start the server as docs/merging.md shows, and give its address up to /v1"
         return blaming(f"--engine {self.url}: no answer from it ({remedy})")
 
-    def generate_all(
-        self, conversations: Sequence[tuple[int, list[dict]]], at_once: int, max_new_tokens: int
-    ) -> Iterator[tuple[int, Answer]]:
+    def generate_all(self, conversations: Sequence[tuple[int, list[dict]]], at_once: int, max_new_tokens: int):
         """Yield (number, greedy Answer) of each (number, conversation), as they come. Raises: UserError.
 
         at_once: how many the server has before it. They may wait there as long as it takes.

@@ -79,12 +79,10 @@ def listens_on(name: str, port: int) -> list[str]:
     except OSError as error:
         remedy = "give another --port or --server_name"
         raise UserError(f"{name}:{port}: cannot listen there ({error}): {remedy}") from error
-    addresses = [address]
-    if address.is_unspecified:
-        cards = chain.from_iterable(psutil.net_if_addrs().values())
-        addresses = [ip_address(card.address) for card in cards if card.family == family]
-    outside = [address for address in addresses if not (address.is_loopback or address.is_link_local)]
-    return [f"http://{host_of(str(address))}:{port}" for address in outside]
+    cards = chain.from_iterable(psutil.net_if_addrs().values())
+    all_here = [ip_address(card.address) for card in cards if card.family == family]
+    addresses = all_here if address.is_unspecified else [address]
+    return [f"http://{host_of(str(ip))}:{port}" for ip in addresses if not (ip.is_loopback or ip.is_link_local)]
 
 
 def account_of(auth_file: Path | None) -> tuple[str, str] | None:
