@@ -126,8 +126,8 @@ class Transcript:
 
     def __init__(self, path: Path, version: dict, questions: Sequence, overwrite: bool = False):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
-        self.version, self.questions, self.overwrite, self.begun = version, questions, overwrite, False
-        self.answers, self.changed = {}, []
+        self.version, self.questions, self.overwrite = version, questions, overwrite
+        self.answers, self.changed, self.begun = {}, [], False
         for file in (self.path, self.part):
             old_version, answers = read_transcript(file)
             if old_version == version and not overwrite:

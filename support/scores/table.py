@@ -72,7 +72,7 @@ class Score(NamedTuple):
     beside: dict[str, np.ndarray] = {}  # name → (n,): what the score is to be seen beside, such as chance
 
     def among(self, selected: np.ndarray) -> "Score":
-        """The score, if the selected items are looked at, (n,) bool: another one in `Distinct2` and `WhoSaidIt` alone."""
+        """This score, which does not depend on the items selected, (n,) bool; `Distinct2` and `WhoSaidIt` do."""
         return self
 
 
