@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, answers_of, conversation, make_adapter, merge, turns, write_lines
+from safetensors.torch import load_file, save_file
 
 import data_helper
 import predict
@@ -174,20 +176,37 @@ def test_answers_under_other_settings_are_not_mixed(checkpoint, few_samples, tmp
     assert '"sampling_seed": 1234' in output.read_text(encoding="utf-8").split("\n")[0]
 
 
+def test_a_copied_model_goes_on_with_the_answers_that_are_there(checkpoint, few_samples, tmp_path, capsys):
+    output, part, copy = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part", tmp_path / "copy"
+    run(checkpoint, few_samples, output)
+    before = output.read_bytes()
+    output.unlink()
+    part.write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
+    shutil.copytree(checkpoint, copy, copy_function=shutil.copyfile)  # as cp -r does: another name, other times
+    run(copy, few_samples, output)
+    assert output.read_bytes() == before and "under other settings" not in capsys.readouterr().err
+    run(checkpoint, few_samples, output)
+    assert "has all answers of model already" in capsys.readouterr().err
+    config, weights = copy / "generation_config.json", copy / "model.safetensors"
+    config.write_text(config.read_text().replace("0.85", "0.95"))
+    run(copy, few_samples, output)
+    assert "under other settings (digest): all is answered anew" in capsys.readouterr().err
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    run(copy, few_samples, output)
+    assert "under other settings (model): all is answered anew" in capsys.readouterr().err
+
+
 def test_answers_depend_on_weights_settings_adapter_and_questions(checkpoint, few_samples, tmp_path):
-    """The directory keeps its name, its files their sizes."""
     model, adapter = shutil.copytree(checkpoint, tmp_path / "model"), make_adapter(checkpoint, tmp_path / "adapter")
     args = predict.parse_args(["--model_path", str(model), "--adapter_path", str(adapter)])
     questions = predict.read_questions(few_samples[1])
 
     def settings(questions=questions):
         (candidate,) = predict.name_candidates(args)
-        return predict.answer_settings(args, candidate, questions)
+        return predict.version_of(args, candidate, questions)
 
     found = [settings(), settings(questions[1:])]
     weights, config = model / "model.safetensors", model / "generation_config.json"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    found.append(settings())
     config.write_text(config.read_text().replace("0.85", "0.95"))
     found.append(settings())
     for alpha in (16, 8):
@@ -195,6 +214,12 @@ def test_answers_depend_on_weights_settings_adapter_and_questions(checkpoint, fe
         found.append(settings())
     assert settings() == found[-1] and len({own.pop("digest") for own in found}) == len(found)
     assert all(own == found[0] for own in found)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    found.append(settings())
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
+    save_file(rounded, weights, metadata={"format": "pt"})  # what it computes with differs, too
+    found.append(settings())
+    assert len({own["model"] for own in found[-3:]}) == 3
 
 
 def test_a_model_that_is_refused_leaves_all_answers_as_they_were(
