@@ -268,7 +268,7 @@ def save_adapter(args, engine, directory, name: str, test_loss: float, best: Bes
     best.add(name, test_loss)
     if processes.is_main_process():
         path = Path(args.output_dir, name)
-        utils.save_model(engine.module, directory.tokenizer, path, directory.fingerprint, args.load_in_4bit)
+        utils.save_model(engine.module, directory.tokenizer, path, directory.fingerprint)
         tqdm.write(f"{path}: perplexity {math.exp(min(test_loss, 700)):.3f} (loss {test_loss:.4f})")
         best.keep(path.parent, args.save_total_limit)
 

@@ -328,9 +328,9 @@ def evaluation(model, batches, device, implementation: str, show_progress: bool 
     return (total[0] / total[1]).item()
 
 
-def save_model(model, tokenizer, directory: Path, base: str, load_in_4bit: bool = False):
-    """Write a plain PEFT adapter, the tokenizer, and on what base it was trained: its fingerprint and how it was held."""
+def save_model(model, tokenizer, directory: Path, base: str):
+    """Write a plain PEFT adapter, the tokenizer, and the fingerprint of the base that it was trained on."""
     with whole_directory(directory, overwrite=True) as new, writing(directory):
         model.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
-        write_training(new, base, load_in_4bit)
+        write_training(new, base)

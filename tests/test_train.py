@@ -142,7 +142,7 @@ def test_writes_adapters_curves_and_arguments(trained, checkpoint):
     assert {"tokenizer.model", "tokenizer_config.json"} <= {path.name for path in last.iterdir()}
     config = json.loads((last / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (16, 64, checkpoint)
-    assert training_record(last) == {"base": ModelDirectory(checkpoint).fingerprint, "load_in_4bit": False}
+    assert training_record(last) == {"base": ModelDirectory(checkpoint).fingerprint}
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
 
 

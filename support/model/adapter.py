@@ -102,9 +102,9 @@ def refuse_other_base(base: ModelDirectory, adapter: Path):
         print(f"warning: {adapter}: {told}", file=sys.stderr)  # on stdout the answer of --ask stands alone
 
 
-def write_training(adapter: Path, base: str, load_in_4bit: bool):
-    """Record on what an adapter was trained: the base's fingerprint, and whether it was held in four bits."""
-    (adapter / TRAINING).write_text(json.dumps({"base": base, "load_in_4bit": load_in_4bit}), encoding="utf-8")
+def write_training(adapter: Path, base: str):
+    """Record on what an adapter was trained: the base's fingerprint."""
+    (adapter / TRAINING).write_text(json.dumps({"base": base}), encoding="utf-8")
 
 
 def training_record(adapter: Path) -> dict:
