@@ -7,7 +7,7 @@ from itertools import groupby
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from transformers import PreTrainedTokenizer
+from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .generation_utils import messages_to_ids
 
@@ -129,13 +129,10 @@ class BaichuanTokenizer(PreTrainedTokenizer):
 
     def apply_chat_template(
         self,
-        conversation,
-        *args,
-        add_generation_prompt: bool = False,
+        conversation: list[dict],
+        *,
         tokenize: bool = True,
-        padding=False,
-        truncation: bool = False,
-        max_length: int | None = None,
+        add_generation_prompt: bool = False,
         return_tensors: str | None = None,
         return_dict: bool = True,
         **kwargs,
@@ -146,18 +143,13 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         """
         if not tokenize:
             kwargs |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
-            return super().apply_chat_template(conversation, *args, **kwargs)
+            return super().apply_chat_template(conversation, **kwargs)
         kwargs.pop("sanitize_control_tokens", None)  # it always is so here
-        if args or any(kwargs.values()):
-            raise ValueError(f"with tokenize=True this is not supported: {', '.join(kwargs) or 'positional arguments'}")
-        batched = not isinstance(conversation[0], dict)
-        conversations = conversation if batched else [conversation]
-        room = max_length if truncation else None
-        ids = [messages_to_ids(self, messages, room, add_generation_prompt) for messages in conversations]
-        if not batched and not padding and return_tensors is None:
-            encoded = {"input_ids": ids[0], "attention_mask": [1] * len(ids[0])}
-        else:
-            encoded = self.pad({"input_ids": ids}, padding, max_length, return_tensors=return_tensors)
+        if unsupported := [name for name, value in kwargs.items() if value]:
+            raise ValueError(f"with tokenize=True this is not supported: {', '.join(unsupported)}")
+        ids = messages_to_ids(self, conversation, add_generation_prompt=add_generation_prompt)
+        encoded = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        encoded = BatchEncoding(encoded, tensor_type=return_tensors, prepend_batch_axis=return_tensors is not None)
         return encoded if return_dict else encoded["input_ids"]
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import pause_generation
+from transformers import GenerationConfig, pipeline
 
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from baichuan.generation_utils import ChatMixin, messages_to_ids
@@ -31,15 +32,23 @@ def test_exact_ids_of_a_conversation(tokenizer):
     assert rendered == "系统<reserved_106>甲问<reserved_107><reserved_107>乙答</s><reserved_106>又问<reserved_107>"
 
 
-def test_chat_template_batches_and_tensors(tokenizer):
-    short, long = conversation("问"), conversation("系统", "长长的问题")
-    encoded = tokenizer.apply_chat_template([short, long], padding=True, return_tensors="pt")
-    assert encoded["input_ids"].shape == encoded["attention_mask"].shape
-    assert encoded["attention_mask"].sum(-1).tolist() == [
-        len(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in (short, long)
-    ]
-    with pytest.raises(ValueError):
-        tokenizer.apply_chat_template(short, tools=[{"type": "function"}])
+def test_chat_template_as_tensors_and_what_only_text_could_follow(tokenizer):
+    messages = conversation("系统", "问")
+    ids = messages_to_ids(tokenizer, messages)
+    tensors = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", tools=None)
+    assert tensors["input_ids"].tolist() == [ids] and tensors["attention_mask"].tolist() == [[1] * len(ids)]
+    for name, value in {"tools": [{"type": "function"}], "chat_template": "{{ messages }}", "truncation": True}.items():
+        with pytest.raises(ValueError, match=f"not supported: {name}"):
+            tokenizer.apply_chat_template(messages, **{name: value})
+    with pytest.raises(ValueError, match="message 0 must be a dict"):
+        tokenizer.apply_chat_template([messages, messages])
+
+
+def test_the_pipeline_of_transformers_answers_as_chat_does(model, checkpoint):
+    tokenizer, messages = BaichuanTokenizer.from_pretrained(checkpoint), conversation("系统", "问")
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0)
+    (answer,) = pipeline("text-generation", model, tokenizer=tokenizer)(messages, generation_config=config)
+    assert answer["generated_text"][-1]["content"] == model.chat(tokenizer, messages, generation_config=config) > ""
 
 
 def test_whole_oldest_rounds_go_first(tokenizer):
