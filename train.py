@@ -157,9 +157,7 @@ def model_with_adapters(args, directory: ModelDirectory, dtype: torch.dtype, dev
         fuse(lora)  # the same up to rounding, in fewer operations
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     if args.gradient_checkpointing:
-        # transformers 5.24 gave it another name.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if args.compile:
         for layer in model.get_base_model().model.layers:
             layer.compile(dynamic=True)

@@ -6,19 +6,19 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-TESTED = ("5.10", "5.24")  # lowest and highest minor release of transformers under which answers were compared
+TESTED = ["5.24"]  # minor releases of transformers under which answers were compared, the oldest first
 
 
 def refuse_untested_transformers(version: str = transformers.__version__):
-    """A release that renames an argument makes a model answer nonsense without a word, so an unknown one is refused.
+    """A release that changes what it passes can make a model answer nonsense without a word, so an unknown one is refused.
 
     Raises: ImportError: names the remedy. BAICHUAN_ANY_TRANSFORMERS=1 in the environment insists.
     """
-    lowest, highest, found = (tuple(map(int, text.split(".")[:2])) for text in (*TESTED, version))
-    if not lowest <= found <= highest and os.environ.get("BAICHUAN_ANY_TRANSFORMERS") != "1":
+    minor = ".".join(version.split(".")[:2])
+    if minor not in TESTED and os.environ.get("BAICHUAN_ANY_TRANSFORMERS") != "1":
         raise ImportError(
-            f"transformers {version} is installed; this model was tested with {TESTED[0]} to {TESTED[1]}: "
-            f'pip install "transformers=={TESTED[1]}.*", or set BAICHUAN_ANY_TRANSFORMERS=1 to go on all the same'
+            f"transformers {version} is installed; this model was tested with {', '.join(TESTED)}: "
+            f'pip install "transformers=={TESTED[-1]}.*", or set BAICHUAN_ANY_TRANSFORMERS=1 to try all the same'
         )
 
 
@@ -33,7 +33,6 @@ class BaichuanConfig(PreTrainedConfig):
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 125_696
     hidden_size: int = 4096

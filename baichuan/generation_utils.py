@@ -7,11 +7,8 @@ from copy import deepcopy
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 ROLES = ("system", "user", "assistant")
-# transformers 5.24 renamed the cache of keys and values, as an argument of `generate` and `forward` and in their results.
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def messages_to_ids(

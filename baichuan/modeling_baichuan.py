@@ -20,13 +20,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_baichuan import BaichuanConfig
-from .generation_utils import CACHE_NAME, ChatMixin
+from .generation_utils import ChatMixin
 
 # What transformers may pass beyond the parameters of `forward`; all of it goes on to the attention functions.
 KNOWN_ARGUMENTS = {
-    *("output_attentions", "output_hidden_states", "return_dict", "cache_position", "is_causal"),
+    *("output_attentions", "output_hidden_states", "is_causal"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # lengths of packed sequences
-    *("max_seqlen_q", "max_seqlen_k"),  # the latter two, as generate_batch called them at first
     *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"),  # of generate_batch
 }
 
@@ -108,15 +107,12 @@ class Attention(nn.Module):
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, paged_cache=None, **kwargs):
+    def forward(self, hidden_states, attention_mask, cos, sin, cache: Cache | None = None, **kwargs):
         batch, length, _ = hidden_states.shape
         packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)  # (b, l, 3, h, d)
         query, key, value = Rotated.apply(packed, cos, sin)  # each (b, h, l, d)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        if paged_cache is not None:  # before transformers 5.24 the attention function updates it by itself
-            kwargs["cache"] = paged_cache
-
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), weights
@@ -194,7 +190,6 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -242,23 +237,17 @@ class BaichuanModel(BaichuanPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """`attention_mask` is (b, tokens so far) with 1 for real tokens, or a finished (b, 1, l, tokens so far) mask.
-
-        The cache of keys and values comes under the name that the installed transformers uses, see `CACHE_NAME`.
 
         Raises: TypeError: an argument that nothing here knows. To ignore it would be to answer wrongly in silence.
         """
         if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument: {', '.join(sorted(unknown))}")
-        if CACHE_NAME != "cache" and cache is not None and not isinstance(cache, Cache):
-            kwargs["paged_cache"], cache = cache, None  # of `generate_batch`
-        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, hidden)
@@ -275,7 +264,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         cos, sin = rotary_cos_sin(position_ids, self.config.head_dim)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, cos, sin, cache=cache, **kwargs)
-        return BaseModelOutputWithPast(self.norm(hidden_states), cache)  # by place: the field's name has changed
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
 
 class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
@@ -293,14 +282,13 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         loss_positions: torch.LongTensor | None = None,
-        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits without `labels`; the loss, and no logits, with them.
@@ -317,9 +305,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
             loss, a float32 scalar (cross-entropy in nats, plus z_loss_weight · mean max-logit²), with logits None;
             or logits (b, kept, V) in the model's dtype.
         """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                             cache=cache, **kwargs)  # fmt: skip
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+                             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or loss_positions is not None:
@@ -329,8 +316,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, ChatMixin, GenerationMixin):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept]).to(hidden_states.dtype)
-        cache = outputs.get(CACHE_NAME)
-        return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
+        return CausalLMOutputWithPast(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
 
     def loss(self, hidden_states, loss_positions, num_items_in_batch=None) -> torch.Tensor:
         """The head and the cross-entropy at the supervised positions alone, four fifths of the tokens having no label."""

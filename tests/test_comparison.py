@@ -22,7 +22,7 @@ def ignored_cache(monkeypatch):
     """The model of the day on which transformers renamed its argument: every new token sees only itself."""
     forward = BaichuanModel.forward
 
-    def forgets(self, *args, cache=None, past_key_values=None, use_cache=None, **kwargs):
+    def forgets(self, *args, cache=None, use_cache=None, **kwargs):
         kwargs["attention_mask"] = None
         return forward(self, *args, use_cache=False, **kwargs)
 

@@ -1,5 +1,9 @@
 """The sizes of a model, and the releases of transformers that it was tested under."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, SIZES
 from huggingface_hub.errors import StrictDataclassError
@@ -24,7 +28,7 @@ def test_config_rejects_impossible_sizes(wrong):
         BaichuanConfig(**SIZES | wrong)
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "5.25.0.dev0", "6.0.0"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.2.0", "5.23.0", "5.25.0.dev0", "5.240.0", "6.0.0"])
 def test_an_untested_transformers_is_refused_with_the_remedy(version, monkeypatch):
     monkeypatch.delenv("BAICHUAN_ANY_TRANSFORMERS", raising=False)
     with pytest.raises(ImportError, match=f"transformers {version} .*pip install"):
@@ -33,11 +37,23 @@ def test_an_untested_transformers_is_refused_with_the_remedy(version, monkeypatc
     refuse_untested_transformers(version)
 
 
+def test_a_saved_directory_refuses_an_untested_transformers(checkpoint, tmp_path):
+    """Its copy of the code does, where this project is not, and in the last line of the error."""
+    script = """
+import sys, transformers
+transformers.__version__ = "5.23.0"
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", script, checkpoint]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("ImportError: transformers 5.23.0 is installed") and "pip install" in line
+
+
 def test_the_range_is_that_of_the_requirements():
-    lowest, highest = (tuple(map(int, version.split("."))) for version in TESTED)
-    beyond = f"{highest[0]}.{highest[1] + 1}"
+    numbers = [tuple(map(int, minor.split("."))) for minor in TESTED]
+    beyond = f"{numbers[-1][0]}.{numbers[-1][1] + 1}"
     assert f"transformers>={TESTED[0]},<{beyond}\n" in (ROOT / "requirements.txt").read_text()
-    (pinned,) = [
-        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("transformers==")
-    ]
-    assert lowest <= tuple(map(int, pinned.split("==")[1].split(".")[:2])) <= highest
+    (pinned,) = re.findall(r"^transformers==(\d+\.\d+)\.", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert numbers == sorted(numbers) and pinned in TESTED

@@ -90,9 +90,9 @@ def test_cache_and_token_by_token_equal_llama(pair, batch):
     expected = llama(ids).logits
     with torch.no_grad():
         first = model(ids[:, :9], use_cache=True)
-        steps, cache = [first.logits], first.past_key_values
+        steps, cache = [first.logits], first.cache
         for position in range(9, ids.shape[1]):
-            output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            output = model(ids[:, position : position + 1], cache=cache, use_cache=True)
             steps.append(output.logits)
     assert (torch.cat(steps, dim=1) - expected).abs().max() <= 1e-5
 
@@ -122,10 +122,10 @@ def test_long_positions_equal_llama(pair, first):
     given = {} if first == 0 else {"position_ids": positions}  # by itself the model counts from 0
 
     def last_logits():
-        cache = model(ids[:, :590], use_cache=True, **({"position_ids": positions[:, :590]} if given else {}))
+        begun = model(ids[:, :590], use_cache=True, **({"position_ids": positions[:, :590]} if given else {}))
         later = {"position_ids": positions[:, 590:]} if given else {}
-        rest = model(ids[:, 590:], past_key_values=cache.past_key_values, use_cache=True, **later)
-        return torch.cat((cache.logits[:, 560:], rest.logits), dim=1).float()
+        rest = model(ids[:, 590:], cache=begun.cache, use_cache=True, **later)
+        return torch.cat((begun.logits[:, 560:], rest.logits), dim=1).float()
 
     with torch.no_grad():
         exact = llama(ids, position_ids=positions).logits[:, 560:]
@@ -235,7 +235,7 @@ def test_gradient_checkpointing_changes_nothing(pair, batch, reentrant):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append(model.model.layers[0].self_attn.W_pack.weight.grad.clone())
@@ -307,6 +307,8 @@ def test_an_unknown_argument_is_refused_by_name(checkpoint):
         model(ids, kv_store=None)
     with pytest.raises(TypeError, match="kv_store"):
         model.generate(ids, max_new_tokens=2, kv_store=None)
+    with pytest.raises(TypeError, match="past_key_values"):  # as the cache was called before transformers 5.24
+        model(ids, past_key_values=None)
 
 
 def test_from_pretrained_takes_what_libraries_pass_by_name(checkpoint):

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM  # first, since it refuses an untested transformers
-from baichuan.generation_utils import CACHE_NAME, messages_to_ids
+from baichuan.generation_utils import messages_to_ids
 from support.device import free_memory
 from support.errors import first_line, out_of_memory
 
@@ -114,7 +114,7 @@ def greedy_ids(model, prompts, shared, max_new_tokens: int, ends: list[int], pad
         """Logits (b, V) of the last column. ids: (b, new tokens); mask: (b, tokens so far), of which ids are the last."""
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return model(**tokens, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits[:, -1]
+        return model(**tokens, use_cache=True, logits_to_keep=1, cache=cache).logits[:, -1]
 
     ids, mask = left_padded([prompt[count:] for prompt, count in zip(prompts, shared)], pad, model.device)
     personas = [tuple(prompt[:count]) for prompt, count in zip(prompts, shared)]
@@ -165,7 +165,7 @@ def unusable_settings(settings: dict, vocab_size: int) -> list[str]:
     first_token_ends = {"stopping_criteria": [lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)]}
 
     def problem(settings: dict) -> str | None:
-        streamed = {"streamer": reader, CACHE_NAME: DynamicCache(config=model.config)}
+        streamed = {"streamer": reader, "cache": DynamicCache(config=model.config)}
         try:
             for rows, trial, options in ((1, settings, streamed), (2, settings | {"do_sample": True}, {})):
                 tokens = {"input_ids": ids[:rows], "attention_mask": ids[:rows]}

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from transformers import DynamicCache, GenerationConfig
 
-from baichuan.generation_utils import CACHE_NAME, messages_to_ids
+from baichuan.generation_utils import messages_to_ids
 from support.errors import UserError, out_of_memory
 from support.model.adapter import load_adapter
 from support.model.answering import end_ids, greedy
@@ -48,7 +48,7 @@ class PrefixCaches:
         cache = self.caches.pop(key, None)
         if cache is None:
             cache = DynamicCache(config=model.config)
-            model.model(input_ids=torch.tensor([ids], device=model.device), **{CACHE_NAME: cache})
+            model.model(input_ids=torch.tensor([ids], device=model.device), cache=cache)
         self.caches[key] = cache
         while len(self.caches) > 1 and sum(len(ids) for ids, _ in self.caches) > self.max_tokens:
             del self.caches[next(iter(self.caches))]
@@ -117,7 +117,7 @@ class Speaker:
             cache = self.personas.get(self.model, self.tokenizer.text_to_ids(messages[0]["content"]), strength)
             text = begun
             try:
-                with closing(self.model.stream(self.tokenizer, prompt, config, **{CACHE_NAME: cache})) as stream:
+                with closing(self.model.stream(self.tokenizer, prompt, config, cache=cache)) as stream:
                     while True:
                         text = begun + next(stream)
                         yield text, "stopped"

@@ -60,12 +60,10 @@ def book_loss(model, batch: dict, tokens: int) -> torch.Tensor:
 
 def set_checkpointing(model, way: str):
     """Switch gradient checkpointing on or off, as the way's name says."""
-    # Gradient checkpointing was its name before transformers 5.24.
-    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if way.endswith("-checkpointing"):
-        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        getattr(model, f"{prefix}_checkpointing_disable")()
+        model.activation_checkpointing_disable()
 
 
 class OwnSteps:
