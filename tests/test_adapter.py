@@ -89,7 +89,7 @@ def test_adapters_that_no_merge_can_hold_are_refused_by_every_script(
 def own_adapter(checkpoint, adapter, tmp_path) -> Path:
     """As train.py saves it: with the fingerprint of its base."""
     own = Path(shutil.copytree(adapter, tmp_path / "own"))
-    write_training(own, ModelDirectory(checkpoint).fingerprint, False)
+    write_training(own, ModelDirectory(checkpoint).fingerprint)
     return own
 
 
@@ -112,7 +112,7 @@ def test_an_adapter_goes_into_its_own_base_alone(checkpoint, own_adapter, merged
     assert "was trained on other weights" in capsys.readouterr().err
 
     second = make_adapter(merged, tmp_path / "second", spread=0.2)  # the second stage of a training, on what was merged
-    write_training(second, ModelDirectory(merged).fingerprint, False)
+    write_training(second, ModelDirectory(merged).fingerprint)
     assert "was trained on other weights" in refusal(capsys, checkpoint, second, tmp_path / "first base")
     moved = Path(shutil.copytree(merged, tmp_path / "renamed"))
     merge(moved, second, tmp_path / "both stages")

@@ -93,7 +93,7 @@ def test_answers_of_a_model_in_training(checkpoint, model, tokenizer, conversati
     """Wrapped by PEFT and with gradient checkpointing, as train.py has it when it saves."""
     adapter = make_adapter(checkpoint, tmp_path / "adapter")
     wrapped = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter, is_trainable=True)
-    wrapped.gradient_checkpointing_enable()
+    wrapped.activation_checkpointing_enable()
     merged = PeftModel.from_pretrained(BaichuanForCausalLM.from_pretrained(checkpoint), adapter).merge_and_unload()
     config = greedy(model.generation_config, 6)
     found = answer_batch(wrapped.eval(), tokenizer, conversations, config)

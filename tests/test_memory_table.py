@@ -48,7 +48,7 @@ def test_memory_of_a_row_and_of_weights(checkpointing, dropout, vocab_size, supe
     fuse(lora)
     model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     pairs = torch.stack((torch.arange(tokens - supervised, tokens), torch.zeros(supervised, dtype=torch.long)), -1)
     mask = torch.ones((1, 1, tokens, tokens), dtype=torch.bool)
     ids = torch.zeros((1, tokens), dtype=torch.long)

@@ -68,7 +68,7 @@ def main():
     print(f"\na row of {TOKENS} tokens, {SUPERVISED} of them supervised, forward and backward:")
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         with torch.device("meta"):
             size, operations = pass_through(model)
         name = "with   " if checkpointing else "without"
