@@ -18,6 +18,12 @@ help: ## this list
 setup: .venv/ready ## the environment, in .venv
 
 .venv/ready: requirements.txt requirements-4bit.txt requirements-dev.txt constraints.txt
+	@for python in $(PYTHON) $(wildcard $(BIN)/python3); do \
+		$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || \
+			{ echo "error: $$python is no Python 3.11 to 3.14: install one, then: rm -rf .venv; make setup PYTHON=python3.12" >&2; exit 1; }; \
+		$$python -c 'import ensurepip' 2>/dev/null || \
+			{ echo "error: $$python has no venv: apt-get install $$(basename $$python)-venv" >&2; exit 1; }; \
+	done
 	$(call say,Installing into .venv: one to three minutes; 2 GB; with CUDA several GB more. 安装环境)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements-dev.txt -c constraints.txt

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,6 +59,25 @@ def test_a_second_demo_leaves_the_first_one_alone(tmp_path):
         second = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
     assert second.returncode == 2 and second.stdout == "" and (tmp_path / "output_dir/demo").exists()
     assert second.stderr.startswith("error: make demo runs in another terminal: wait for its end\n")
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.15", "no venv", "missing"])
+def test_setup_tells_which_python_it_needs_before_pip_is_asked(python, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements", "requirements-4bit", "requirements-dev", "constraints"):
+        (tmp_path / f"{name}.txt").touch()
+    pretend = "sys.modules['ensurepip'] = None"
+    if python.startswith("3."):
+        pretend = f"sys.version_info = (3, {python[2:]}, 0)"
+    if python != "missing":
+        (tmp_path / "python").write_text(f"""#!/bin/sh\n{sys.executable} -c "import sys; {pretend}; $2"\n""")
+        (tmp_path / "python").chmod(0o755)
+    run = subprocess.run(["make", "setup", "PYTHON=./python"], cwd=tmp_path, capture_output=True, text=True)
+    told = "is no Python 3.11 to 3.14: install one, then: rm -rf .venv; make setup PYTHON=python3.12"
+    if python == "no venv":
+        told = "has no venv: apt-get install python-venv"
+    assert run.stderr.splitlines()[0] == f"error: ./python {told}"
+    assert run.returncode == 2 and run.stdout == "" and not (tmp_path / ".venv").exists()
 
 
 def test_gpu_check_tells_what_failed_and_goes_on(tmp_path):
