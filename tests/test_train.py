@@ -292,6 +292,7 @@ def test_what_answers_leaves_the_compiler_to_training(trained, train_arguments, 
 
         return watched
 
+    monkeypatch.setattr(arguments, "missing_compiler", lambda on_gpu: None)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
     monkeypatch.setattr(ModelDirectory, "refuse_to_fail_later", answering(ModelDirectory.refuse_to_fail_later, False))
     monkeypatch.setattr(train, "generate_samples", answering(train.generate_samples, True))
@@ -351,6 +352,39 @@ def test_a_sample_may_fill_the_models_context(train_arguments, checkpoint):
     args.max_len = 4097
     with pytest.raises(train.UserError, match="--max_len 4097 exceeds the model's model_max_length, 4096"):
         arguments.refuse_wrong_arguments(args, ModelDirectory(checkpoint))
+
+
+def test_what_compiles_needs_a_compiler_and_python_h(train_arguments, tmp_path, monkeypatch):
+    """C++ on the CPU, where flex_attention has no backward pass, and C on a GPU."""
+
+    def problems(*flags):
+        try:
+            train.read_inputs(train.parse_args(train_arguments(tmp_path / "out", *flags)))
+        except train.UserError as refused:
+            return refused.problems
+
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    header, flex = tmp_path / "Python.h", ["--attn_implementation", "flex_attention"]
+    remedy = f", and {header}: apt-get install g++ python3.{sys.version_info[1]}-dev"
+    cases = (False, "g++", "CXX", "g++"), (True, "clang", "CC", "gcc or clang")
+    for has_gpu, compiler, variable, needed in cases:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        refused = [f"--compile and flex_attention need {needed}{remedy}"]
+        assert problems() is None and problems("--compile") == refused
+        (tmp_path / compiler).touch(0o755)
+        assert problems("--compile") == refused
+        header.touch()
+        assert problems("--compile") is None
+        monkeypatch.setenv(variable, "no-compiler")
+        assert problems("--compile") == [f"--compile and flex_attention need no-compiler{remedy}"]
+        monkeypatch.delenv(variable)
+        header.unlink()
+        assert problems(*flex) == (refused if has_gpu else [f"{' '.join(flex)}: trains on a GPU only: take sdpa"])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the GPU is there, and not used
+    assert problems("--compile") == [f"--compile and flex_attention need g++{remedy}"]
 
 
 def test_numbers_out_of_their_range_are_refused():

@@ -16,6 +16,7 @@ import utils
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.generation_utils import messages_to_ids
 from support.model.directory import ModelDirectory
+from support.training.arguments import missing_compiler
 
 SAMPLES = [
     {"system": "你是孙悟空。", "prompt": "你是谁？", "response": "俺老孙是也！"},
@@ -30,6 +31,14 @@ SAMPLES = [
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     return ModelDirectory(checkpoint).tokenizer
+
+
+@pytest.fixture
+def set_attention(model):
+    """Sets the model's attention, which is sdpa again after the test, whether it passes or fails."""
+    yield model.set_attn_implementation
+    model.set_attn_implementation("sdpa")
+    torch._dynamo.reset()
 
 
 def messages(sample) -> dict:
@@ -223,8 +232,8 @@ def test_a_step_is_split_where_it_costs_least(loaded):
 
 @pytest.mark.parametrize("max_pack_len", [40, 1000])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_pack_len, attention):
-    model.set_attn_implementation(attention)
+def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, set_attention, max_pack_len, attention):
+    set_attention(attention)
     samples = [messages(sample) for sample in SAMPLES] + CONVERSATIONS
     data = dataset(loaded, samples)
     indices = data.in_tree_order(np.arange(len(data)))
@@ -245,7 +254,6 @@ def test_rows_give_the_losses_and_gradients_of_single_rounds(loaded, model, max_
         for name, parameter in model.named_parameters():
             difference = (parameter.grad - expected[name]).norm() / expected[name].norm()
             assert difference <= 1e-5, (packing, name)
-    model.set_attn_implementation("sdpa")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -263,15 +271,15 @@ def test_any_tree_gives_the_logits_of_its_single_samples(model, sequences):
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_flex_attention_takes_the_same_mask(loaded, model):
+@pytest.mark.skipif(bool(needed := missing_compiler(on_gpu=False)), reason=f"flex_attention needs {needed}")
+def test_flex_attention_takes_the_same_mask(loaded, model, set_attention):
     """Forward only: flex_attention has no backward pass on the CPU."""
     data = dataset(loaded)
     batches = utils.Collator(data, "tree", 1000, 1)(data.in_tree_order(np.arange(len(data))))
     found = {}
     for attention in ("sdpa", "flex_attention"):
-        model.set_attn_implementation(attention)
+        set_attention(attention)
         found[attention] = utils.evaluation(model, batches, "cpu", attention)
-    model.set_attn_implementation("sdpa")
     assert found["sdpa"] == pytest.approx(found["flex_attention"], abs=1e-5)
 
 

@@ -1,5 +1,9 @@
 """What is wrong with train.py's arguments and its DeepSpeed file, all of it at once."""
 
+import os
+import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 from support.command_line import integer
@@ -17,6 +21,10 @@ def tokens_or_auto(text: str) -> int:
 
 def refuse_wrong_arguments(args, model_directory):
     """Raise UserError with all that is wrong with train.py's arguments and the files they name, but for the samples."""
+    import torch
+
+    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    flex_attention = args.attn_implementation == "flex_attention"
     with Problems() as problems:
         if problems.of(model_directory.check, args.load_in_4bit):
             longest = model_directory.config.model_max_length
@@ -34,6 +42,22 @@ def refuse_wrong_arguments(args, model_directory):
             problems.append(f"--max_pack_len {args.max_pack_len} is less than --max_len {args.max_len}, of a sample")
         if args.packing == "tree" and args.attn_implementation == "flash_attention_2":
             problems.append("--attn_implementation flash_attention_2: knows no trees: take sdpa, or --packing none")
+        if flex_attention and not on_gpu:
+            problems.append("--attn_implementation flex_attention: trains on a GPU only: take sdpa")
+        if (args.compile or flex_attention and on_gpu) and (needed := missing_compiler(on_gpu)):
+            problems.append(f"--compile and flex_attention need {needed}")
+
+
+def missing_compiler(on_gpu: bool) -> str | None:
+    """What torch.compile needs where something of it is missing. It compiles C++ for the CPU; for a GPU Triton compiles C."""
+    default = ["gcc", "clang"] if on_gpu else ["g++"]
+    named = os.environ.get("CC" if on_gpu else "CXX")
+    compilers = [named] if named else default
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if any(map(shutil.which, compilers)) and header.is_file():
+        return None
+    python = "python{}.{}".format(*sys.version_info)
+    return f"{' or '.join(compilers)}, and {header}: apt-get install g++ {python}-dev"
 
 
 def read_deepspeed_config(path) -> dict:
