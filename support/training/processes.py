@@ -152,6 +152,7 @@ def step_loader(steps: Steps, first: int, device: torch.device) -> DataLoader:
         batch_size=None,
         sampler=range(first, len(steps)),
         num_workers=1,
+        multiprocessing_context="fork",  # shares the samples; from Python 3.14 on the default is to copy them
         prefetch_factor=4,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_parent,
