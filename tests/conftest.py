@@ -246,11 +246,8 @@ def page_adapter(checkpoint, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def merged(checkpoint, adapter, tmp_path_factory) -> Path:
-    """`adapter` merged by the whole script, run as a user runs it."""
-    directory = tmp_path_factory.mktemp("merged") / "epoch-1-step-3-merge"
-    flags = ["--ori_model_dir", checkpoint, "--model_dir", adapter, "--save_model_dir", directory]
-    subprocess.run([sys.executable, "merge_params.py", *flags], cwd=ROOT, check=True)
-    return directory
+    """`adapter` merged by the whole script."""
+    return merge(checkpoint, adapter, tmp_path_factory.mktemp("merged") / "epoch-1-step-3-merge")
 
 
 class ImpatientTimer:

@@ -8,7 +8,6 @@ Devices written in Python are in torch 2.11, the oldest that the project takes; 
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from unittest import mock
 
 import pytest
@@ -25,6 +24,7 @@ from baichuan import modeling_baichuan
 from support.model.answering import answer_batch, greedy
 from support.model.directory import ModelDirectory
 from support.scores.likelihood import Likelihood
+from tests.forked import SERVER
 
 
 class Notes(TorchDispatchMode):
@@ -101,5 +101,5 @@ def walk(checkpoint: str):
 
 
 def test_all_stays_on_one_device_and_a_step_waits_at_its_end(checkpoint):
-    with ProcessPoolExecutor(1, get_context("spawn")) as other:  # it changes torch for good
+    with ProcessPoolExecutor(1, SERVER) as other:  # it changes torch for good
         other.submit(walk, checkpoint).result()

@@ -76,8 +76,9 @@ def serve(checkpoint, page_adapter, tmp_path_factory):
     def serve(*flags, **kwargs) -> Server:
         directory = tmp_path_factory.mktemp("server")
         environment = dict(os.environ, WATCH=str(directory / "connections"), **PROXIES)
+        (directory / "program.py").write_text(PROGRAM)
         flags = ["--adapter_path", page_adapter, *flags]
-        return Server(directory / "log", checkpoint, *flags, program=("-c", PROGRAM), env=environment, **kwargs)
+        return Server(directory / "log", checkpoint, *flags, script=directory / "program.py", env=environment, **kwargs)
 
     return serve
 

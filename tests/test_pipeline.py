@@ -1,7 +1,6 @@
 """The walk of the README on the sample: a stand-in learns its roles and answers, in a directory of any name."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,13 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, ROOT_USER, SHARED, free_port, output_of, users_environment
+from conftest import (
+    PUBLISHED,
+    ROOT,
+    ROOT_USER,
+    SHARED,
+    adapter_weights,
+    free_port,
+    output_of,
+    scalars,
+    users_environment,
+)
 from tools import taught
 
 import data_helper
 import merge_params
 import predict
 import train
+import web_demo
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from support.errors import UserError
 from support.model import stand_in
@@ -112,9 +122,10 @@ def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
     assert answers["theirs"] == answers["ours"] and len(answers["ours"]) == 46
 
 
-def test_the_page_answers_from_the_command_line(walk):
+def test_the_page_answers_from_the_command_line(walk, capsys):
     asked = ["--ask", "你的金箍棒有多重？", "--role", "孙悟空", "--desc_path", "data/sample/profiles-zh_desc.json"]
-    answer = output_of([sys.executable, "web_demo.py", "--model_path", walk[1], *asked])
+    web_demo.main(["--model_path", walk[1], *asked])
+    answer = capsys.readouterr().out
     assert "俺老孙" in answer and "一万三千五百斤" in answer
 
 
@@ -128,6 +139,12 @@ def test_the_stand_in_has_the_published_layout(walk):
     names = set(model.state_dict())
     assert {"model.layers.0.self_attn.W_pack.weight", "model.norm.weight", "lm_head.weight"} <= names
 
+
+# The chapter's flags, as the README has them.
+BOOK = ["--per_device_train_batch_size", 2, "--max_len", 512, "--max_src_len", 256, "--learning_rate", 1e-4]
+BOOK += ["--weight_decay", 0.1, "--num_train_epochs", 1, "--gradient_accumulation_steps", 4, "--warmup_ratio", 0.03]
+BOOK += ["--seed", 1234, "--show_loss_step", 1, "--lora_dim", 16, "--lora_alpha", 64, "--save_model_step", 4]
+BOOK += ["--lora_dropout", 0.1, "--gradient_checkpointing", "--ds_file", "ds_zero2_no_offload.json", "--is_skip"]
 
 # Python runs this at its start: it writes down each attempt to look a name up or to reach another machine.
 WATCH_NETWORK = """
@@ -149,45 +166,84 @@ sys.addaudithook(watch)
 """
 
 
-def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request):
-    """Every script in a directory with spaces and Chinese characters, under a home that nothing can be written to.
+@pytest.fixture
+def books_inputs(checkpoint, tmp_path):
+    """(RoleBench's directory, a model's directory): the real files and the published tokenizer, where they are at hand."""
+    if not (SHARED / "rolebench").is_dir():
+        return ROOT / "data/sample", checkpoint
+    model = tmp_path / "Baichuan2-7B-Chat"
+    torch.manual_seed(0)
+    config = BaichuanConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
+    BaichuanForCausalLM(config).save_pretrained(model)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        shutil.copy(PUBLISHED / name, model)
+    configs = [json.loads((path / "config.json").read_text()) for path in (model, PUBLISHED)]
+    for name in ("auto_map", "model_type", "vocab_size", "model_max_length"):
+        assert configs[0][name] == configs[1][name]
+    return SHARED / "rolebench", model
+
+
+def test_the_books_commands_in_an_odd_place(books_inputs, tmp_path, monkeypatch, request):
+    """Every script, as a user starts it: the README's lines, in a directory with spaces and Chinese characters, under a
+    home that nothing can be written to. With the launcher it is the same training to the last bit as without.
 
     As root it has no network at all but the loopback; anywhere, no script tries to reach another machine.
     """
+    data_dir, model = books_inputs
     place = tmp_path / "角色 扮演 (一)"
     home, log = tmp_path / "home", tmp_path / "network.log"
     for directory in (place, home, tmp_path / "site"):
         directory.mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(WATCH_NETWORK.format(log=str(log)), encoding="utf-8")
-    model = shutil.copytree(checkpoint, place / "模型 7B")
-    env = users_environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"))
+    model = shutil.copytree(model, place / "模型 7B")
+    env = users_environment(HOME=str(home), PYTHONPATH=str(tmp_path / "site"), CUDA_VISIBLE_DEVICES="0", LOCAL_SIZE="1")
     for name in ("HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "TRITON_CACHE_DIR"):
         env.pop(name, None)
     isolated = []
     if ROOT_USER and shutil.which("ip"):
         isolated = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "-"]
-    python = [*isolated, "python3"]
     train_path, test_path, merged = place / "train 训练.json", place / "test.json", place / "merged 合并"
-    desc = ["--desc_path", ROOT / "data/sample/profiles-zh_desc.json"]
+
+    def run(*command) -> str:
+        """What a command prints on stdout; on stderr it has nothing to say."""
+        command = [*isolated, *map(str, command)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        return done.stdout
+
     try:
         if ROOT_USER:
             request.getfixturevalue("mount")(1 << 20, at=home)
             subprocess.run(["mount", "-o", "remount,ro", home], check=True)
         else:
             home.chmod(0o500)
-        data = ["--data_dir", ROOT / "data/sample", "--train_path", train_path, "--test_path", test_path]
-        output_of([*python, "data_helper.py", *data], env=env)
-        flags = ["--model_name_or_path", model, "--train_path", train_path, "--test_path", test_path]
-        flags += ["--ds_file", float32_ds_file, "--output_dir", place / "output dir", "--sample_answers", 1]
-        flags += ["--gradient_accumulation_steps", 16]
-        output_of([*isolated, "deepspeed", "--master_port", free_port(), "train.py", *flags], env=env)
-        (adapter,) = (place / "output dir").glob("epoch-*")
+        paths = ["--train_path", train_path, "--test_path", test_path]
+        run("python3", "data_helper.py", "--data_dir", data_dir, *paths)
+        for path, number in ((train_path, 64), (test_path, 8)):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(lines[:: len(lines) // number][:number]), encoding="utf-8")
+        flags = [*paths, "--model_name_or_path", model, *BOOK, "--sample_answers", 1]
+        launcher = [*isolated, "deepspeed", "--master_port", free_port()]
+        printed = output_of([*launcher, "train.py", *flags, "--output_dir", place / "output dir"], env=env)
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        assert f"8 steps of 8 samples, 8 an epoch; {str(dtype)[6:]} on 1 × cpu" in printed and "Warning" not in printed
+        assert ("this device has no bfloat16; training in float32" in printed) == (dtype == torch.float32)
+        adapter = place / "output dir/epoch-1-step-8"
         sources = ["--ori_model_dir", model, "--model_dir", adapter]
-        output_of([*python, "merge_params.py", *sources, "--save_model_dir", merged], env=env)
-        predict = ["--model_path", merged, "--test_path", test_path, "--output_path", place / "answers 回答.jsonl"]
-        output_of([*python, "predict.py", *predict, "--max_new_tokens", 4, "--resamples", 1], env=env)
-        page = [*python, "web_demo.py", "--model_path", merged, *desc, "--port", free_port()]
-        with subprocess.Popen(list(map(str, page)), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as serving:
+        run("python3", "merge_params.py", *sources, "--save_model_dir", merged)
+        asked = ["--model_path", merged, "--test_path", test_path, "--output_path", place / "answers 回答.jsonl"]
+        run("python3", "predict.py", *asked, "--max_new_tokens", 4, "--resamples", 1)
+        page = [
+            "web_demo.py",
+            "--model_path",
+            merged,
+            "--desc_path",
+            data_dir / "profiles-zh_desc.json",
+            "--port",
+            free_port(),
+        ]
+        page = list(map(str, [*isolated, "python3", *page]))
+        with subprocess.Popen(page, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as serving:
             assert any("http://127.0.0.1" in line for line in serving.stdout)
             serving.terminate()
     finally:
@@ -196,50 +252,11 @@ def test_the_walk_in_an_odd_place(checkpoint, float32_ds_file, tmp_path, request
     assert not log.exists(), log.read_text()
     assert not list(home.iterdir())
 
-
-if (SHARED / "rolebench").is_dir():
-
-    def test_the_books_commands_on_the_real_files(tmp_path):
-        """RoleBench and the published tokenizer over a small random model: 8 steps, merge, an answer."""
-        model_dir, run_dir = tmp_path / "Baichuan2-7B-Chat", tmp_path / "output_dir"
-        train_path, test_path = str(tmp_path / "train.json"), str(tmp_path / "test.json")
-        torch.manual_seed(0)
-        config = BaichuanConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
-        BaichuanForCausalLM(config).save_pretrained(model_dir)
-        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-            shutil.copy(SHARED / "baichuan2-7b-chat" / name, model_dir)
-        configs = [json.loads((path / "config.json").read_text()) for path in (model_dir, SHARED / "baichuan2-7b-chat")]
-        for name in ("auto_map", "model_type", "vocab_size", "model_max_length"):
-            assert configs[0][name] == configs[1][name]
-
-        def run(command: str, **environment):
-            return output_of(command.split(), env=os.environ | environment)
-
-        bin_dir = Path(sys.executable).parent
-        paths = f"--train_path {train_path} --test_path {test_path}"
-        rolebench = SHARED / "rolebench"
-        run(f"{sys.executable} data_helper.py --data_dir {rolebench} {paths}")
-        lines = Path(train_path).read_text(encoding="utf-8").splitlines(keepends=True)
-        assert len(lines) == 8020
-        Path(train_path).write_text("".join(lines[::125][:64]), encoding="utf-8")
-        Path(test_path).write_text("".join(Path(test_path).read_text().splitlines(keepends=True)[:8]))
-        out = run(
-            f"{bin_dir}/deepspeed --master_port {free_port()} train.py {paths} --model_name_or_path {model_dir} "
-            "--per_device_train_batch_size 2 --max_len 512 --max_src_len 256 --learning_rate 1e-4 --weight_decay 0.1 "
-            "--num_train_epochs 1 --gradient_accumulation_steps 4 --warmup_ratio 0.03 --seed 1234 --show_loss_step 10 "
-            f"--lora_dim 16 --lora_alpha 64 --save_model_step 4 --lora_dropout 0.1 --output_dir {run_dir} "
-            "--gradient_checkpointing --ds_file ds_zero2_no_offload.json --is_skip",
-            CUDA_VISIBLE_DEVICES="0",
-            PATH=f"{bin_dir}:{os.environ['PATH']}",
-        )
-        assert "8 steps of 8 samples" in out
-        assert [path.name for _, path in checkpoints(run_dir)] == ["epoch-1-step-4", "epoch-1-step-8"]
-        run(
-            f"{sys.executable} merge_params.py --ori_model_dir {model_dir} --model_dir {run_dir}/epoch-1-step-8 "
-            f"--save_model_dir {run_dir}/epoch-1-step-8-merge"
-        )
-        answer = run(
-            f"{sys.executable} web_demo.py --model_path {run_dir}/epoch-1-step-8-merge --device cpu "
-            f"--desc_path {rolebench}/profiles-zh_desc.json --ask 你是谁？ --role 孙悟空"
-        )
-        assert answer.strip()
+    train.main(list(map(str, [*flags, "--output_dir", tmp_path / "alone"])))
+    assert [path.name for _, path in checkpoints(tmp_path / "alone")] == ["epoch-1-step-4", "epoch-1-step-8"]
+    for _, path in checkpoints(tmp_path / "alone"):
+        ours, theirs = adapter_weights(path), adapter_weights(place / "output dir" / path.name)
+        assert {tensor.dtype for tensor in ours.values()} == {dtype}
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("train_loss", "grad_norm", "ppl"):
+        assert scalars(tmp_path / "alone", name) == scalars(place / "output dir", name)

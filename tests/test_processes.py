@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, ROOT_USER, adapter_weights, free_port, output_of, scalars, users_environment
+from conftest import ROOT, ROOT_USER, adapter_weights, free_port, scalars, users_environment
 
 from support.training import processes
+from tests.forked import run_to_the_end
 
 # ---------------------------------------------------------------- precision
 
@@ -122,8 +123,8 @@ if ROOT_USER and shutil.which("ip"):
         statuses, printed = zip(*run_on_hosts(hosts, tmp_path / "hostfile", [arguments, arguments]))
         assert statuses == (0, 0), printed
         assert "5 steps of 8 samples" in printed[0] and "steps of" not in printed[1]
-        one = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), "train.py"]
-        output_of([*one, *train_arguments(tmp_path / "one", *flags)], env=users_environment())
+        statuses, told = run_to_the_end("train.py", *train_arguments(tmp_path / "one", *flags), processes=2)
+        assert statuses == [0, 0], told
         ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("two", "one"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs)
         for curve in ("train_loss", "grad_norm", "ppl"):

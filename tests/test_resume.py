@@ -1,6 +1,5 @@
 """A run that is killed, stopped or out of disk loses nothing: resumed, it ends as if nothing had happened, bit for bit."""
 
-import fcntl
 import json
 import os
 import pty
@@ -10,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from support.model.directory import ModelDirectory
 from support.training import processes, resume
 from support.training.checkpoints import checkpoints
 from support.training.one_parameter import trained
+from tests.forked import SERVER, Fork, run_to_the_end
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
 STEPS = 20
@@ -34,41 +34,43 @@ FLAGS = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2]
 FLAGS += ["--lora_dropout", 0.1, "--save_model_step", 4, "--save_total_limit", 3, "--sample_answers", 0]
 
 
-def start(arguments, processes: int = 1, event: dict | None = None, **streams) -> subprocess.Popen:
-    """train.py in a process group of its own. event: what happens to it, for killed_at.py."""
-    command = ["tests/killed_at.py", *arguments, json.dumps(event)] if event else ["train.py", *arguments]
-    launcher = [LAUNCHER, "--num_gpus", processes, "--master_port", free_port()] if processes > 1 else [sys.executable]
-    return subprocess.Popen(
-        [str(part) for part in launcher + command],
+def command(arguments, event: dict | None) -> list:
+    """event: what happens to it, for killed_at.py."""
+    return ["tests/killed_at.py", *arguments, json.dumps(event)] if event else ["train.py", *arguments]
+
+
+def under_the_launcher(arguments, event: dict | None = None) -> tuple[int, str]:
+    """Two processes in a group of their own: the status of the command and what is printed."""
+    launcher = [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port())]
+    run = subprocess.Popen(
+        launcher + list(map(str, command(arguments, event))),
         cwd=ROOT,
         env=alone() | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
         text=True,
         start_new_session=True,
-        **(streams or {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
+    printed = run.communicate(timeout=300)[0]  # until the last process of the group has closed its end
+    return run.returncode, printed
 
 
-def finish_in_a_terminal(*arguments) -> tuple[subprocess.Popen, str]:
-    """Start train.py in a terminal of its own, as behind ssh, and close that when it waits for it."""
+def in_a_terminal(*command) -> tuple[list[int], str]:
+    """Start a script in a terminal of its own, as behind ssh, and close that when it waits for it."""
     master, slave = pty.openpty()
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
-    run = start(*arguments, **streams, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-    os.close(slave)
-    printed = ""
-    while "waits for its terminal to be closed" not in printed:
-        printed += os.read(master, 1 << 16).decode(errors="replace")
+    run = Fork(*command, environment=alone(), output=os.ttyname(slave))
+    printed = os.read(master, 1 << 16)
+    os.close(slave)  # so that reading ends when the script does
+    with suppress(OSError):
+        while b"waits for its terminal to be closed" not in printed:
+            printed += os.read(master, 1 << 16)
     os.close(master)
-    run.wait(timeout=300)
-    return run, printed
+    return [run.wait()], printed.decode(errors="replace")
 
 
 def before(operation: str, directory, number=signal.SIGKILL, process=0, to="process") -> dict:
     """The event that killed_at.py takes: a signal, or 0 for a full disk."""
     return {"operation": operation, "directory": str(directory), "signal": number, "process": process, "to": to}
-
-
-def finish(run: subprocess.Popen) -> str:
-    return run.communicate(timeout=300)[0]  # until the last process of the group has closed its end
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +98,8 @@ def uninterrupted(run_arguments, tmp_path_factory):
 
 def train_to_the_end(arguments, processes=1) -> str:
     """In processes of their own, as a user trains. Returns what they print."""
-    run = start(arguments, processes)
-    printed = finish(run)
-    assert run.returncode == 0, printed
+    statuses, printed = run_to_the_end("train.py", *arguments, processes=processes)
+    assert statuses == [0] * processes, printed
     return printed
 
 
@@ -146,18 +147,15 @@ def test_killed_and_stopped_in_the_middle_of_saves(run_arguments, uninterrupted,
     for number, operation, left in events:
         # Signals reach the whole group, and so the data loader's worker, too.
         to = "terminal" if number == signal.SIGHUP else "group"
-        asked = [*run_arguments(output), *resume], 1, before(operation, output, number, to=to)
-        if number == signal.SIGHUP:
-            run, printed = finish_in_a_terminal(*asked)
-        else:
-            run = start(*asked)
-            printed = finish(run)
+        run = in_a_terminal if number == signal.SIGHUP else run_to_the_end
+        event = before(operation, output, number, to=to)
+        (status,), printed = run(*command([*run_arguments(output), *resume], event))
         assert_none_is_partial(output)
         assert [path.name for _, path in checkpoints(output / "state")] == left, printed
         if number == signal.SIGKILL:
-            assert run.returncode == -number, printed
+            assert status == -number, printed
         else:
-            assert run.returncode == 128 + number and "Traceback" not in printed, printed
+            assert status == 128 + number and "Traceback" not in printed, printed
             step = left[0].split("-")[-1]
             told = f"stopped after step {step} of {STEPS}; the same command with --resume goes on there"
             assert (told in printed) == (number != signal.SIGHUP)
@@ -171,7 +169,9 @@ def test_killed_and_stopped_in_the_middle_of_saves(run_arguments, uninterrupted,
 def test_killed_at_any_file_operation(run_arguments, uninterrupted, tmp_path, processes):
     """All processes at once, before operations of one that are spread over the whole run, so that each kind is met."""
     watched = tmp_path / "watched"
-    printed = finish(start(run_arguments(watched, processes=processes), processes, event=before("", watched)))
+    _, printed = run_to_the_end(
+        *command(run_arguments(watched, processes=processes), before("", watched)), processes=processes
+    )
     draw = random.Random(processes)
     for number in range(8):
         process = number % processes
@@ -180,9 +180,12 @@ def test_killed_at_any_file_operation(run_arguments, uninterrupted, tmp_path, pr
         operation = operations[draw.randrange(first, last)]
         output = tmp_path / f"run-{number}"
         arguments = run_arguments(output, processes=processes)
-        run = start(arguments, processes, event=before(operation, output, process=process, to="group"))
-        finish(run)
-        assert run.returncode == -signal.SIGKILL, operation
+        event = before(operation, output, process=process, to="group")
+        if processes == 2:
+            status, _ = under_the_launcher(arguments, event)
+        else:
+            (status,), _ = run_to_the_end(*command(arguments, event))
+        assert status == -signal.SIGKILL, operation
         assert_none_is_partial(output)
         train_to_the_end([*arguments, "--resume"], processes)
         assert_same(output, uninterrupted(processes))
@@ -192,17 +195,16 @@ def test_two_processes_failed_and_terminated(run_arguments, uninterrupted, tmp_p
     """One run: the disk is full for one process's share, then the deepspeed command is told to end; it is resumed."""
     output = tmp_path / "run"
     arguments = run_arguments(output, processes=2)
-    run = start(arguments, 2, before("open state/.epoch-1-step-8.tmp/process-1.pt", output, 0, process=1))
-    printed = finish(run)
-    assert run.returncode != 0 and "Traceback" not in printed, printed
+    full = before("open state/.epoch-1-step-8.tmp/process-1.pt", output, 0, process=1)
+    statuses, printed = run_to_the_end(*command(arguments, full), processes=2)
+    assert statuses == [2, 2] and "Traceback" not in printed, printed
     assert printed.count(f"error: {output}/state/epoch-1-step-8: cannot be written: the disk is full") == 1, printed
     assert printed.count("error: the connection to another process failed or broke off") <= 1
     assert [path.name for _, path in checkpoints(output / "state")] == ["epoch-1-step-4"]
 
     # The command alone; DeepSpeed would leave its children running.
     saved = "os.rename state/.epoch-2-step-12.tmp"
-    run = start([*arguments, "--resume"], 2, before(saved, output, signal.SIGTERM, to="command"))
-    printed = finish(run)
+    _, printed = under_the_launcher([*arguments, "--resume"], before(saved, output, signal.SIGTERM, to="command"))
     assert "going on from" in printed
     assert f"stopped after step 13 of {STEPS}; the same command with --resume goes on" in printed
     train_to_the_end([*arguments, "--resume"], 2)
@@ -246,30 +248,28 @@ def test_a_run_is_not_begun_over_another(run_arguments, finished, capsys):
     assert "--resume goes on with it" in error_of(run_arguments(finished), capsys)
 
 
-CLAIM = """
-import pathlib, sys
-from support.training.processes import join_processes
-from support.training.resume import claim
-join_processes()
-claim(pathlib.Path(sys.argv[1]), dry_run=False)
-print("claimed", flush=True)
-sys.stdin.read()
-"""
+def claim_and_wait(directory: Path, told):
+    processes.join_processes()
+    resume.claim(directory, dry_run=False)
+    told.send("claimed")
+    signal.pause()
 
 
 def test_two_runs_do_not_write_to_one_directory(run_arguments, finished, tmp_path, capsys):
     """And the second one does not call damaged what the first one is about to replace."""
     output = shutil.copytree(finished, tmp_path / "run")  # which this process has not claimed
     (output / "state/.epoch-1-step-10.tmp").mkdir()  # left by a run that was killed
-    with subprocess.Popen(
-        [sys.executable, "-c", CLAIM, output], cwd=ROOT, env=alone(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert any(b"claimed" in line for line in other.stdout)
-        assert not (output / "state/.epoch-1-step-10.tmp").exists()
-        (output / "state/epoch-1-step-10/run.json").unlink()
-        for more in ([], ["--dry_run"]):
-            assert "another run is writing there" in error_of(short(run_arguments, output, *more), capsys)
-        other.kill()  # which leaves the directory to the next run
+    heard, told = SERVER.Pipe(duplex=False)
+    other = SERVER.Process(target=claim_and_wait, args=(output, told))
+    other.start()
+    told.close()
+    assert heard.recv() == "claimed"
+    assert not (output / "state/.epoch-1-step-10.tmp").exists()
+    (output / "state/epoch-1-step-10/run.json").unlink()
+    for more in ([], ["--dry_run"]):
+        assert "another run is writing there" in error_of(short(run_arguments, output, *more), capsys)
+    other.kill()  # which leaves the directory to the next run
+    other.join()
     resume.claim(output, dry_run=True)
     resume.claim(output, dry_run=False)
 

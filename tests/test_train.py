@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, adapter_weights, free_port, labelled, output_of, scalars
+from conftest import FLOAT32, ROOT, adapter_weights, labelled, scalars
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import train
@@ -20,8 +20,7 @@ from support.files import followed
 from support.model.adapter import training_record
 from support.model.directory import ModelDirectory
 from support.training import arguments, processes
-
-LAUNCHER = Path(sys.executable).parent / "deepspeed"
+from tests.forked import run_to_the_end
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +202,11 @@ def compare_runs(first, second):
     assert dict(scalars(first, "ppl"))[5] == pytest.approx(dict(scalars(second, "ppl"))[5], rel=1e-4)
 
 
-def test_two_processes_under_the_launcher_train_alike(trained, train_arguments, tmp_path):
+def test_two_processes_train_alike(trained, train_arguments, tmp_path):
     """4 samples on each of two processes, whose rows differ in number and length."""
     more = ["--gradient_accumulation_steps", 2, "--max_pack_len", 256]
-    launched = [LAUNCHER, "--num_gpus", 2, "--master_port", free_port(), "train.py", *train_arguments(tmp_path, *more)]
-    printed = output_of(launched)
+    statuses, printed = run_to_the_end("train.py", *train_arguments(tmp_path, *more), processes=2)
+    assert statuses == [0, 0], printed
     compare_runs(trained[0], tmp_path)
     heard, alone = (dict(scalars(output, "who_said_it_margin")) for output in (tmp_path, trained[0]))
     assert heard.keys() <= alone.keys() and heard[5] == pytest.approx(alone[5], abs=1e-3)
@@ -250,24 +249,6 @@ def test_the_books_command(train_arguments, tmp_path, capsys, monkeypatch):
     assert 0 < state - 14 * sum(map(torch.Tensor.numel, weights)) < 20_000  # as docs/resuming.md says
     (tmp_path / "touched").touch()  # safetensors would let nobody else read what it writes
     assert len({path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}) == 1
-
-
-def test_the_books_command_under_the_launcher(train_arguments, tmp_path, monkeypatch):
-    """The README's line, with that GPU or without it; it is the same run to the last bit as without the launcher."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setenv("LOCAL_SIZE", "1")  # else a process a CPU socket
-    arguments = [*BOOK, "--sample_answers", 0]
-    command = [LAUNCHER, "--master_port", free_port(), "train.py", *train_arguments(tmp_path / "launched", *arguments)]
-    printed = output_of(command)
-    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    assert f"{str(dtype)[6:]} on 1 × cpu" in printed and "5 steps of 8 samples" in printed
-    assert ("this device has no bfloat16; training in float32" in printed) == (dtype == torch.float32)
-    train.main(train_arguments(tmp_path / "alone", *arguments))
-    ours, theirs = (adapter_weights(tmp_path / name / "epoch-1-step-5") for name in ("launched", "alone"))
-    assert {tensor.dtype for tensor in ours.values()} == {dtype}
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for name in ("train_loss", "grad_norm", "ppl"):
-        assert scalars(tmp_path / "launched", name) == scalars(tmp_path / "alone", name)
 
 
 def test_what_answers_leaves_the_compiler_to_training(trained, train_arguments, tmp_path, monkeypatch):

@@ -1,18 +1,17 @@
 """Weight files: every layout is read alike, and files that are damaged, incomplete or too large are told."""
 
 import json
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, merge
+from conftest import merge
 from safetensors.torch import load_file, save_file
 
 from baichuan import BaichuanForCausalLM
-from support.errors import UserError
+from support.errors import UserError, entry_point
 from support.model.directory import ModelDirectory
 from support.model.weights import Weights, write_weights
 
@@ -93,17 +92,7 @@ def test_bases_that_do_not_fit(checkpoint, tmp_path):
     assert "pytorch_model-1.bin: cannot be read, fetch it again: [Errno 2] No such file" in error()
 
 
-OPEN_WITH_LITTLE_MEMORY = """
-import resource, sys
-from support.errors import entry_point
-from support.model.directory import ModelDirectory
-in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), -1))
-entry_point(lambda argv: ModelDirectory(sys.argv[1]).check())()
-"""
-
-
-def test_a_file_larger_than_the_memory_is_not_called_damaged(checkpoint, tmp_path):
+def test_a_file_larger_than_the_memory_is_not_called_damaged(checkpoint, tmp_path, capsys):
     """40 GB of zeros, which take no place on the disk."""
     directory = shutil.copytree(checkpoint, tmp_path / "model")
     size = 40 * 10**9
@@ -111,8 +100,12 @@ def test_a_file_larger_than_the_memory_is_not_called_damaged(checkpoint, tmp_pat
     with open(directory / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
-    ended = subprocess.run(
-        [sys.executable, "-c", OPEN_WITH_LITTLE_MEMORY, directory], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"error: too little memory is free: {directory}/model.safetensors: ")
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), hard))
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            entry_point(lambda argv: ModelDirectory(directory).check())()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert capsys.readouterr().err.startswith(f"error: too little memory is free: {directory}/model.safetensors: ")

@@ -1,14 +1,14 @@
 """The page served as a user serves it, and what its model is asked."""
 
+import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from data_helper import persona
 from support.dialogues.profiles import read_characters
+from tests.forked import Fork
 
 ROOT = Path(__file__).parent.parent
 DESC_PATH = ROOT / "data/sample/profiles-zh_desc.json"
@@ -29,24 +29,15 @@ def free_port() -> int:
 class Server:
     """`python3 web_demo.py …` in a process of its own; `log` is what it has printed."""
 
-    def __init__(self, log: Path, model_path: str, *flags: str, program=("web_demo.py",), env=None, port=None):
+    def __init__(self, log: Path, model_path: str, *flags: str, script="web_demo.py", env=None, port=None):
         self.log_path, self.port = log, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [
-            sys.executable,
-            *program,
-            "--desc_path",
-            str(DESC_PATH),
-            "--model_path",
-            model_path,
-            "--device",
-            "cpu",
-        ]
-        with open(log, "w") as output:
-            streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen([*command, "--port", str(self.port), *flags], cwd=ROOT, env=env, **streams)
+        command = [script, "--desc_path", DESC_PATH, "--model_path", model_path, "--device", "cpu"]
+        command += ["--port", self.port, *flags]
+        log.touch()
+        self.process = Fork(*command, environment=env or dict(os.environ), output=log).process
         while "answers on" not in self.log:
-            assert self.process.poll() is None, self.log
+            assert self.process.is_alive(), self.log
             time.sleep(0.05)
 
     @property
@@ -55,7 +46,7 @@ class Server:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(30)
+        self.process.join(30)
 
 
 def squeezed(text: str) -> str:
