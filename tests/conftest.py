@@ -5,7 +5,6 @@ import ctypes
 import glob
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +29,14 @@ SHARED = ROOT.parent / "shared"  # RoleBench and the published tokenizer, beside
 PUBLISHED = SHARED / "baichuan2-7b-chat"
 TOKENIZERS = ["trained"] + (["published"] if PUBLISHED.is_dir() else [])
 NO_CHROMIUM = "no Chromium"
+
+
+LONGEST = ["test_pipeline.py", "test_resume.py", "test_train.py", "test_errors.py", "test_page.py", "test_predict.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -152,12 +159,6 @@ def scalars(output_dir, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def alone() -> dict[str, str]:
-    """The environment of a run of its own, without the ranks and ports of the runs in this process."""
-    of_runs = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in of_runs}
-
-
 def adapter_weights(directory) -> dict:
     from safetensors.torch import load_file
 
@@ -174,12 +175,6 @@ def labelled(data, index):
     labels = torch.full_like(ids, -100)
     labels[pairs[:, 0] + 1] = torch.from_numpy(pairs[:, 1])
     return ids, labels
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(params=TOKENIZERS, scope="module")

@@ -7,6 +7,7 @@ it, and its environment, session and streams are its own. What is left out is th
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -14,6 +15,18 @@ from tempfile import NamedTemporaryFile
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.forked", "deepspeed", "train"])
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def alone() -> dict[str, str]:
+    """The environment of a run of its own, without the ranks and ports of the runs in this process."""
+    of_runs = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in of_runs}
 
 
 class Fork:
@@ -49,8 +62,6 @@ def run(command: list[str], environment: dict, output: str):
 
 def run_to_the_end(*command, processes: int = 1) -> tuple[list[int], str]:
     """A script in one process, or in several as the launcher starts them: their exit statuses, and what they print."""
-    from conftest import alone, free_port
-
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     together |= {"WORLD_SIZE": processes, "LOCAL_SIZE": processes}
     with NamedTemporaryFile() as printed:

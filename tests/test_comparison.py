@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, free_port
+from conftest import ROOT
 
 import predict
 import train
@@ -13,6 +13,7 @@ from baichuan import BaichuanForCausalLM
 from baichuan.modeling_baichuan import BaichuanModel
 from merge_params import logits_of
 from support.model.comparison import cache_error, compare_logits, compute_in_float32
+from tests.forked import free_port
 
 PROMPTS = [[5, 9, 77, 130], [11, 300, 8, 42, 600, 7, 19, 250]]
 

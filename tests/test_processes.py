@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, ROOT_USER, adapter_weights, free_port, scalars, users_environment
+from conftest import ROOT, ROOT_USER, adapter_weights, scalars, users_environment
 
 from support.training import processes
-from tests.forked import run_to_the_end
+from tests.forked import free_port, run_to_the_end
 
 # ---------------------------------------------------------------- precision
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, alone, conversation, free_port, scalars
+from conftest import FLOAT32, ROOT, ROOT_USER, adapter_weights, conversation, scalars
 
 import train
 import utils
@@ -25,7 +25,7 @@ from support.model.directory import ModelDirectory
 from support.training import processes, resume
 from support.training.checkpoints import checkpoints
 from support.training.one_parameter import trained
-from tests.forked import SERVER, Fork, run_to_the_end
+from tests.forked import SERVER, Fork, alone, free_port, run_to_the_end
 
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
 STEPS = 20

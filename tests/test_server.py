@@ -7,12 +7,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import answers_of, free_port
+from conftest import answers_of
 
 import predict
 from support.dialogues.samples import first_question, read_samples
 from support.errors import UserError
 from support.model.server import Server
+from tests.forked import free_port
 
 ELSEWHERE = "http://engine.example"
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from baichuan import BaichuanTokenizer
+from tests.forked import SERVER
 
 HARD = [
     *("俺老孙来也！", "  spaces   in runs  ", "tab\tnewline\n\nend\r\n", "😀👩‍👩‍👧 𠮷野家 ꙮ \u200b"),
@@ -90,6 +91,6 @@ def test_the_same_ids_elsewhere(tokenizer, tmp_path, way):
 
 def test_the_same_ids_in_a_worker_that_shares_no_memory(checkpoint):
     tokenizer, texts = BaichuanTokenizer.from_pretrained(checkpoint), HARD + CONTROL
-    workers = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    workers = {"num_workers": 1, "multiprocessing_context": SERVER}
     loader = DataLoader(texts, batch_size=None, collate_fn=tokenizer.encode, **workers)
     assert list(loader) == [tokenizer.encode(text) for text in texts]

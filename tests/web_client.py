@@ -2,13 +2,12 @@
 
 import os
 import re
-import socket
 import time
 from pathlib import Path
 
 from data_helper import persona
 from support.dialogues.profiles import read_characters
-from tests.forked import Fork
+from tests.forked import Fork, free_port
 
 ROOT = Path(__file__).parent.parent
 DESC_PATH = ROOT / "data/sample/profiles-zh_desc.json"
@@ -18,12 +17,6 @@ PROFILES = read_characters(DESC_PATH)
 OWN = {"do_sample": True, "max_new_tokens": 256, "temperature": 0.3, "top_p": 0.85, "top_k": 5}
 OWN |= {"repetition_penalty": 1.05, "seed": -1}
 CHANGED = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.2, "seed": 7}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:
