@@ -51,14 +51,14 @@ def test_an_answer_that_grows_stays_in_its_own_conversation():
     grown["version"]["text"] = "新"
     kept["role"] = "李白"
     assert chats.settle(other := deepcopy(kept), grown) == ""
-    answers = {role: chats.answer_of(other["chats"][role][0]["turns"][0])["text"] for role in other["chats"]}
+    answers = {role: chats.shown_version(other["chats"][role][0]["turns"][0])["text"] for role in other["chats"]}
     assert answers == {"李白": "旧", "张飞": "新"}
     for lost in ("", "别的？"):  # nothing of it is left, or another question
         other["chats"]["张飞"][0]["turns"] = [turn(lost)] if lost else []
         assert chats.settle(other, grown) == lost and other["chats"]["张飞"][0]["turns"] == []
-    assert chats.settle(kept, {}) == "" and [chats.answer_of(t)["text"] for t in kept["chats"]["张飞"][0]["turns"]] == [
-        "旧"
-    ]
+    assert chats.settle(kept, {}) == "" and [
+        chats.shown_version(t)["text"] for t in kept["chats"]["张飞"][0]["turns"]
+    ] == ["旧"]
 
 
 def test_turns_without_an_answer_are_left_out():

@@ -125,7 +125,7 @@ def test_a_stream_is_the_text_of_its_tokens(tokenizer):
     ids = tokenizer.text_to_ids(text)
     single_bytes = [token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("<0x")]
     assert tokenizer.decode(ids) == text and len(ids) > 300 and len(single_bytes) > 100
-    pieces = list(Recorded([*ids, tokenizer.eos_token_id]).stream_answer(tokenizer, torch.tensor([[195]]), None))
+    pieces = list(Recorded([*ids, tokenizer.eos_token_id]).stream(tokenizer, torch.tensor([[195]]), None))
     assert pieces[-1] == text and len(pieces) > 60
     assert all(text.startswith(piece) for piece in pieces)
     assert all(len(earlier) < len(later) for earlier, later in zip(pieces, pieces[1:]))

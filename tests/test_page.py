@@ -56,7 +56,7 @@ sys.addaudithook(watch)
 sys.path.insert(0, os.getcwd())
 sys.argv[0] = "web_demo.py"
 import web_demo
-load, answer = web_demo.Speaker.load, web_demo.Speaker.answer
+load, answer = web_demo.Speaker.load, web_demo.Speaker.stream
 def loaded(*args):
     speaker = load(*args)
     speaker.own_settings.do_sample, speaker.own_settings.max_new_tokens = False, 16
@@ -66,7 +66,7 @@ def answering(*args, **more):
         for step in stream:
             time.sleep(0.1 if args[2]["max_new_tokens"] > 1000 else 0.01)
             yield step
-web_demo.Speaker.load, web_demo.Speaker.answer = loaded, answering
+web_demo.Speaker.load, web_demo.Speaker.stream = loaded, answering
 web_demo.main()
 """
 
@@ -244,7 +244,7 @@ def tab(open_tab):
 
 def expected(speaker, *turns, role=FIRST, description=None, tokens=16, **kwargs) -> str:
     messages = conversation(*turns, role=role, description=description or CHARACTERS[role]["description"])
-    return squeezed(whole(speaker.answer(messages, greedy(tokens), **kwargs)))
+    return squeezed(whole(speaker.stream(messages, greedy(tokens), **kwargs)))
 
 
 def test_roles_and_their_conversations(tab, speaker):
@@ -751,7 +751,7 @@ def test_many_visitors_at_once_get_their_own_answers(server, speaker):
         for turn in kept["chats"][FIRST][0]["turns"]:
             messages = conversation(*asked, turn["question"], role=FIRST, description=CHARACTERS[FIRST]["description"])
             settings = greedy(8, do_sample=True, seed=seed, temperature=2.0, top_p=1.0, top_k=0)
-            assert [version["text"] for version in turn["versions"]] == [whole(speaker.answer(messages, settings))]
+            assert [version["text"] for version in turn["versions"]] == [whole(speaker.stream(messages, settings))]
             asked += [turn["question"], turn["versions"][0]["text"]]
 
 

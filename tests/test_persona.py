@@ -12,7 +12,7 @@ from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from support.dialogues.samples import read_samples
 from support.scores import persona
 from support.scores.likelihood import Likelihood
-from support.scores.persona import Said, accuracy_of, persona_scores, read_personas, who_said_it_now
+from support.scores.persona import Readings, WhoSaidIt, persona_scores, read_personas, who_said_it_now
 from support.scores.table import Items, compare
 
 
@@ -27,7 +27,7 @@ def tokenizer(checkpoint):
 def test_every_answer_is_read_under_every_persona_and_under_none(model, tokenizer):
     scores = read_personas(Likelihood(model, tokenizer), ROLE_SAMPLES)
     assert scores.roles == list(PERSONAS)
-    assert scores.own.argmax(1).tolist() == [0, 0, 1, 1, 2] and scores.question.tolist() == [0, 0, 0, 1, 1]
+    assert scores.is_author.argmax(1).tolist() == [0, 0, 1, 1, 2] and scores.question.tolist() == [0, 0, 0, 1, 1]
     for number, sample in enumerate(ROLE_SAMPLES):
         systems = [*PERSONAS.values(), ""]
         expected = [one_by_one(model, tokenizer, {**sample, "system": system}) for system in systems]
@@ -39,11 +39,11 @@ def test_an_answer_cut_under_one_persona_is_left_out(model, tokenizer):
     """Under a longer persona fewer of its tokens fit, and sums of different tokens cannot be compared."""
     long = said("皇帝", "朕" * 30, "你是谁？", "朕。")
     whole = read_personas(Likelihood(model, tokenizer), [*ROLE_SAMPLES, long])
-    assert len(whole.own) == 6
+    assert len(whole.is_author) == 6
     likelihood = Likelihood(model, tokenizer, max_len=30 + len(tokenizer.text_to_ids("你是谁？朕。")) + 3)
     assert 0 < len(likelihood([{**ROLE_SAMPLES[3], "system": "朕" * 30}])[0]) < whole.tokens[3]
     kept = read_personas(likelihood, [*ROLE_SAMPLES, long])
-    assert len(kept.own) < 6 and kept.own[-1].tolist() == [False, False, False, True]
+    assert len(kept.is_author) < 6 and kept.is_author[-1].tolist() == [False, False, False, True]
     nothing = read_personas(lambda samples: [np.empty(0)] * len(samples), ROLE_SAMPLES)
     assert len(nothing.tokens) == 0 and persona_scores(nothing) == {}
 
@@ -55,17 +55,17 @@ def test_own_loss_is_the_loss_that_training_reports(model, tokenizer, samples):
     data = utils.RoleDataset(records, tokenizer, 512, 256)
     batches = utils.Collator(data, "none", 0, 4)(np.arange(len(data)))
     expected = utils.evaluation(model, batches, "cpu", "sdpa")
-    assert -scores.nats[scores.own].sum() / scores.tokens.sum() == pytest.approx(expected, abs=1e-5)
+    assert -scores.nats[scores.is_author].sum() / scores.tokens.sum() == pytest.approx(expected, abs=1e-5)
 
 
 # ---------------------------------------------------------------- by hand
 
 # Three roles, six answers. By row: log-likelihood under the personas of A, B and C.
 KINDS = ["general", "general", "general", "role-specific", "general", "general"]
-HAND = Said(
+HAND = Readings(
     roles=["A", "B", "C"],
     items=Items(["A", "A", "A", "A", "B", "C"], KINDS, [None] * 6, np.array([0, 0, 1, 2, 1, 3])),
-    own=np.eye(3, dtype=bool)[[0, 0, 0, 0, 1, 2]],
+    is_author=np.eye(3, dtype=bool)[[0, 0, 0, 0, 1, 2]],
     question=np.array([0, 0, 1, 2, 1, 3]),
     tokens=np.array([2, 2, 4, 5, 10, 8]),
     nats=np.array(
@@ -75,12 +75,12 @@ HAND = Said(
 )
 
 
-def rows_of(models: dict[str, Said], by="", label="", resamples=50) -> dict:
+def rows_of(models: dict[str, Readings], by="", label="", resamples=50) -> dict:
     scores = {name: persona_scores(said) for name, said in models.items()}
     return {row.measure: row for row in compare(scores, resamples, 1, by, label)}
 
 
-def value_of(said: Said, measure: str, *part) -> float:
+def value_of(said: Readings, measure: str, *part) -> float:
     return rows_of({"model": said}, *part)[measure].models[0].value
 
 
@@ -106,8 +106,8 @@ def test_by_hand_accuracy_margin_and_confusion():
 def test_who_always_hears_the_same_role_is_at_chance_among_those_who_answer():
     """Five roles, two of which have answers: C's persona, under which all is likeliest, is nobody's here."""
     items, own = Items(["A"] * 3 + ["B"], [None] * 4, [None] * 4, np.arange(4)), np.eye(5, dtype=bool)[[0, 0, 0, 1]]
-    said = Said(list("ABCDE"), items, own, np.arange(4), np.ones(4), np.tile([-2.0, -3, -1, -4, -5], (4, 1)), None)
-    row = compare({"model": {"who_said_it": accuracy_of(said)}}, 5, 1)[0]
+    said = Readings(list("ABCDE"), items, own, np.arange(4), np.ones(4), np.tile([-2.0, -3, -1, -4, -5], (4, 1)), None)
+    row = compare({"model": {"who_said_it": WhoSaidIt(said)}}, 5, 1)[0]
     assert row.models[0].value == row.beside["chance"] == 50
     assert said.confusion()[0].tolist() == [0, 0, 1, 0, 0]
 

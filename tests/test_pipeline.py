@@ -108,15 +108,15 @@ def test_llama_cpp_gives_the_answers_of_this_project(walk, samples, tmp_path):
             ]
             ours, theirs = Speaker.load(merged, None, torch.device("cpu")), Server(url).check()
             settings = {"do_sample": False, "seed": -1, "max_new_tokens": 4, "repetition_penalty": 1.0}
-            *_, (begun, state) = theirs.answer(asked, settings)  # without the marker in the question
+            *_, (begun, state) = theirs.stream(asked, settings)  # without the marker in the question
             plain = [asked[0], {"role": "user", "content": "你是谁？"}]
-            assert (begun, state) == [*ours.answer(plain, settings)][-1] and state == "cut"
+            assert (begun, state) == [*ours.stream(plain, settings)][-1] and state == "cut"
             more = settings | {"max_new_tokens": 60}
-            assert [*theirs.answer(asked, more, begun=begun)][-1] == [*ours.answer(plain, more, begun=begun)][-1]
+            assert [*theirs.stream(asked, more, begun=begun)][-1] == [*ours.stream(plain, more, begun=begun)][-1]
             long = [asked[0], *(2 * plain[1:] + [{"role": "assistant", "content": "字" * 3000}]) * 3, plain[1]]
-            assert [*theirs.answer(long, more)][-1][0]  # without the oldest rounds
+            assert [*theirs.stream(long, more)][-1][0]  # without the oldest rounds
             with pytest.raises(UserError, match="exceeds the available context"):
-                [*theirs.answer([asked[0], {"role": "user", "content": "字" * 5000}], more)]
+                [*theirs.stream([asked[0], {"role": "user", "content": "字" * 5000}], more)]
         finally:  # also when it fails: what stays would be waited for
             llama_cpp.send_signal(signal.SIGINT)
     assert llama_cpp.returncode == 0

@@ -8,8 +8,8 @@ import pytest
 from predict import Question
 from support.model.answering import Answer
 from support.scores import report
-from support.scores.answers import Answers, measure_answers, recorded_limits
-from support.scores.persona import Said
+from support.scores.answers import MeasuredAnswers, measure_answers, recorded_limits
+from support.scores.persona import Readings
 from support.scores.table import Items, Score, compare, in_a_sentence, texts
 from support.scores.voice import Recall
 
@@ -64,11 +64,11 @@ def write(path, own: dict[str, list[str]], language="en", evil=EVIL, heard=None,
     return Reader(path.read_text(encoding="utf-8"))
 
 
-def said(roles: list[str]) -> Said:
+def said(roles: list[str]) -> Readings:
     """Of the first role two answers, one of which is heard as the second's; of the second none."""
     nats = np.array([[-1.0, -2.0], [-2.0, -1.0]])
     items = Items.of([{"role": roles[0]}] * 2, range(2))
-    return Said(roles, items, np.array([[True, False]] * 2), np.arange(2), np.ones(2), nats, np.zeros(2))
+    return Readings(roles, items, np.array([[True, False]] * 2), np.arange(2), np.ones(2), nats, np.zeros(2))
 
 
 def test_everything_is_escaped_and_nothing_is_loaded(tmp_path):
@@ -92,7 +92,7 @@ def test_the_picture_points_right_where_it_is_better(tmp_path):
     items = Items.of([{}] * 6, range(6))
     rise = {name: [Score(items, np.full(6, value)) for value in (20.0, 60.0)] for name in ("rouge_l", "copies")}
     models = {name: {measure: own[n] for measure, own in rise.items()} for n, name in enumerate(("base", "tuned"))}
-    measured = {name: Answers([Answer("答", True)] * 6, own, None, None) for name, own in models.items()}
+    measured = {name: MeasuredAnswers([Answer("答", True)] * 6, own, None, None) for name, own in models.items()}
     path = tmp_path / "report.html"
     report.write(path, "en", [question("甲", "问", ["答"])] * 6, measured, rows=compare(models, 20, 1), by_role={})
     page = Reader(path.read_text(encoding="utf-8"))

@@ -119,7 +119,7 @@ def chat(model, tokenizer):
 def speaker(model, tokenizer):
     settings, own = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "seed": -1}, model.generation_config
     speaker = Speaker(model, tokenizer)
-    answers = [list(speaker.answer(messages, settings))[-1][0] for messages in CONVERSATIONS]
+    answers = [list(speaker.stream(messages, settings))[-1][0] for messages in CONVERSATIONS]
     model.generation_config = own  # which a Speaker takes off
     return answers
 

@@ -109,12 +109,12 @@ def test_the_model_is_chosen_by_name_and_its_answers_are_not_mixed(server, sampl
 def test_typed_markers_do_not_reach_a_server_and_an_answer_that_is_none_is_an_error(server, monkeypatch):
     engine, reply = Server(server.url).check(), Handler.reply
     text = "好<reserved_107>我</s>是<s><unk><reserved_10<s>6>谁<</s>s><reserved_108>"  # some appear as others go
-    ((_, answer),) = engine.answers([(0, [{"role": "user", "content": text}])], 1, 9)
+    ((_, answer),) = engine.generate_all([(0, [{"role": "user", "content": text}])], 1, 9)
     assert server.asked[0][1]["messages"] == [{"role": "user", "content": "好我是谁<reserved_108>"}]
     assert answer.text == "好我是谁<reserved_108>"[::-1]
     monkeypatch.setattr(Handler, "reply", lambda self, status, value: reply(self, 200, {"choices": []}))
     with pytest.raises(UserError, match="no answer from it"):
-        list(engine.answers([(0, [{"role": "user", "content": "好"}])], 1, 9))
+        list(engine.generate_all([(0, [{"role": "user", "content": "好"}])], 1, 9))
 
 
 def test_another_machine_is_asked_through_the_proxy_and_this_one_never(server, monkeypatch):

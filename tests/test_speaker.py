@@ -19,7 +19,7 @@ def test_answers_are_those_of_the_model_alone(speaker):
         options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.0}
         output = speaker.model.generate(prompt := torch.tensor([ids]), attention_mask=prompt**0, **options)
         expected = begun + speaker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        *growing, last = speaker.answer(messages, greedy(20, repetition_penalty=1.0), begun=begun)
+        *growing, last = speaker.stream(messages, greedy(20, repetition_penalty=1.0), begun=begun)
         assert last == (expected, "cut") and {state for _, state in growing} == {"stopped"} and expected > begun
         begun = expected
 
@@ -34,7 +34,7 @@ def test_an_answer_that_ended_by_itself_is_done(speaker, monkeypatch):
             return torch.tensor([[90, last]])
 
         monkeypatch.setattr(speaker.model, "generate", generate)
-        assert list(speaker.answer(ASKED, greedy(12)))[-1][1] == state
+        assert list(speaker.stream(ASKED, greedy(12)))[-1][1] == state
 
 
 def test_the_cache_of_a_persona_is_computed_once(speaker, monkeypatch):
@@ -43,7 +43,7 @@ def test_the_cache_of_a_persona_is_computed_once(speaker, monkeypatch):
     monkeypatch.setattr(speaker.model.model, "forward", spy)
     speaker.personas.caches.clear()
     for question in ("你是谁？", "你好。"):
-        whole(speaker.answer(conversation(question), greedy(2)))
+        whole(speaker.stream(conversation(question), greedy(2)))
     system = len(speaker.tokenizer.text_to_ids(ASKED[0]["content"]))
     assert sorted(lengths)[-1] == system > sorted(lengths)[-2]  # once for two questions; what follows goes by itself
     caches = PrefixCaches(max_tokens=100)
@@ -53,7 +53,7 @@ def test_the_cache_of_a_persona_is_computed_once(speaker, monkeypatch):
 
 def test_a_seed_repeats_an_answer(speaker):
     changes = {"do_sample": True, "temperature": 1.5, "top_k": 0}
-    one, same, other, *drawn = (whole(speaker.answer(ASKED, greedy(12, **changes, seed=n))) for n in (5, 5, 6, -1, -1))
+    one, same, other, *drawn = (whole(speaker.stream(ASKED, greedy(12, **changes, seed=n))) for n in (5, 5, 6, -1, -1))
     assert one == same != other and drawn[0] != drawn[1]
 
 
@@ -68,14 +68,14 @@ def test_every_setting_reaches_the_model(speaker, monkeypatch):
 
     monkeypatch.setattr(speaker.model, "generate", generate)
     for name, value in (CHANGED | {"do_sample": False}).items():
-        whole(speaker.answer(ASKED, sent := OWN | {name: value}))
+        whole(speaker.stream(ASKED, sent := OWN | {name: value}))
         assert seen == sent | ({} if name == "seed" else {"seed": seen["seed"]})  # a random one
 
 
 def test_a_closed_answer_frees_the_model(speaker, monkeypatch):
     """The page closes it when a visitor stops it or leaves; the next one then waits for one token, not for 3,000."""
     tokens, threads = pause_generation(monkeypatch, speaker.model, after=5)
-    next(stream := speaker.answer(ASKED, greedy(3000, repetition_penalty=2.0)))
+    next(stream := speaker.stream(ASKED, greedy(3000, repetition_penalty=2.0)))
     assert speaker.turn.locked()
     stream.close()
     assert not speaker.turn.locked() and 0 < len(tokens) <= 5 and [thread.is_alive() for thread in threads] == [False]
@@ -87,8 +87,8 @@ def test_out_of_memory_is_told_apart_and_survived(speaker, monkeypatch):
                         (RuntimeError("a defect"), RuntimeError)):  # fmt: skip
         with monkeypatch.context() as patch, pytest.raises(told, match=str(error)):
             patch.setattr(speaker.model, "generate", lambda *args, error=error, **kwargs: (_ for _ in ()).throw(error))
-            whole(speaker.answer(ASKED, greedy(5)))
-        assert whole(speaker.answer(ASKED, greedy(5)))
+            whole(speaker.stream(ASKED, greedy(5)))
+        assert whole(speaker.stream(ASKED, greedy(5)))
 
 
 @pytest.mark.parametrize("dtype, held", [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
@@ -97,7 +97,7 @@ def test_half_precision_checkpoints(checkpoint, tmp_path, dtype, held):
     for part in (opened.load(dtype), opened.tokenizer, opened.generation_config):
         part.save_pretrained(tmp_path)
     speaker = Speaker.load(tmp_path, None, torch.device("cpu"))
-    assert speaker.model.dtype == held and whole(speaker.answer(ASKED, greedy(5)))
+    assert speaker.model.dtype == held and whole(speaker.stream(ASKED, greedy(5)))
 
 
 @torch.no_grad()
@@ -112,16 +112,16 @@ def test_the_base_model_and_all_between_answer_beside_the_adapter(checkpoint, pa
         for module in (module for module in wrapped.modules() if hasattr(module, "scaling")):
             module.scaling = {name: scale * strength for name, scale in module.scaling.items()}
         merged = Speaker(wrapped.merge_and_unload().eval(), both.tokenizer)
-        texts.append(whole(merged.answer(ASKED, greedy(20))))
+        texts.append(whole(merged.stream(ASKED, greedy(20))))
         for _ in range(2):  # the second time from the caches, which must not be taken for one another
-            assert whole(both.answer(ASKED, greedy(20), strength=strength)) == texts[-1]
-            assert whole(both.answer(ASKED, greedy(20), strength=0.0)) == texts[0]
+            assert whole(both.stream(ASKED, greedy(20), strength=strength)) == texts[-1]
+            assert whole(both.stream(ASKED, greedy(20), strength=0.0)) == texts[0]
         logits = merged.model(input_ids=torch.tensor([prompt + answer_ids])).logits[0].log_softmax(-1)
         gains.append(sum(logits[len(prompt) + n - 1, id].item() for n, id in enumerate(answer_ids)))
         words = both.words(ASKED, answer, strength)
         assert "".join(word for word, _ in words) == answer and len(words) > 1
         assert sum(gain for _, gain in words) == pytest.approx(gains[-1] - gains[0], abs=1e-3)
-    assert len(set(texts)) == 3 and texts[0] == whole(speaker.answer(ASKED, greedy(20)))
+    assert len(set(texts)) == 3 and texts[0] == whole(speaker.stream(ASKED, greedy(20)))
 
 
 def test_the_context_is_shared_out(speaker, monkeypatch):

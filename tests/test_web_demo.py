@@ -172,7 +172,7 @@ def test_ask_prints_an_answer_as_it_grows(run, monkeypatch, speaker):
         yield text, "done"
 
     monkeypatch.setattr(web_demo.Speaker, "load", lambda *args: speaker)
-    monkeypatch.setattr(web_demo.Speaker, "answer", answer)
+    monkeypatch.setattr(web_demo.Speaker, "stream", answer)
     monkeypatch.setattr("support.command_line.Timer", ImpatientTimer)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
@@ -271,9 +271,9 @@ def test_each_model_reads_its_own_earlier_answers(speaker, monkeypatch):
         heard[strength] = [message["content"] for message in messages[1:]]
         yield "好", "done"
 
-    monkeypatch.setattr(speaker, "answer", answer)
+    monkeypatch.setattr(speaker, "stream", answer)
     page.busy.add("visitor")
     for adapter, base in ((None, {}), (speaker.model, {0.0: ["一", "乙", "二"]})):
         monkeypatch.setattr(speaker, "adapter", adapter)
-        list(page.answer(values, SimpleNamespace(session_hash="visitor", headers={})))
+        list(page.stream(values, SimpleNamespace(session_hash="visitor", headers={})))
         assert heard == {1: ["一", "甲", "二"]} | base

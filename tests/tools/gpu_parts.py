@@ -224,7 +224,7 @@ def page(args) -> dict:
     seconds = []
     for _ in range(4):
         with shared.stopwatch(device) as whole:
-            stream = speaker.answer(messages, settings)
+            stream = speaker.stream(messages, settings)
             with shared.stopwatch(device) as first:
                 next(stream)
             for _ in stream:

@@ -52,7 +52,7 @@ class Visitor:
     def ask(self, question: str) -> float:
         """Returns seconds to the first text."""
         self.values["question"], start = question, time.monotonic()
-        return [self.do(name) for name in ("submit", "answer", "end")][1] - start
+        return [self.do(name) for name in ("submit", "stream", "end")][1] - start
 
 
 def run(url: str, visitors: int, questions: int, tokens: int) -> tuple[list[float], list[dict]]:
