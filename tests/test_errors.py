@@ -383,8 +383,8 @@ if ROOT_USER:
 
 
 COMMANDS = [
-    ["data_helper.py", "--data_dir", "nowhere"],
     ["data_helper.py", "--train_path", "/dev/null/x", "--data_dir", "data/sample"],
+    ["data_helper.py", "--data_dir", "nowhere"],
     ["train.py"],
     ["train.py", "--ds_file", "LICENSE", "--train_path", "images/6_1.png"],
     ["train.py", "--output_dir", "LICENSE/run"],
