@@ -48,15 +48,18 @@ def test_a_step_takes_few_operations(tmp_path):
     assert config["timers"]["throughput"]["enabled"] is False
 
 
+def make(directory, *arguments):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    return subprocess.run(["make", *arguments], cwd=directory, env=own, capture_output=True, text=True)
+
+
 @pytest.mark.skipif(not shutil.which("flock"), reason="no flock")
 def test_a_second_demo_leaves_the_first_one_alone(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "output_dir/demo").mkdir(parents=True)
     with open(tmp_path / "Makefile") as makefile:
         fcntl.flock(makefile, fcntl.LOCK_EX)
-        own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
-        command = ["make", "demo", "PYTHON=false"]
-        second = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+        second = make(tmp_path, "demo", "PYTHON=false")
     assert second.returncode == 2 and second.stdout == "" and (tmp_path / "output_dir/demo").exists()
     assert second.stderr.startswith("error: make demo runs in another terminal: wait for its end\n")
 
@@ -72,7 +75,7 @@ def test_setup_tells_which_python_it_needs_before_pip_is_asked(python, tmp_path)
     if python != "missing":
         (tmp_path / "python").write_text(f"""#!/bin/sh\n{sys.executable} -c "import sys; {pretend}; $2"\n""")
         (tmp_path / "python").chmod(0o755)
-    run = subprocess.run(["make", "setup", "PYTHON=./python"], cwd=tmp_path, capture_output=True, text=True)
+    run = make(tmp_path, "setup", "PYTHON=./python")
     told = "is no Python 3.11 to 3.14: install one, then: rm -rf .venv; make setup PYTHON=python3.12"
     if python == "no venv":
         told = "has no venv: apt-get install python-venv"
