@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ import torch
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from conftest import NO_CHROMIUM
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
@@ -96,26 +97,26 @@ def speaker(checkpoint, page_adapter):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        browser = launch(playwright.chromium)
+    with ExitStack() as stack:
+        try:
+            browser = launch(stack.enter_context(sync_playwright()).chromium)
+        except Exception:  # there is none, or a library of the system is not there that it or Playwright's driver needs
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(NO_CHROMIUM)
         yield browser
         browser.close()
 
 
 def launch(chromium):
-    """The machine's Chromium, or else the one that Playwright's installer gets; without either: skipped, in CI failed."""
+    """The machine's Chromium, or else the one that Playwright's installer gets. Raises: playwright's Error."""
     path = shutil.which("chromium") or chromium.executable_path
     if not Path(path).exists():
         install = [sys.executable, "-m", "playwright", "install", "--no-shell", "chromium"]
         patience = {"PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT": "5000"}  # milliseconds, for each of its attempts
         subprocess.run(install, env=patience | os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        return chromium.launch(executable_path=path, args=flags)
-    except Error:  # no such file, or libraries of the system that it needs are not there
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(NO_CHROMIUM)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    return chromium.launch(executable_path=path, args=flags)
 
 
 class Tab:
