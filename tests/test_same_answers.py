@@ -31,9 +31,12 @@ CONVERSATIONS = [conversation(PERSONA, question) for question in QUESTIONS]
 
 @pytest.fixture(scope="module")
 def directory(checkpoint, tmp_path_factory) -> str:
-    """A random model whose attention decides its answers: at the usual 0.02 a lost cache would hardly change them."""
+    """A random model whose attention decides its answers: at the usual 0.02 a lost cache would hardly change them.
+
+    The seed is one with which prompt lookup guesses wrong, so that the cache has to forget.
+    """
     directory = shutil.copytree(checkpoint, tmp_path_factory.mktemp("strong") / "model")
-    model, draw = BaichuanForCausalLM.from_pretrained(directory), torch.Generator().manual_seed(1234)
+    model, draw = BaichuanForCausalLM.from_pretrained(directory), torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.2, generator=draw)
