@@ -5,6 +5,7 @@ tests/tools/versions.py runs this under other releases of transformers, too.
 
 import logging
 import shutil
+import warnings
 from copy import deepcopy
 from functools import partial
 
@@ -19,10 +20,6 @@ from support.dialogues.samples import conversation
 from support.model.answering import answer_batch, greedy, left_padded
 from support.page.speaker import PrefixCaches, Speaker
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"error::{kind}")
-    for kind in ("FutureWarning", "DeprecationWarning", "PendingDeprecationWarning")
-]
 NEW_TOKENS = 24
 PERSONA = "你是孙悟空。\n花果山水帘洞的美猴王，一个筋斗十万八千里。\n"
 QUESTIONS = ("你好", "你的金箍棒有多重？它从哪里来？", "师父，师父，师父！妖怪来了，妖怪来了，妖怪来了！")
@@ -163,5 +160,8 @@ WAYS = {
 def test_every_way_to_generate_gives_the_answers_of_whole_passes(way, attention, loaded, expected, told):
     model, tokenizer = loaded
     model.set_attn_implementation(attention)
-    assert way(model, tokenizer) in expected
+    with warnings.catch_warnings():  # here, since the scripts that made the checkpoint ignore what is deprecated
+        for deprecated in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("error", deprecated)
+        assert way(model, tokenizer) in expected
     assert told() == []
