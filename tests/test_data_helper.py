@@ -238,7 +238,7 @@ BAD_LINES = [  # (what stands in line 2, what the error says)
     ("{", "is not a JSON object"),
     (GOOD + GOOD, "is not a JSON object in UTF-8 (Extra data at column"),
     ("[1]", "is not a JSON object"),
-    ("[" * 100_000, "is not a JSON object in UTF-8 (maximum recursion"),
+    ("[" * 100_000, "is not a JSON object in UTF-8 (nested too deeply)"),
     (GOOD.replace('"role": "李白", ', ""), NO_QUESTION),
     (GOOD.replace('"李白"', "1"), NO_QUESTION),
     (GOOD.replace("李白，好吗？", r"李白\ud800，好吗？"), NO_QUESTION),

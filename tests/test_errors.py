@@ -505,7 +505,7 @@ def test_errors_are_lines_and_a_status(capsys, raised, code, lines):
 
 def test_a_script_outlives_who_reads_it(tmp_path):
     """Both of its streams are a pipe that nobody reads any more; with a full disk that is an error, as ever."""
-    source = "from support.errors import entry_point\n@entry_point\ndef main(argv):\n    for _ in range(9): print('x' * 9000)\n"
+    source = "from support.errors import entry_point\n@entry_point\ndef main(argv):\n    for _ in range(99): print('x' * 9000)\n"
     source += "    print('y', file=__import__('sys').stderr, flush=True)\n    open(argv, 'w').write('done')\nmain({!r})"
     reading, writing = os.pipe()
     os.close(reading)

@@ -79,7 +79,9 @@ def parse_json(data: str | bytes, path: str | Path, line: int = 1):
         return plain_line_ends(json.loads(data, parse_constant=lambda _: None))
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # not UTF-8, too many digits, nested too deeply
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # not UTF-8, too many digits
         reason = error
     raise UserError(f"{path}:{line}: is not a JSON object in UTF-8 ({reason}): {LAYOUT}")
 
