@@ -7,6 +7,7 @@ it, and its environment, session and streams are its own. What is left out is th
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def run(command: list[str], environment: dict, output: str):
     """In the process that was forked."""
     multiprocessing.set_start_method(None, force=True)  # what this process starts, it starts as any other
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
