@@ -1,5 +1,6 @@
 """Processes that train together: on two hosts, and without bfloat16."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -148,3 +149,13 @@ def test_each_process_of_a_host_has_a_gpu_of_its_own(monkeypatch):
     for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert processes.join_processes() == torch.device("cuda:1") and gpu.device == 1
+
+
+def test_steps_are_laid_out_by_a_fork_whatever_the_default_is():
+    """From Python 3.14 on it is a forkserver, to which all samples would be copied."""
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert list(processes.step_loader(["a", "b", "c"], 1, torch.device("cpu"))) == ["b", "c"]
+    finally:
+        multiprocessing.set_start_method(default, force=True)
