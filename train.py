@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--attn_implementation", default="sdpa", choices=kernels, help="attention kernels to use")
     add("--load_in_4bit", action=Switch, default=False, help="hold the base in 4 bits (QLoRA): a third of its memory")
     add("--gradient_checkpointing", action=Switch, default=False, help="recompute layers: less memory, slower")
-    add("--compile", action=Switch, default=False, help="torch.compile the decoder layers; needs a compiler")
+    add("--compile", action=Switch, default=False, help="torch.compile the layers; needs g++ (GPU: gcc) and Python.h")
     add = parser.add_argument_group("steps").add_argument
     add("--per_device_train_batch_size", type=count, default=2, help="samples of a process; see the next flag")
     add("--gradient_accumulation_steps", type=count, default=4, help="a step: this × the above × processes samples")
@@ -236,8 +236,8 @@ def update(engine, dtype: torch.dtype, numbers: torch.Tensor) -> tuple[float, bo
             raise
         numbers[2] = math.nan
     loss, stop, norm = numbers.tolist()
-    handled = dtype == torch.float16 and engine.optimizer.overflow
-    return loss, stop > 0, norm if handled or 0 <= norm < math.inf else math.nan
+    can_go_on = 0 <= norm < math.inf or dtype == torch.float16 and engine.optimizer.overflow
+    return loss, stop > 0, norm if can_go_on else math.nan
 
 
 def evaluate(args, engine, test_rows, log: Log, step: int) -> float:

@@ -175,14 +175,14 @@ def tree_row(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Te
     new_ids, positions, loss_positions = [], [], []
     branch_end = np.empty(0, dtype=np.int64)
     previous = columns = np.empty(0, dtype=np.int64)  # the ids of the sample before, and in which columns they stand
-    for ids, loss in samples:
+    for ids, targets in samples:
         shared, length = shared_beginning(previous, ids), len(branch_end)
         branch_end[columns[shared:]] = length  # these branches are over
         columns = np.append(columns[:shared], np.arange(length, length + len(ids) - shared))
         branch_end = np.append(branch_end, np.zeros(len(ids) - shared, dtype=np.int64))
         new_ids.append(ids[shared:])
         positions.append(np.arange(shared, len(ids)))
-        loss_positions.append(np.stack((columns[loss[:, 0]], loss[:, 1]), axis=1))
+        loss_positions.append(np.stack((columns[targets[:, 0]], targets[:, 1]), axis=1))
         previous = ids
     branch_end[columns] = len(branch_end)
     row = {"input_ids": np.concatenate(new_ids), "position_ids": np.concatenate(positions), "end": branch_end}
@@ -195,7 +195,7 @@ def padded_batch(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torc
     # No mask is needed: attention being causal, no token sees what follows it, and padding has no loss.
     input_ids = pad_sequence([torch.from_numpy(ids) for ids, _ in samples], batch_first=True)
     length = input_ids.shape[1]
-    loss_positions = np.concatenate([loss + [row * length, 0] for row, (_, loss) in enumerate(samples)])
+    loss_positions = np.concatenate([targets + [row * length, 0] for row, (_, targets) in enumerate(samples)])
     return {"input_ids": input_ids, "loss_positions": torch.from_numpy(loss_positions)}
 
 
@@ -265,7 +265,7 @@ class Collator:
 
 
 class Steps(Dataset):
-    """Item k is what this process computes in step k of the run: (batches, supervised tokens of the whole step).
+    """Item k, from 0, is what this process computes in step k + 1: (batches, supervised tokens of the whole step).
 
     Every process draws the same permutation of an epoch from the seed, so that all know each step's samples, `step_size`
     over all processes, without communicating, also after a resume. What an epoch leaves over differs from epoch to epoch.
@@ -274,22 +274,25 @@ class Steps(Dataset):
     def __init__(self, data: RoleDataset, collator: Collator, step_size: int, epochs: int, seed: int, rank=0, world=1):
         self.data, self.collator, self.step_size, self.rank, self.world = data, collator, step_size, rank, world
         self.steps_per_epoch = len(data) // step_size
-        whole_steps = self.steps_per_epoch * step_size  # samples of an epoch
-        epochs = [np.random.default_rng([seed, epoch]).permutation(len(data))[:whole_steps] for epoch in range(epochs)]
-        self.order = np.concatenate(epochs).reshape(-1, step_size)  # indices of each step's samples
+        samples_per_epoch = self.steps_per_epoch * step_size
+        orders = []
+        for epoch in range(epochs):
+            orders.append(np.random.default_rng([seed, epoch]).permutation(len(data))[:samples_per_epoch])
+        self.order = np.concatenate(orders).reshape(-1, step_size)  # indices of each step's samples
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def name(self, step: int) -> str:
-        return f"epoch-{(step - 1) // self.steps_per_epoch + 1}-step-{step}"
+    def name(self, done: int) -> str:
+        """Of what is saved when so many steps are done."""
+        return f"epoch-{(done - 1) // self.steps_per_epoch + 1}-step-{done}"
 
-    def samples(self, step: int) -> np.ndarray:
-        """Indices of a step's samples, in tree order, so that each process meets few personas."""
-        return self.data.in_tree_order(self.order[step])
+    def samples(self, k: int) -> np.ndarray:
+        """Indices of item k's samples, in tree order, so that each process meets few personas."""
+        return self.data.in_tree_order(self.order[k])
 
-    def __getitem__(self, step: int):
-        indices = self.samples(step)
+    def __getitem__(self, k: int):
+        indices = self.samples(k)
         share = self.step_size // self.world
         batches = self.collator(indices[self.rank * share : (self.rank + 1) * share])
         return batches, int(self.data.supervised[indices].sum())

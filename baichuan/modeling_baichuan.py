@@ -162,22 +162,22 @@ class NormHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, hidden_size) → logits (…, V) in float32."""
-        logits, norms = F.linear(x, self.weight).float(), self.reciprocal_norms()
-        return logits * norms if norms.requires_grad else logits.mul_(norms)  # in place: V numbers a token are many
+        logits, scales = F.linear(x, self.weight).float(), self.reciprocal_norms()
+        return logits * scales if scales.requires_grad else logits.mul_(scales)  # in place: V numbers a token are many
 
     def reciprocal_norms(self) -> torch.Tensor:
         """1 / ‖row‖₂ of every row: (V,) in float32, which float16 rows need on the CPU too."""
         weight = self.weight
         trained = weight.requires_grad and torch.is_grad_enabled()
         if trained or weight.is_inference():  # inference tensors do not count their changes
-            return self._compute_norms()
+            return self._compute_reciprocals()
         state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._reciprocal_norms[0] != state:
             with torch.no_grad():
-                self._reciprocal_norms = (state, self._compute_norms())
+                self._reciprocal_norms = (state, self._compute_reciprocals())
         return self._reciprocal_norms[1]
 
-    def _compute_norms(self) -> torch.Tensor:
+    def _compute_reciprocals(self) -> torch.Tensor:
         return torch.linalg.vector_norm(self.weight, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
 
     def train(self, mode: bool = True):

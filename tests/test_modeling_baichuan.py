@@ -242,8 +242,8 @@ def test_gradient_checkpointing_changes_nothing(pair, batch, reentrant):
 def test_frozen_head_normalises_once_and_notices_changes(monkeypatch):
     head = NormHead(16, 50).requires_grad_(False)
     before, computed = head.weight.clone(), []
-    compute = head._compute_norms
-    monkeypatch.setattr(head, "_compute_norms", lambda: computed.append(1) or compute())
+    compute = head._compute_reciprocals
+    monkeypatch.setattr(head, "_compute_reciprocals", lambda: computed.append(1) or compute())
     x = torch.randn(4, 16)
     for _ in range(5):
         head(x)

@@ -133,8 +133,9 @@ class Visit:
             self.chat = chats.add(self.storage, self.chat["greeting"], self.chat["turns"][:number])
             chats.add_turn(self.chat, text)
             self.draft = "\n".join(filter(None, [text.strip(), self.values[self.page.question]]))  # where it is refused
-            begun, self.draft = self.page.begin(self), None
-            return begun
+            changes = self.page.begin(self)
+            self.draft = None
+            return changes
         self.refuse_blank("answer", text)
         if whose == "greeting":
             self.chat |= {"greeting": text, "edited": True}

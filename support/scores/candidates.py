@@ -52,7 +52,7 @@ def name_candidates(args) -> list[Candidate]:
     if not args.adapter_path:
         return [*candidates, Candidate("model", output, base)]
     names = [path.resolve().name for path in args.adapter_path]
-    if len({*names, "baseline"}) <= len(names):  # epoch-1-step-300 of two runs
+    if len({*names, "baseline"}) < len(names) + 1:  # some are the same: epoch-1-step-300 of two runs
         names = ["-".join(path.resolve().parts[1:]) for path in args.adapter_path]
     return candidates + [
         Candidate(name, beside(output, name), base, path) for name, path in zip(names, args.adapter_path)
@@ -88,6 +88,8 @@ class Loader:
 
 
 # ---------------------------------------------------------------- answers on disk
+
+FIRST = b'{"settings": '  # how such a file begins
 
 
 def version_of(args, candidate: Candidate, questions: Sequence) -> dict:
@@ -180,7 +182,8 @@ def read_transcript(path: Path) -> tuple[dict | None, dict[int, Answer]]:
             try:
                 records.append(json.loads(line))
             except ValueError:
-                if line.endswith(b"\n") or not (records or b'{"settings": '.startswith(line[:13])):
+                is_cut_off = not line.endswith(b"\n")
+                if not is_cut_off or not (records or FIRST.startswith(line[: len(FIRST)])):
                     raise
         version = dict(records.pop(0)["settings"]) if records else None
         return version, {record["question"]: Answer(record["answer"], record["stopped"]) for record in records}

@@ -84,8 +84,8 @@ class Estimate(NamedTuple):
 
 class Row(NamedTuple):
     measure: str
-    count: int  # of items
-    clusters: int  # of those that are drawn
+    count: int  # of the items that are looked at
+    clusters: int  # of those in which every model has a number
     beside: dict[str, float]
     models: list[Estimate]
     differences: list[Estimate]  # of the second model and of those after it, to the first

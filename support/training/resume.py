@@ -33,7 +33,7 @@ def claim(output_dir: Path, dry_run: bool):
     path = output_dir / ".lock"
     if dist.get_rank() == 0 and not (dry_run and not path.exists()):
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open, since closing it ends the lock
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
