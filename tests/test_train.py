@@ -210,6 +210,11 @@ def test_two_processes_train_alike(trained, train_arguments, tmp_path):
     heard, alone = (dict(scalars(output, "who_said_it_margin")) for output in (tmp_path, trained[0]))
     assert heard.keys() <= alone.keys() and heard[5] == pytest.approx(alone[5], abs=1e-3)
     assert printed.count("5 steps of 8 samples") == 1  # only one process speaks
+    tokens = []  # of a sample: the seconds of both rates are the same
+    for output in (tmp_path, trained[0]):
+        rates = zip(scalars(output, "tokens_per_second"), scalars(output, "samples_per_second"), strict=True)
+        tokens.append(sum(tokens_s / samples_s for (_, tokens_s), (_, samples_s) in rates) / 5)
+    assert 0.75 < tokens[0] / tokens[1] < 1.5  # shorter rows share less; one process alone would count half or twice
 
 
 BOOK = ["--ds_file", ROOT / "ds_zero2_no_offload.json", "--gradient_checkpointing", "--is_skip", "--lora_dropout", 0.1]
