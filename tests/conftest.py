@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ ROOT_USER = os.geteuid() == 0 and subprocess.run(NAMESPACES, capture_output=True
 SHARED = ROOT.parent / "shared"  # RoleBench and the published tokenizer, beside the checkout of those who have them
 PUBLISHED = SHARED / "baichuan2-7b-chat"
 TOKENIZERS = ["trained"] + (["published"] if PUBLISHED.is_dir() else [])
-NO_CHROMIUM = "no Chromium"
+NO_CHROMIUM = "the page in a browser needs Chromium: apt-get install chromium fonts-noto-cjk, or "
+NO_CHROMIUM += "python3 -m playwright install --with-deps chromium"
 
 
 LONGEST = ["test_pipeline.py", "test_resume.py", "test_train.py", "test_errors.py", "test_page.py", "test_predict.py"]
@@ -40,17 +42,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The last lines: which tests were not run, and how to get them."""
+    """The last lines: which tests were not run, and why."""
     if not ROOT_USER:
         terminalreporter.write_line(
             "not run: tests of full disks and of two hosts; they need root, and its right to unshare"
         )
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_CHROMIUM in str(report.longrepr)]
-    if skipped:
-        terminalreporter.write_line(
-            f"not run: {len(skipped)} tests of the page in a browser; they need Chromium: "
-            "apt-get install chromium fonts-noto-cjk, or python3 -m playwright install --with-deps chromium"
-        )
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason, number in Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped).items():
+        terminalreporter.write_line(f"not run: {number} of the tests: {reason}")
 
 
 @pytest.fixture(scope="session")
