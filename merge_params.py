@@ -274,11 +274,8 @@ def prove(args, base: ModelDirectory, merged: ModelDirectory, probes: list[tuple
     gc.collect()  # a GPU may hold one of the models, not both
     torch.cuda.empty_cache()
     of_merged = logits_of(load_in_float32(merged, device), texts)
-    model, alone, dtype = (
-        compare_logits(of_adapter, of_merged),
-        compare_logits(of_adapter, of_base),
-        merged.weights.dtype,
-    )
+    model, alone = compare_logits(of_adapter, of_merged), compare_logits(of_adapter, of_base)
+    dtype = merged.weights.dtype
     difference, divergence = BOUNDS[dtype]
     difference, divergence = min(difference * model.spread, alone.largest / 2), min(divergence, alone.divergence / 2)
     print(f"logits at {sum(map(len, of_adapter))} positions of {len(probes)} probes, against those of base + adapter")

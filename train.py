@@ -85,7 +85,7 @@ with slow_imports(parse_args, __name__):
     from support.training.log import Log
     from support.training.resume import claim, find_state, load_state, run_identity, save_state
     from support.training.run_record import announce, diverged, keep_record
-    from support.training.sample_answers import generate_samples, uncompiled
+    from support.training.sample_answers import generate_sample_answers, uncompiled
     from support.training.trial import try_largest_rows
 
 
@@ -257,7 +257,7 @@ def log_persona(args, engine, directory, log: Log, step: int, test: list[dict]):
     log.show(step, who_said_it_now(test, engine.module, directory.tokenizer, *limits))
     if args.sample_answers and processes.is_main_process():
         with uncompiled(args.compile):
-            log.show(step, generate_samples(engine.module, directory, test, args.sample_answers))
+            log.show(step, generate_sample_answers(engine.module, directory, test, args.sample_answers))
     engine.train()
 
 

@@ -11,7 +11,7 @@ from support.training import sample_answers
 def test_sample_answers_are_those_of_each_role_by_itself(checkpoint, model, few_samples, monkeypatch):
     monkeypatch.setattr(sample_answers, "LONGEST", 8)
     directory, samples = ModelDirectory(checkpoint), list(read_samples(few_samples[1]))
-    texts = sample_answers.generate_samples(model, directory, samples, 1)
+    texts = sample_answers.generate_sample_answers(model, directory, samples, 1)
     first = {}
     for sample in samples:
         first.setdefault(sample["role"], sample)
@@ -39,9 +39,9 @@ def test_sample_answers_of_many_roles(checkpoint, model, few_samples, monkeypatc
 
     monkeypatch.setattr(sample_answers, "answer_batch", answer_batch)
     monkeypatch.setattr(sample_answers, "rows_that_fit", lambda model, tokens: lengths.append(tokens) or 16)
-    texts = sample_answers.generate_samples(model, directory, samples, 2)
+    texts = sample_answers.generate_sample_answers(model, directory, samples, 2)
     assert calls == [16, 16, 8] and lengths == [len(directory.tokenizer.text_to_ids("乙乙？")) + 128]
     assert texts == {f"answers/第{number}个": "**甲？**  \n好\n\n**乙乙？**  \n好" for number in range(20)}
     for sample in samples[:4]:
         sample["system"] = "龘" * 1500  # by its bytes, 4,500 tokens: no room for an answer
-    assert sample_answers.generate_samples(model, directory, samples[:4], 2) == {"answers/第0个": ""}
+    assert sample_answers.generate_sample_answers(model, directory, samples[:4], 2) == {"answers/第0个": ""}

@@ -280,7 +280,7 @@ def test_what_answers_leaves_the_compiler_to_training(trained, train_arguments, 
     monkeypatch.setattr(arguments, "missing_compiler", lambda on_gpu: None)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
     monkeypatch.setattr(ModelDirectory, "refuse_to_fail_later", answering(ModelDirectory.refuse_to_fail_later, False))
-    monkeypatch.setattr(train, "generate_samples", answering(train.generate_samples, True))
+    monkeypatch.setattr(train, "generate_sample_answers", answering(train.generate_sample_answers, True))
     train.main(train_arguments(tmp_path, "--compile"))
     assert any(graphs), "no row that trains was compiled"
     ours, theirs = (adapter_weights(output / "epoch-1-step-5") for output in (tmp_path, trained[0]))

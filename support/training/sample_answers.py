@@ -16,7 +16,7 @@ def uncompiled(is_compiled: bool):
     return torch.compiler.set_stance("force_eager" if is_compiled else "default")
 
 
-def generate_samples(model, directory: ModelDirectory, samples: Sequence, per_role: int) -> dict[str, str]:
+def generate_sample_answers(model, directory: ModelDirectory, samples: Sequence, per_role: int) -> dict[str, str]:
     """Greedy answers to the first test questions of each role, as Markdown: one sees the persona arrive.
 
     samples: as read_samples yields them. The model is in evaluation mode.

@@ -46,8 +46,8 @@ def try_largest_rows(args, engine, steps: Steps, test_rows: list[dict], done: in
     if gpus:
         total, held = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
     else:
-        memory = psutil.Process().memory_info()
-        total, held = psutil.virtual_memory().total, memory.rss - memory.shared
+        process = psutil.Process().memory_info()
+        total, held = psutil.virtual_memory().total, process.rss - process.shared
     available = held + free_memory(device)
     of_all = [None] * steps.world
     dist.all_gather_object(of_all, (1e9 * peak_memory_gb() + moments, total, available, seconds * passes))
